@@ -1,0 +1,63 @@
+//! The engines that train one stage together.
+
+use std::fmt;
+
+use crate::ids::Generation;
+
+/// One formation of the group that trains `stage`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GroupId {
+    /// Name of a training stage in the plan.
+    pub stage: String,
+    /// Its fencing number.
+    pub generation: Generation,
+}
+
+impl fmt::Display for GroupId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} generation {}", self.stage, self.generation)
+    }
+}
+
+/// A member's part in a group, and where training starts from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Membership {
+    /// Which formation.
+    pub group: GroupId,
+    /// Position in the group, `0..world`.
+    pub rank: u32,
+    /// Number of members.
+    pub world: u32,
+    /// Steps already applied in the state to start from.
+    pub base_step: u64,
+    /// COMMIT of the checkpoint that holds that state; none at step 0 of a stage.
+    pub base_checkpoint: Option<String>,
+    /// COMMIT of the parent stage's final checkpoint; none in the first stage.
+    pub parent_checkpoint: Option<String>,
+}
+
+/// The share of a global batch that `rank` of `world` takes.
+///
+/// Shares are consecutive, cover `0..global_batch` exactly once, and differ by at most one.
+pub fn batch_share(global_batch: u64, rank: u32, world: u32) -> std::ops::Range<u64> {
+    let cut = |r: u32| global_batch * u64::from(r) / u64::from(world);
+    cut(rank)..cut(rank + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_cover_the_batch_once() {
+        for world in 1..=7 {
+            let mut next = 0;
+            for rank in 0..world {
+                let share = batch_share(64, rank, world);
+                assert_eq!(share.start, next);
+                next = share.end;
+            }
+            assert_eq!(next, 64);
+        }
+    }
+}

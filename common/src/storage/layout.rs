@@ -1,0 +1,297 @@
+//! The object tree of a run (data-plane.md §7): the only place where storage keys are spelled.
+//!
+//! ```text
+//! <run URI>/
+//!   run.json                                                   create-only, once
+//!   prompts/{train,holdout,preview}.parquet
+//!   journal/<seq:020>
+//!   trajectories/<dataset>/shard-<index:08>/a<attempt>-<incarnation>.parquet  …-embeddings.parquet  COMMIT
+//!   trajectories/<dataset>/MANIFEST
+//!   checkpoints/<stage>/<step:010>-g<generation>/s<part:04>.safetensors  metrics.jsonl  COMMIT
+//!   tasks/<stage>/<index:08>/a<attempt>-<incarnation>/…  COMMIT                evaluation and export parts
+//!   export/<stage>/…    report/…    logs/<worker>/…
+//! ```
+
+use std::fmt;
+
+use object_store::path::Path;
+
+use crate::ids::Generation;
+use crate::task::Lease;
+
+/// A key below the run URI. Only this module makes one, from validated parts.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(String);
+
+impl Key {
+    /// The key as text, relative to the run URI.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The key as object_store wants it.
+    pub fn to_path(&self) -> Path {
+        Path::from(self.0.as_str())
+    }
+
+    /// Reads a key that a stored manifest or a peer names: it must have the form of our keys and lie below
+    /// `prefix`, so that no file can point outside its own folder.
+    pub fn parse_below(prefix: &Prefix, text: &str) -> Result<Self, ForeignKey> {
+        let rest = text
+            .strip_prefix(prefix.0.as_str())
+            .and_then(|r| r.strip_prefix('/'));
+        match rest {
+            Some(rest) if rest.split('/').all(is_segment) => Ok(Self(text.to_owned())),
+            _ => Err(ForeignKey {
+                key: text.to_owned(),
+                prefix: prefix.0.clone(),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A folder of keys below the run URI.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Prefix(String);
+
+impl Prefix {
+    /// The folder as text, relative to the run URI, without a slash at the end.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The folder as object_store wants it.
+    pub fn to_path(&self) -> Path {
+        Path::from(self.0.as_str())
+    }
+
+    fn key(&self, name: &str) -> Key {
+        assert!(
+            is_segment(name),
+            "the name {name:?} of an object is not a plain segment"
+        );
+        Key(format!("{}/{name}", self.0))
+    }
+
+    fn folder(&self, name: &str) -> Self {
+        assert!(
+            is_segment(name),
+            "the name {name:?} of a folder is not a plain segment"
+        );
+        Self(format!("{}/{name}", self.0))
+    }
+}
+
+/// A key that does not belong where it was found.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("key {key:?} does not lie below {prefix:?}")]
+pub struct ForeignKey {
+    /// What was found.
+    pub key: String,
+    /// Where it should lie.
+    pub prefix: String,
+}
+
+/// Whether `text` is one plain path segment: `[A-Za-z0-9._=-]+`, not `.` or `..`.
+pub fn is_segment(text: &str) -> bool {
+    !text.is_empty()
+        && text != "."
+        && text != ".."
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._=-".contains(&b))
+}
+
+/// The record of what this run is.
+pub fn run_record() -> Key {
+    Key("run.json".into())
+}
+
+/// The three lists of prompts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptList {
+    /// What trajectories are drawn for.
+    Train,
+    /// What students are judged by.
+    Holdout,
+    /// What grids show.
+    Preview,
+}
+
+/// A list of prompts.
+pub fn prompts(list: PromptList) -> Key {
+    let name = match list {
+        PromptList::Train => "train",
+        PromptList::Holdout => "holdout",
+        PromptList::Preview => "preview",
+    };
+    Prefix("prompts".into()).key(&format!("{name}.parquet"))
+}
+
+/// All journal segments.
+pub fn journal() -> Prefix {
+    Prefix("journal".into())
+}
+
+/// Journal segment `seq`.
+pub fn journal_segment(seq: u64) -> Key {
+    journal().key(&format!("{seq:020}"))
+}
+
+/// One set of trajectories; `dataset` is the short digest that names it.
+pub fn dataset(dataset: &str) -> Prefix {
+    Prefix("trajectories".into()).folder(dataset)
+}
+
+/// The sealed list of everything in a dataset.
+pub fn dataset_manifest(dataset: &Prefix) -> Key {
+    dataset.key("MANIFEST")
+}
+
+/// The folder of shard `index`.
+pub fn shard(dataset: &Prefix, index: u64) -> Prefix {
+    dataset.folder(&format!("shard-{index:08}"))
+}
+
+/// The rows that one attempt wrote.
+pub fn shard_rows(shard: &Prefix, lease: &Lease) -> Key {
+    shard.key(&format!("{}.parquet", attempt(lease)))
+}
+
+/// The text embeddings that one attempt wrote.
+pub fn shard_embeddings(shard: &Prefix, lease: &Lease) -> Key {
+    shard.key(&format!("{}-embeddings.parquet", attempt(lease)))
+}
+
+/// The create-only object that makes an attempt's or a checkpoint's files count.
+pub fn commit(folder: &Prefix) -> Key {
+    folder.key("COMMIT")
+}
+
+/// All checkpoints of `stage`.
+pub fn checkpoints(stage: &str) -> Prefix {
+    Prefix("checkpoints".into()).folder(stage)
+}
+
+/// The checkpoint of `stage` after `step` steps, written by `generation`.
+pub fn checkpoint(stage: &str, step: u64, generation: Generation) -> Prefix {
+    checkpoints(stage).folder(&format!("{step:010}-g{generation}"))
+}
+
+/// Reads (step, generation) back from the last segment of a checkpoint's folder.
+pub fn parse_checkpoint_folder(segment: &str) -> Option<(u64, Generation)> {
+    let (step, generation) = segment.split_once("-g")?;
+    Some((step.parse().ok()?, Generation(generation.parse().ok()?)))
+}
+
+/// Part `part` of a checkpoint's tensors.
+pub fn checkpoint_part(checkpoint: &Prefix, part: u32) -> Key {
+    checkpoint.key(&format!("s{part:04}.safetensors"))
+}
+
+/// The training curves up to a checkpoint.
+pub fn checkpoint_metrics(checkpoint: &Prefix) -> Key {
+    checkpoint.key("metrics.jsonl")
+}
+
+/// The folder of unit `index` of a task stage other than trajectories.
+pub fn task(stage: &str, index: u64) -> Prefix {
+    Prefix("tasks".into())
+        .folder(stage)
+        .folder(&format!("{index:08}"))
+}
+
+/// A file that one attempt wrote for a task.
+pub fn task_file(task: &Prefix, lease: &Lease, name: &str) -> Key {
+    task.folder(&attempt(lease)).key(name)
+}
+
+/// The exported forms of the student of `stage`.
+pub fn export(stage: &str) -> Prefix {
+    Prefix("export".into()).folder(stage)
+}
+
+/// A file of an export; `path` is made of plain segments divided by `/`.
+pub fn export_file(export: &Prefix, path: &str) -> Key {
+    assert!(
+        path.split('/').all(is_segment),
+        "the path {path:?} in an export is not plain"
+    );
+    Key(format!("{}/{path}", export.0))
+}
+
+/// A file of the report.
+pub fn report(name: &str) -> Key {
+    Prefix("report".into()).key(name)
+}
+
+/// A log file of `worker`.
+pub fn log(worker: &str, name: &str) -> Key {
+    Prefix("logs".into()).folder(worker).key(name)
+}
+
+fn attempt(lease: &Lease) -> String {
+    format!("a{}-{}", lease.attempt, lease.incarnation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Incarnation, Term};
+    use crate::task::TaskId;
+
+    #[test]
+    fn keys_are_spelled_as_the_design_says() {
+        let lease = Lease {
+            term: Term(1),
+            task: TaskId {
+                stage: "trajectories".into(),
+                index: 42,
+            },
+            attempt: 1,
+            incarnation: Incarnation(4_294_967_297),
+        };
+        let shard = shard(&dataset("0123abcd"), 42);
+        assert_eq!(
+            shard_rows(&shard, &lease).as_str(),
+            "trajectories/0123abcd/shard-00000042/a1-4294967297.parquet"
+        );
+        assert_eq!(
+            commit(&shard).as_str(),
+            "trajectories/0123abcd/shard-00000042/COMMIT"
+        );
+        let checkpoint = checkpoint("seg4", 250, Generation(3));
+        assert_eq!(
+            checkpoint_part(&checkpoint, 0).as_str(),
+            "checkpoints/seg4/0000000250-g3/s0000.safetensors"
+        );
+        assert_eq!(
+            parse_checkpoint_folder("0000000250-g3"),
+            Some((250, Generation(3)))
+        );
+        assert_eq!(journal_segment(7).as_str(), "journal/00000000000000000007");
+    }
+
+    #[test]
+    fn a_stored_key_cannot_leave_its_folder() {
+        let shard = shard(&dataset("d"), 0);
+        let inside = "trajectories/d/shard-00000000/a1-1.parquet";
+        assert!(Key::parse_below(&shard, inside).is_ok());
+        for outside in [
+            "trajectories/d/shard-00000000/../../../run.json",
+            "trajectories/d/shard-00000001/a1-1.parquet",
+            "/etc/passwd",
+            "trajectories/d/shard-00000000/",
+            "trajectories/d/shard-00000000/a b",
+            "trajectories/d/shard-00000000x/a",
+        ] {
+            assert!(Key::parse_below(&shard, outside).is_err(), "{outside}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Objects of a run in any supported store.
+
+pub mod layout;

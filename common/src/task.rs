@@ -1,0 +1,133 @@
+//! Units of work that a worker can lease, and the ways in which they fail.
+
+use std::fmt;
+
+use crate::ids::{Incarnation, Term};
+
+/// Unit `index` of the task stage named `stage`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TaskId {
+    /// Name of a stage in the plan.
+    pub stage: String,
+    /// Position within the stage: a shard of trajectories, a model to evaluate, a student to export.
+    pub index: u64,
+}
+
+impl fmt::Display for TaskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.stage, self.index)
+    }
+}
+
+/// One attempt held by one worker registration until a deadline; the token that fences its holder.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lease {
+    /// Coordinator life that granted it.
+    pub term: Term,
+    /// What is leased.
+    pub task: TaskId,
+    /// Number of the try, from 1.
+    pub attempt: u32,
+    /// Who holds it.
+    pub incarnation: Incarnation,
+}
+
+impl fmt::Display for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} attempt {} by {}",
+            self.task, self.attempt, self.incarnation
+        )
+    }
+}
+
+/// Decides what happens after a failure. Text never does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FailureClass {
+    /// The worker was told to leave.
+    Preempted,
+    /// The worker or its engine died.
+    HostLost,
+    /// The lease or generation had ended.
+    Stale,
+    /// Another attempt committed first.
+    Superseded,
+    /// Storage or network.
+    Io,
+    /// Host or device memory.
+    OutOfMemory,
+    /// The all-reduce of a training group.
+    Collective,
+    /// Anything unforeseen.
+    Unknown,
+    /// The recipe or the host set-up.
+    Config,
+    /// A stored file that does not fit what reads it.
+    Schema,
+    /// Credentials.
+    Auth,
+    /// This shard's input.
+    BadInput,
+    /// NaN, or states that differ between ranks.
+    Diverged,
+}
+
+/// What the coordinator does about a class of failures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// Try again, as often as it takes.
+    RetryFree,
+    /// Try again, at most four counted times.
+    RetryCounted,
+    /// Set the task aside, if the recipe allows.
+    Quarantine,
+    /// Stop the run.
+    FailRun,
+}
+
+impl FailureClass {
+    /// All classes, for exhaustive tests and converters.
+    pub const ALL: [Self; 13] = [
+        Self::Preempted,
+        Self::HostLost,
+        Self::Stale,
+        Self::Superseded,
+        Self::Io,
+        Self::OutOfMemory,
+        Self::Collective,
+        Self::Unknown,
+        Self::Config,
+        Self::Schema,
+        Self::Auth,
+        Self::BadInput,
+        Self::Diverged,
+    ];
+
+    /// What the coordinator does about it.
+    pub fn remedy(self) -> Remedy {
+        match self {
+            Self::Preempted | Self::HostLost | Self::Stale | Self::Superseded => Remedy::RetryFree,
+            Self::Io | Self::OutOfMemory | Self::Collective | Self::Unknown => Remedy::RetryCounted,
+            Self::BadInput => Remedy::Quarantine,
+            Self::Config | Self::Schema | Self::Auth | Self::Diverged => Remedy::FailRun,
+        }
+    }
+}
+
+/// A failure as it is reported and shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Decides what happens next.
+    pub class: FailureClass,
+    /// For people: what, where, and what to do.
+    pub message: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({:?})", self.message, self.class)
+    }
+}
+
+impl std::error::Error for Failure {}
