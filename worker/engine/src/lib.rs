@@ -1,1 +1,4 @@
-//! See ARCHITECTURE.md.
+//! The engine: one process per device. See ARCHITECTURE.md for the floors.
+
+pub mod diffusion;
+pub mod evaluation;

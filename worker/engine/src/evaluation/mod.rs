@@ -1,0 +1,5 @@
+//! What a set of samples is worth: distances, adherence, intervals and pictures. Knows no recipe, storage or wire.
+
+pub mod frechet;
+pub mod interval;
+pub mod picture;
