@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::ids::Generation;
+use crate::ids::{Digest, Generation, Term};
 
 /// One formation of the group that trains `stage`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,6 +34,67 @@ pub struct Membership {
     pub base_checkpoint: Option<String>,
     /// COMMIT of the parent stage's final checkpoint; none in the first stage.
     pub parent_checkpoint: Option<String>,
+    /// Coordinator life that formed the group.
+    pub term: Term,
+}
+
+/// What a member of a group is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// Members listen and learn each other's addresses.
+    Exchanging,
+    /// Members load or copy the state to start from.
+    Syncing,
+    /// Members train.
+    Stepping,
+    /// The final checkpoint is being written.
+    Sealing,
+}
+
+impl Phase {
+    /// All phases, for exhaustive tests and converters.
+    pub const ALL: [Self; 4] = [
+        Self::Exchanging,
+        Self::Syncing,
+        Self::Stepping,
+        Self::Sealing,
+    ];
+}
+
+/// How far a member of a group is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// Which formation.
+    pub group: GroupId,
+    /// What the member is doing.
+    pub phase: Phase,
+    /// Optimizer steps applied.
+    pub step: u64,
+    /// Optimizer steps of the stage.
+    pub total_steps: u64,
+    /// Training loss, as the engine smooths it.
+    pub loss: f64,
+    /// Rows per second over all members.
+    pub samples_per_second: f64,
+    /// Wall time of one step, in milliseconds.
+    pub step_ms: f64,
+}
+
+/// A checkpoint whose COMMIT lies in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointCommitted {
+    /// The formation that wrote it.
+    pub group: GroupId,
+    /// Optimizer steps applied in it.
+    pub step: u64,
+    /// Key of its COMMIT, relative to the run URI.
+    pub key: String,
+    /// SHA-256 of the COMMIT's bytes.
+    pub digest: Digest,
+    /// Size of everything it names.
+    pub bytes: u64,
+    /// Whether it follows the stage's last step.
+    pub is_final: bool,
 }
 
 /// The share of a global batch that `rank` of `world` takes.

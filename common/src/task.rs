@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::ids::{Incarnation, Term};
+use crate::ids::{Digest, Incarnation, Term};
 
 /// Unit `index` of the task stage named `stage`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,6 +40,30 @@ impl fmt::Display for Lease {
             self.task, self.attempt, self.incarnation
         )
     }
+}
+
+/// How far an attempt is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// Which attempt.
+    pub lease: Lease,
+    /// Units done, of `total`; what a unit is depends on the task.
+    pub done: u64,
+    /// Units to do.
+    pub total: u64,
+}
+
+/// What a task's winning COMMIT says, in short.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommitSummary {
+    /// Key of the COMMIT, relative to the run URI.
+    pub key: String,
+    /// Rows in the files it names.
+    pub rows: u64,
+    /// Bytes in the files it names.
+    pub bytes: u64,
+    /// SHA-256 of the COMMIT's bytes.
+    pub digest: Digest,
 }
 
 /// Decides what happens after a failure. Text never does.

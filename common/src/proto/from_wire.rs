@@ -1,0 +1,266 @@
+//! Wire types to domain types: every field is checked here, so that nobody behind this door has to.
+
+use super::wire;
+use crate::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
+use crate::ids::{Digest, Generation, Incarnation, Term};
+use crate::storage::layout::is_segment;
+use crate::task::{self, CommitSummary, Failure, FailureClass, Lease, TaskId};
+
+/// A message that no correct peer sends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// A part that must be there is not.
+    #[error("the message has no {0}")]
+    Missing(&'static str),
+    /// A number that names nothing.
+    #[error("{value} is no {what}")]
+    UnknownValue {
+        /// The enum.
+        what: &'static str,
+        /// The number.
+        value: i64,
+    },
+    /// A SHA-256 of the wrong length.
+    #[error("a SHA-256 has 32 bytes, not {0}")]
+    DigestLength(usize),
+    /// A stage that could not be part of a key.
+    #[error("{0:?} is no name of a stage")]
+    StageName(String),
+    /// A rank outside its group.
+    #[error("rank {rank} does not exist in a group of {world}")]
+    Rank {
+        /// Position in the group.
+        rank: u32,
+        /// Members of the group.
+        world: u32,
+    },
+}
+
+/// A task's name.
+pub fn task_id(task: wire::TaskId) -> Result<TaskId, Malformed> {
+    Ok(TaskId {
+        stage: stage_name(task.stage)?,
+        index: task.index,
+    })
+}
+
+/// A lease.
+pub fn lease(lease: Option<wire::Lease>) -> Result<Lease, Malformed> {
+    let lease = lease.ok_or(Malformed::Missing("lease"))?;
+    Ok(Lease {
+        term: Term(lease.term),
+        task: task_id(lease.task.ok_or(Malformed::Missing("task in its lease"))?)?,
+        attempt: lease.attempt,
+        incarnation: Incarnation(lease.incarnation),
+    })
+}
+
+/// A SHA-256.
+pub fn digest(bytes: &[u8]) -> Result<Digest, Malformed> {
+    <[u8; 32]>::try_from(bytes)
+        .map(Digest)
+        .map_err(|_| Malformed::DigestLength(bytes.len()))
+}
+
+/// A failure's class. A class that this side does not know counts as unforeseen, so that it is bounded.
+pub fn failure_class(class: i32) -> FailureClass {
+    match wire::FailureClass::try_from(class) {
+        Ok(wire::FailureClass::Preempted) => FailureClass::Preempted,
+        Ok(wire::FailureClass::HostLost) => FailureClass::HostLost,
+        Ok(wire::FailureClass::Stale) => FailureClass::Stale,
+        Ok(wire::FailureClass::Superseded) => FailureClass::Superseded,
+        Ok(wire::FailureClass::Io) => FailureClass::Io,
+        Ok(wire::FailureClass::OutOfMemory) => FailureClass::OutOfMemory,
+        Ok(wire::FailureClass::Collective) => FailureClass::Collective,
+        Ok(wire::FailureClass::Config) => FailureClass::Config,
+        Ok(wire::FailureClass::Schema) => FailureClass::Schema,
+        Ok(wire::FailureClass::Auth) => FailureClass::Auth,
+        Ok(wire::FailureClass::BadInput) => FailureClass::BadInput,
+        Ok(wire::FailureClass::Diverged) => FailureClass::Diverged,
+        Ok(wire::FailureClass::Unknown | wire::FailureClass::Unspecified) | Err(_) => {
+            FailureClass::Unknown
+        }
+    }
+}
+
+/// A failure.
+pub fn failure(failure: Option<wire::Failure>) -> Result<Failure, Malformed> {
+    let failure = failure.ok_or(Malformed::Missing("failure"))?;
+    Ok(Failure {
+        class: failure_class(failure.class),
+        message: failure.message,
+    })
+}
+
+/// What a COMMIT says.
+pub fn commit_summary(commit: Option<wire::CommitSummary>) -> Result<CommitSummary, Malformed> {
+    let commit = commit.ok_or(Malformed::Missing("commit"))?;
+    Ok(CommitSummary {
+        digest: digest(&commit.digest)?,
+        key: commit.key,
+        rows: commit.rows,
+        bytes: commit.bytes,
+    })
+}
+
+/// How far an attempt is.
+pub fn task_progress(progress: wire::TaskProgress) -> Result<task::Progress, Malformed> {
+    Ok(task::Progress {
+        lease: lease(progress.lease)?,
+        done: progress.done,
+        total: progress.total,
+    })
+}
+
+/// A group's name.
+pub fn group_id(group: Option<wire::GroupId>) -> Result<GroupId, Malformed> {
+    let group = group.ok_or(Malformed::Missing("group"))?;
+    Ok(GroupId {
+        stage: stage_name(group.stage)?,
+        generation: Generation(group.generation),
+    })
+}
+
+/// A member's part.
+pub fn membership(join: wire::GroupJoin) -> Result<Membership, Malformed> {
+    if join.rank >= join.world {
+        return Err(Malformed::Rank {
+            rank: join.rank,
+            world: join.world,
+        });
+    }
+    let key = |text: String| (!text.is_empty()).then_some(text);
+    Ok(Membership {
+        group: group_id(join.group)?,
+        rank: join.rank,
+        world: join.world,
+        base_step: join.base_step,
+        base_checkpoint: key(join.base_checkpoint),
+        parent_checkpoint: key(join.parent_checkpoint),
+        term: Term(join.term),
+    })
+}
+
+/// What a member is doing.
+pub fn group_phase(phase: i32) -> Result<Phase, Malformed> {
+    match wire::GroupPhase::try_from(phase) {
+        Ok(wire::GroupPhase::Exchanging) => Ok(Phase::Exchanging),
+        Ok(wire::GroupPhase::Syncing) => Ok(Phase::Syncing),
+        Ok(wire::GroupPhase::Stepping) => Ok(Phase::Stepping),
+        Ok(wire::GroupPhase::Sealing) => Ok(Phase::Sealing),
+        Ok(wire::GroupPhase::Unspecified) | Err(_) => Err(Malformed::UnknownValue {
+            what: "phase of a group",
+            value: phase.into(),
+        }),
+    }
+}
+
+/// How far a member is.
+pub fn group_progress(progress: wire::GroupProgress) -> Result<Progress, Malformed> {
+    Ok(Progress {
+        group: group_id(progress.group)?,
+        phase: group_phase(progress.phase)?,
+        step: progress.step,
+        total_steps: progress.total_steps,
+        loss: progress.loss,
+        samples_per_second: progress.samples_per_second,
+        step_ms: progress.step_ms,
+    })
+}
+
+/// A stored checkpoint.
+pub fn checkpoint_committed(
+    checkpoint: wire::CheckpointCommitted,
+) -> Result<CheckpointCommitted, Malformed> {
+    Ok(CheckpointCommitted {
+        group: group_id(checkpoint.group)?,
+        step: checkpoint.step,
+        digest: digest(&checkpoint.digest)?,
+        key: checkpoint.key,
+        bytes: checkpoint.bytes,
+        is_final: checkpoint.r#final,
+    })
+}
+
+/// Stage names become parts of keys, so only plain segments pass.
+fn stage_name(text: String) -> Result<String, Malformed> {
+    if is_segment(&text) {
+        Ok(text)
+    } else {
+        Err(Malformed::StageName(text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::to_wire;
+
+    fn some_lease() -> Lease {
+        Lease {
+            term: Term(3),
+            task: TaskId {
+                stage: "trajectories".into(),
+                index: 42,
+            },
+            attempt: 2,
+            incarnation: Incarnation::new(Term(3), 7),
+        }
+    }
+
+    #[test]
+    fn what_goes_out_comes_back() {
+        let original = some_lease();
+        assert_eq!(lease(Some(to_wire::lease(&original))), Ok(original));
+        for class in FailureClass::ALL {
+            assert_eq!(failure_class(to_wire::failure_class(class).into()), class);
+        }
+        for phase in Phase::ALL {
+            assert_eq!(group_phase(to_wire::group_phase(phase).into()), Ok(phase));
+        }
+        let original = Membership {
+            group: GroupId {
+                stage: "seg4".into(),
+                generation: Generation(9),
+            },
+            rank: 1,
+            world: 2,
+            base_step: 250,
+            base_checkpoint: Some("checkpoints/seg4/0000000250-g3/COMMIT".into()),
+            parent_checkpoint: None,
+            term: Term(3),
+        };
+        assert_eq!(membership(to_wire::membership(&original)), Ok(original));
+        let original = CheckpointCommitted {
+            group: GroupId {
+                stage: "seg4".into(),
+                generation: Generation(9),
+            },
+            step: 500,
+            key: "checkpoints/seg4/0000000500-g9/COMMIT".into(),
+            digest: Digest::of(b"commit"),
+            bytes: 10,
+            is_final: true,
+        };
+        assert_eq!(
+            checkpoint_committed(to_wire::checkpoint_committed(&original)),
+            Ok(original)
+        );
+    }
+
+    #[test]
+    fn a_stage_name_cannot_leave_its_folder() {
+        let mut hostile = to_wire::lease(&some_lease());
+        hostile.task.as_mut().expect("a lease has a task").stage = "../../etc".into();
+        assert_eq!(
+            lease(Some(hostile)),
+            Err(Malformed::StageName("../../etc".into()))
+        );
+    }
+
+    #[test]
+    fn a_missing_part_is_named() {
+        assert_eq!(lease(None), Err(Malformed::Missing("lease")));
+        assert_eq!(group_id(None), Err(Malformed::Missing("group")));
+    }
+}
