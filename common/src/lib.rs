@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod group;
 pub mod ids;
 pub mod latents;
+pub mod order;
 pub mod prompts;
 pub mod proto;
 pub mod recipe;
