@@ -6,6 +6,7 @@
 
 pub mod backoff;
 pub mod checkpoint;
+pub mod commit;
 pub mod group;
 pub mod ids;
 pub mod latents;
@@ -13,7 +14,10 @@ pub mod order;
 pub mod prompts;
 pub mod proto;
 pub mod recipe;
+pub mod curves;
+pub mod figures;
 pub mod run;
+pub mod security;
 pub mod seed;
 pub mod storage;
 pub mod task;

@@ -236,6 +236,20 @@ pub fn log(worker: &str, name: &str) -> Key {
     Prefix("logs".into()).folder(worker).key(name)
 }
 
+/// What a check of the store writes and removes; `nonce` keeps checks apart.
+pub fn probe(nonce: &str) -> Key {
+    Prefix("probe".into()).key(nonce)
+}
+
+/// Reads (stage, step, generation) back from the key of a checkpoint's COMMIT.
+pub fn parse_checkpoint_commit(key: &str) -> Option<(&str, u64, Generation)> {
+    let rest = key.strip_prefix("checkpoints/")?.strip_suffix("/COMMIT")?;
+    let (stage, folder) = rest.split_once('/')?;
+    let (step, generation) = parse_checkpoint_folder(folder)?;
+    let spelled = is_segment(stage) && commit(&checkpoint(stage, step, generation)).as_str() == key;
+    spelled.then_some((stage, step, generation))
+}
+
 fn attempt(lease: &Lease) -> String {
     format!("a{}-{}", lease.attempt, lease.incarnation)
 }
@@ -275,6 +289,17 @@ mod tests {
             parse_checkpoint_folder("0000000250-g3"),
             Some((250, Generation(3)))
         );
+        assert_eq!(
+            parse_checkpoint_commit(commit(&checkpoint).as_str()),
+            Some(("seg4", 250, Generation(3)))
+        );
+        for foreign in [
+            "checkpoints/seg4/250-g3/COMMIT",
+            "checkpoints/../0000000250-g3/COMMIT",
+            "checkpoints/seg4/0000000250-g3/s0000.safetensors",
+        ] {
+            assert_eq!(parse_checkpoint_commit(foreign), None, "{foreign}");
+        }
         assert_eq!(journal_segment(7).as_str(), "journal/00000000000000000007");
     }
 

@@ -1,0 +1,271 @@
+//! From a URI to a store.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher as _, Hasher as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::prefix::PrefixStore;
+use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig};
+use url::Url;
+
+use super::{Error, Store};
+
+/// Longest time of one request with its body.
+const REQUEST_TIMEOUT: &str = "120 seconds";
+/// Tries that object_store makes of one request.
+const REQUEST_RETRIES: usize = 5;
+/// All tries of one request end within this time.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The stores behind `memory://name`. The one thing here that the process shares: a name must mean the same
+/// store to every part of the process, as a path does, and nothing else could carry it between them.
+static NAMED_MEMORY: Mutex<BTreeMap<String, Arc<InMemory>>> = Mutex::new(BTreeMap::new());
+
+/// Opens the store that `uri` names.
+pub(super) fn open(uri: &str) -> Result<Store, Error> {
+    let Some((scheme, rest)) = uri.split_once("://") else {
+        return open_folder(Path::new(uri), uri);
+    };
+    match scheme {
+        "file" => {
+            let url = parse(uri)?;
+            let path = url.to_file_path().map_err(|()| {
+                bad(
+                    uri,
+                    "a file URI has three slashes and no host, as in file:///data/run",
+                )
+            })?;
+            open_folder(&path, uri)
+        }
+        "memory" => open_memory(uri, rest),
+        "s3" | "s3a" | "gs" | "az" | "adl" | "azure" | "abfs" | "abfss" => open_cloud(uri, scheme),
+        _ => Err(bad(
+            uri,
+            "the scheme is not known; write a path, or file://, memory://, s3://, gs:// or az://",
+        )),
+    }
+}
+
+/// Random text for names that must not meet. Its only source is the process's own hash key, so that neither
+/// the clock nor a generator is asked.
+pub(super) fn nonce() -> String {
+    let state = std::collections::hash_map::RandomState::new();
+    format!(
+        "{:016x}-{}",
+        state.build_hasher().finish(),
+        std::process::id()
+    )
+}
+
+fn open_folder(path: &Path, uri: &str) -> Result<Store, Error> {
+    if path.as_os_str().is_empty() {
+        return Err(bad(uri, "it is empty; write a path or a URI"));
+    }
+    let failed = |error: std::io::Error| bad(uri, &format!("{}: {error}", path.display()));
+    let absolute = std::path::absolute(path).map_err(failed)?;
+    private_folder(&absolute).map_err(failed)?;
+    let folder = absolute.canonicalize().map_err(failed)?;
+    let store = LocalFileSystem::new_with_prefix(&folder)
+        .map_err(|error| bad(uri, &error.to_string()))?
+        .with_fsync(true);
+    Ok(Store {
+        inner: Arc::new(store),
+        uri: format!("file://{}", folder.display()).into(),
+        folder: Some(Arc::new(folder)),
+    })
+}
+
+/// Makes the folder, and those above it, for its owner alone; one that exists is left as it is.
+fn private_folder(path: &PathBuf) -> std::io::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path)
+}
+
+fn open_memory(uri: &str, name: &str) -> Result<Store, Error> {
+    if !name.split('/').all(super::layout::is_segment) {
+        return Err(bad(
+            uri,
+            "a store in memory has a plain name, as in memory://test",
+        ));
+    }
+    // A panic elsewhere cannot leave the map half changed.
+    let mut named = NAMED_MEMORY.lock().unwrap_or_else(PoisonError::into_inner);
+    let store = named.entry(name.to_owned()).or_default().clone();
+    Ok(Store::over(store, uri))
+}
+
+fn open_cloud(uri: &str, scheme: &str) -> Result<Store, Error> {
+    let url = parse(uri)?;
+    if url.host_str().is_none_or(str::is_empty) {
+        return Err(bad(uri, "it names no bucket"));
+    }
+    let path = url.path().trim_matches('/');
+    if !path.is_empty() && !path.split('/').all(super::layout::is_segment) {
+        return Err(bad(uri, "folders are made of letters, digits and `._=-`"));
+    }
+    let built = match scheme {
+        "s3" | "s3a" => s3(uri),
+        "gs" => google(uri),
+        _ => azure(uri),
+    };
+    let backend = built.map_err(|error| bad(uri, &error.to_string()))?;
+    let inner: Arc<dyn ObjectStore> = if path.is_empty() {
+        backend
+    } else {
+        Arc::new(PrefixStore::new(backend, path))
+    };
+    Ok(Store::over(inner, uri.trim_end_matches('/')))
+}
+
+fn s3(uri: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
+    let timeout = AmazonS3ConfigKey::Client(ClientConfigKey::Timeout);
+    let mut builder = AmazonS3Builder::from_env().with_url(bucket_only(uri));
+    if builder.get_config_value(&timeout).is_none() {
+        builder = builder.with_config(timeout, REQUEST_TIMEOUT);
+    }
+    Ok(Arc::new(builder.with_retry(retries()).build()?))
+}
+
+fn google(uri: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
+    let timeout = GoogleConfigKey::Client(ClientConfigKey::Timeout);
+    let mut builder = GoogleCloudStorageBuilder::from_env().with_url(bucket_only(uri));
+    if builder.get_config_value(&timeout).is_none() {
+        builder = builder.with_config(timeout, REQUEST_TIMEOUT);
+    }
+    Ok(Arc::new(builder.with_retry(retries()).build()?))
+}
+
+fn azure(uri: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
+    let timeout = AzureConfigKey::Client(ClientConfigKey::Timeout);
+    let mut builder = MicrosoftAzureBuilder::from_env().with_url(bucket_only(uri));
+    if builder.get_config_value(&timeout).is_none() {
+        builder = builder.with_config(timeout, REQUEST_TIMEOUT);
+    }
+    Ok(Arc::new(builder.with_retry(retries()).build()?))
+}
+
+/// `scheme://bucket` of a URI that has been checked.
+fn bucket_only(uri: &str) -> &str {
+    let host = uri.find("://").map_or(0, |at| at + 3);
+    uri[host..].find('/').map_or(uri, |at| &uri[..host + at])
+}
+
+fn retries() -> RetryConfig {
+    RetryConfig {
+        backoff: BackoffConfig::default(),
+        max_retries: REQUEST_RETRIES,
+        retry_timeout: RETRY_TIMEOUT,
+    }
+}
+
+fn parse(uri: &str) -> Result<Url, Error> {
+    let url = Url::parse(uri).map_err(|error| bad(uri, &error.to_string()))?;
+    // `abfss://container@account.…` is how that scheme spells a container; everywhere else this is a user.
+    let container = matches!(url.scheme(), "abfs" | "abfss") && url.password().is_none();
+    if url.password().is_some() || (!url.username().is_empty() && !container) {
+        return Err(bad(
+            uri,
+            "credentials do not belong in a URI; set them in the environment",
+        ));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(bad(
+            uri,
+            "options do not belong in a URI; set them in the environment",
+        ));
+    }
+    Ok(url)
+}
+
+fn bad(uri: &str, reason: &str) -> Error {
+    Error::BadUri {
+        uri: shown(uri),
+        reason: reason.to_owned(),
+    }
+}
+
+/// The URI without what may be a secret: user, password, query.
+fn shown(uri: &str) -> String {
+    let plain = uri.split(['?', '#']).next().unwrap_or_default();
+    match (plain.split_once("://"), plain.rfind('@')) {
+        (Some((scheme, _)), Some(at)) => format!("{scheme}://…{}", &plain[at..]),
+        _ => plain.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(uri: &str) -> String {
+        Store::open(uri).expect_err(uri).to_string()
+    }
+
+    #[test]
+    fn a_secret_in_a_uri_is_refused_and_not_repeated() {
+        for uri in [
+            "s3://AKIA:hunter2@bucket/run",
+            "s3://bucket/run?secret=hunter2",
+            "gs://hunter2@bucket/run",
+            "az://bucket/run#hunter2",
+        ] {
+            let message = refusal(uri);
+            assert!(!message.contains("hunter2"), "{message}");
+            assert!(message.contains("environment"), "{message}");
+        }
+    }
+
+    #[test]
+    fn unknown_and_broken_uris_are_explained() {
+        for (uri, part) in [
+            ("", "empty"),
+            ("ftp://host/x", "scheme"),
+            ("http://host/x", "scheme"),
+            ("file://host/x", "three slashes"),
+            ("memory://", "plain name"),
+            ("memory://a b", "plain name"),
+            ("s3:///run", "host"),
+            ("s3://bucket/a//b", "folders"),
+        ] {
+            let message = refusal(uri);
+            assert!(message.contains(part), "{uri}: {message}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_in_memory_is_one_store() {
+        let key = super::super::layout::run_record();
+        let body = bytes::Bytes::from_static(b"x");
+        let here = Store::open("memory://open-test").expect("a plain name");
+        here.put(&key, body.clone()).await.expect("memory takes it");
+        let there = Store::open("memory://open-test").expect("a plain name");
+        assert_eq!(there.get(&key).await.expect("it is there"), body);
+        let other = Store::open("memory://open-test-2").expect("a plain name");
+        assert!(other.get(&key).await.is_err());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_is_made_for_its_owner_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let parent = tempfile::tempdir().expect("a temporary folder");
+        let path = parent.path().join("runs/one");
+        let store = Store::open(&path.display().to_string()).expect("the folder can be made");
+        assert!(store.uri().starts_with("file:///"), "{}", store.uri());
+        let mode = std::fs::metadata(&path)
+            .expect("it was made")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
+}
