@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the object-storage servers that the storage tests start on loopback, and prints where they are:
+# Installs the object-storage servers that the storage tests start on loopback, and prints, for a shell, where they are:
 #
 #   DISTILLERY_MOTO=/…/moto_server          the S3 API; needs python3 with venv
 #   DISTILLERY_AZURITE=/…/azurite-blob      the Azure API; needs npm
@@ -43,7 +43,7 @@ flock 9 # clones share the folders
 
 moto=$CACHE/moto-$MOTO_VERSION
 if installed "$moto" install_moto; then
-    echo "DISTILLERY_MOTO=$moto/bin/moto_server"
+    printf 'DISTILLERY_MOTO=%q\n' "$moto/bin/moto_server"
 else
     missing "moto could not be installed (Debian: apt-get install python3-venv)"
 fi
@@ -52,7 +52,7 @@ azurite=$CACHE/azurite-$AZURITE_VERSION
 if ! command -v npm >/dev/null; then
     say "WARNING: no npm, so no Azurite: tests of the Azure backend will be SKIPPED"
 elif installed "$azurite" install_azurite; then
-    echo "DISTILLERY_AZURITE=$azurite/node_modules/.bin/azurite-blob"
+    printf 'DISTILLERY_AZURITE=%q\n' "$azurite/node_modules/.bin/azurite-blob"
 else
     missing "Azurite could not be installed"
 fi

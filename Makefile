@@ -1,0 +1,41 @@
+# One profile, `release`, for the demo, the tests and the lints, so that libtorch's bindings are compiled once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+target := $(or $(CARGO_TARGET_DIR),target)
+cargo_flags := --release --locked
+
+.PHONY: help demo test lint libtorch servers
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+demo: libtorch ## Distil the bundled teacher on this machine's CPU, from recipe to report.
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine
+	$(target)/release/coordinator run configs/quickstart.yaml
+
+test: lint servers ## Run the lints and every test that needs no GPU.
+	cargo build $(cargo_flags) --workspace --bins
+	set -a; . $(target)/test-servers.env; set +a; \
+	cargo test $(cargo_flags) --workspace --no-fail-fast | awk \
+	    '{ print; fflush() } \
+	     /^test result:/ { passed += $$4; failed += $$6; ignored += $$8 } \
+	     END { printf "make test: %d passed, %d failed, %d ignored\n", passed, failed, ignored }'
+
+lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, licences and bans.
+	cargo fmt --all --check
+	cargo clippy $(cargo_flags) --workspace --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null; then \
+	    cargo deny --locked check bans licenses sources; \
+	else \
+	    echo "WARNING: no cargo-deny: licences and bans of deny.toml were NOT checked" >&2; \
+	fi
+
+libtorch: ## Find or fetch libtorch (deploy/README.md).
+	@deploy/libtorch.sh
+
+servers: ## Install the storage servers for the tests (deploy/README.md).
+	@mkdir -p $(target)
+	@deploy/test-servers.sh >$(target)/test-servers.env
