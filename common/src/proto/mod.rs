@@ -3,6 +3,8 @@
 //! Messages that only say "this happened" are read where the stream is served; every noun inside them passes
 //! through [`to_wire`] and [`from_wire`]. These modules must never decide anything.
 
+pub mod engine_link;
+pub mod framing;
 pub mod from_wire;
 pub mod to_wire;
 

@@ -1,0 +1,206 @@
+use super::*;
+
+const RUN: &str = "0198f3a2-7c11-7e55-b9f0-3f7a4c1d2e90";
+
+fn token(byte: u8) -> Token {
+    Token([byte; 32])
+}
+
+#[test]
+fn both_sides_derive_the_same_certificates() {
+    let one = Authority::derive(&token(7), RUN).expect("derives");
+    let two = Authority::derive(&token(7), RUN).expect("derives");
+    assert_eq!(one.certificate_der, two.certificate_der);
+    assert_eq!(one.server_pem, two.server_pem);
+    let other_token = Authority::derive(&token(8), RUN).expect("derives");
+    let other_run = Authority::derive(&token(7), "another").expect("derives");
+    assert_ne!(one.fingerprint(), other_token.fingerprint());
+    assert_ne!(one.fingerprint(), other_run.fingerprint());
+}
+
+#[test]
+fn only_the_right_token_is_admitted() {
+    let right = token(1);
+    let header = format!("Bearer {}", right.reveal());
+    assert!(right.admits(Some(header.as_bytes())));
+    assert!(right.matches(&token(1)));
+    assert!(!token(2).admits(Some(header.as_bytes())));
+    assert!(!token(2).matches(&right));
+    assert!(!right.admits(None));
+    assert!(!right.admits(Some(b"Bearer ")));
+    assert!(!right.admits(Some(&header.as_bytes()[..header.len() - 1])));
+
+    let mut require = RequireToken::new(right);
+    let shown = |token: &Token| ShowToken::new(token).call(tonic::Request::new(()));
+    assert!(require.call(shown(&token(1)).expect("shows")).is_ok());
+    let refused = require.call(shown(&token(2)).expect("shows"));
+    let status = refused.expect_err("a wrong token is refused");
+    assert_eq!(status.code(), tonic::Code::Unauthenticated);
+}
+
+#[test]
+fn a_token_file_is_made_once_and_private() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("token");
+    let made = Token::load_or_create(&path).expect("made");
+    let mode = std::fs::metadata(&path)
+        .expect("is there")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let again = Token::load_or_create(&path).expect("read");
+    assert!(made.matches(&again));
+
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).expect("chmod");
+    let error = Token::load(&path).expect_err("others could read it");
+    assert!(error.to_string().contains("chmod 600"), "{error}");
+}
+
+#[test]
+fn a_join_string_reads_what_it_prints_and_hides_its_token() {
+    for tls in [true, false] {
+        let join = Join::new("127.0.0.1:4000", RUN, token(9), tls).expect("makes");
+        let read = Join::parse(&join.reveal(), false).expect("reads");
+        assert_eq!(read.address(), "127.0.0.1:4000");
+        assert_eq!(read.run_id(), RUN);
+        assert!(read.token().matches(join.token()));
+        assert_eq!(read.fingerprint(), join.fingerprint());
+        let secret = join.token().reveal();
+        assert!(!format!("{join} {join:?} {:?}", join.token()).contains(&secret));
+    }
+}
+
+#[test]
+fn a_broken_join_string_says_what_is_missing() {
+    let whole = Join::new("host:4000", RUN, token(9), true)
+        .expect("makes")
+        .reveal();
+    let (_, secret) = whole.rsplit_once('#').expect("has a token");
+    let check = |text: &str, part: &str| {
+        let error = Join::parse(text, false).expect_err("is broken").to_string();
+        assert!(error.contains(part), "{text}: {error}");
+        assert!(!error.contains(secret), "{error}");
+    };
+    check("host:4000", "https:// in front");
+    check("https://host:4000/run", "no #TOKEN");
+    check(&whole.replace(":4000", ""), "no port");
+    check(&whole.replace(RUN, ""), "no run id");
+    check(&whole.replace(&format!("#{secret}"), ""), "no fingerprint");
+    check(&whole[..whole.len() - 1], "64 hexadecimal digits");
+    check(&format!("http://host:4000/{RUN}#{secret}"), "--insecure");
+    assert!(Join::parse(&format!("http://host:4000/{RUN}#{secret}"), true).is_ok());
+}
+
+#[test]
+fn a_fingerprint_of_another_token_is_explained() {
+    let one = Join::new("host:4000", RUN, token(1), true).expect("makes");
+    let two = Join::new("host:4000", RUN, token(2), true).expect("makes");
+    let mixed = one
+        .reveal()
+        .replace(&one.token().reveal(), &two.token().reveal());
+    let error = Join::parse(&mixed, false)
+        .expect_err("is mixed")
+        .to_string();
+    assert!(error.contains("copy it again as a whole"), "{error}");
+}
+
+#[test]
+fn loopback_is_this_host_alone() {
+    for here in ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.8.8.8:1"] {
+        assert!(join::is_loopback(here), "{here}");
+    }
+    for elsewhere in [
+        "0.0.0.0:1",
+        "10.0.0.1:1",
+        "localhost.example.org:1",
+        "127.0.0.1.example.org:1",
+    ] {
+        assert!(!join::is_loopback(elsewhere), "{elsewhere}");
+    }
+}
+
+mod handshake {
+    use super::*;
+    use crate::proto::wire;
+    use crate::proto::wire::coordinator_client::CoordinatorClient;
+    use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
+    use tonic::{Request, Response, Status, Streaming};
+
+    struct OnlyStatus;
+
+    #[tonic::async_trait]
+    impl Coordinator for OnlyStatus {
+        type SessionStream = futures::stream::Empty<Result<wire::CoordinatorMessage, Status>>;
+
+        async fn session(
+            &self,
+            _: Request<Streaming<wire::WorkerMessage>>,
+        ) -> Result<Response<Self::SessionStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn status(
+            &self,
+            _: Request<wire::StatusRequest>,
+        ) -> Result<Response<wire::StatusReply>, Status> {
+            Ok(Response::new(wire::StatusReply::default()))
+        }
+
+        async fn stop(
+            &self,
+            _: Request<wire::StopRequest>,
+        ) -> Result<Response<wire::StopReply>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+    }
+
+    async fn ask(join: &Join, authority: &Authority) -> Result<(), String> {
+        let channel = tonic::transport::Endpoint::from_shared(join.url())
+            .and_then(|endpoint| endpoint.tls_config(authority.client_tls()))
+            .map_err(|error| error.to_string())?
+            .connect()
+            .await
+            .map_err(|error| format!("{error:?}"))?;
+        CoordinatorClient::with_interceptor(channel, ShowToken::new(join.token()))
+            .status(wire::StatusRequest {})
+            .await
+            .map(drop)
+            .map_err(|status| status.code().to_string())
+    }
+
+    #[tokio::test]
+    async fn a_worker_trusts_its_own_coordinator_and_no_other() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("binds");
+        let address = listener.local_addr().expect("bound").to_string();
+        let authority = Authority::derive(&token(1), RUN).expect("derives");
+        let service = CoordinatorServer::with_interceptor(OnlyStatus, RequireToken::new(token(1)));
+        let incoming = futures::stream::unfold(listener, async |listener| {
+            Some((listener.accept().await.map(|(stream, _)| stream), listener))
+        });
+        let server = tonic::transport::Server::builder()
+            .tls_config(authority.server_tls())
+            .expect("the certificates fit")
+            .add_service(service)
+            .serve_with_incoming(incoming);
+        let server = tokio::spawn(server);
+
+        let join = Join::new(&address, RUN, token(1), true).expect("makes");
+        ask(&join, &authority)
+            .await
+            .expect("the right token is served");
+
+        let stranger = Authority::derive(&token(2), RUN).expect("derives");
+        let error = ask(&join, &stranger).await.expect_err("another authority");
+        assert!(
+            error.contains("UnknownIssuer") || error.contains("BadSignature"),
+            "{error}"
+        );
+
+        let wrong = Join::new(&address, RUN, token(2), true).expect("makes");
+        let error = ask(&wrong, &authority).await.expect_err("another token");
+        assert!(error.contains("authentication"), "{error}");
+        server.abort();
+    }
+}
