@@ -1,0 +1,113 @@
+//! Training curves: one JSON line for each optimizer step, stored in every checkpoint as `metrics.jsonl`.
+
+use serde::{Deserialize, Serialize};
+
+/// Number of equal timestep bins that losses are collected in.
+pub const TIME_BINS: usize = 10;
+
+/// What one optimizer step showed. Losses are means over the global batch; a bin without rows has none.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepRecord {
+    /// Steps applied so far in the stage, from 1.
+    pub step: u64,
+    /// Generation of the group that took the step.
+    pub generation: u64,
+    /// Engines in the group.
+    pub world: u32,
+    /// Mean loss.
+    pub loss: f64,
+    /// Mean loss of the rows of each segment, noisiest last.
+    pub loss_by_segment: Vec<Option<f64>>,
+    /// Mean loss of the rows of each of [`TIME_BINS`] timestep bins, cleanest first.
+    pub loss_by_time: Vec<Option<f64>>,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the step.
+    pub lr: f64,
+    /// Whether a non-finite gradient made the step change nothing.
+    pub skipped: bool,
+    /// Wall time of the step.
+    pub step_ms: f64,
+    /// Part of it that waited for rows.
+    pub wait_ms: f64,
+}
+
+/// One line each, with a newline at the end.
+pub fn to_jsonl(records: &[StepRecord]) -> Vec<u8> {
+    let mut text = Vec::new();
+    for record in records {
+        serde_json::to_writer(&mut text, record).expect("a record of numbers is JSON");
+        text.push(b'\n');
+    }
+    text
+}
+
+/// A line of curves that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("line {line} of the training curves is not a step record")]
+pub struct BadLine {
+    /// Counted from 1.
+    pub line: usize,
+    /// What the parser says.
+    #[source]
+    pub source: serde_json::Error,
+}
+
+/// Reads what [`to_jsonl`] wrote.
+pub fn from_jsonl(text: &[u8]) -> Result<Vec<StepRecord>, BadLine> {
+    text.split(|&b| b == b'\n')
+        .enumerate()
+        .filter(|(_, line)| !line.is_empty())
+        .map(|(i, line)| {
+            serde_json::from_slice(line).map_err(|source| BadLine { line: i + 1, source })
+        })
+        .collect()
+}
+
+/// The timestep bin of `t` in `0..train_times`.
+pub fn time_bin(t: i64, train_times: i64) -> usize {
+    let bin = t.clamp(0, train_times - 1) * TIME_BINS as i64 / train_times;
+    usize::try_from(bin).expect("a clamped time has a bin")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(step: u64) -> StepRecord {
+        StepRecord {
+            step,
+            generation: 1,
+            world: 2,
+            loss: 0.125,
+            loss_by_segment: vec![Some(0.25), None],
+            loss_by_time: vec![None; TIME_BINS],
+            grad_norm: 1.5,
+            lr: 1e-4,
+            skipped: false,
+            step_ms: 3.25,
+            wait_ms: 0.0,
+        }
+    }
+
+    #[test]
+    fn curves_read_what_they_write() {
+        let records = vec![record(1), record(2)];
+        let text = to_jsonl(&records);
+        assert_eq!(from_jsonl(&text).expect("own lines"), records);
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        let mut text = to_jsonl(&[record(1)]);
+        text.extend_from_slice(b"{\"step\": 2}\n");
+        assert_eq!(from_jsonl(&text).expect_err("half a record").line, 2);
+    }
+
+    #[test]
+    fn bins_cover_all_times() {
+        assert_eq!((time_bin(0, 1000), time_bin(99, 1000), time_bin(100, 1000)), (0, 0, 1));
+        assert_eq!((time_bin(999, 1000), time_bin(5000, 1000)), (9, 9));
+    }
+}
