@@ -3,7 +3,7 @@
 #
 #   deploy/libtorch.sh         keep the link that is there; otherwise the CPU build
 #   deploy/libtorch.sh cpu     the CPU build           (0.55 GB of downloads, 0.5 GB on disk)
-#   deploy/libtorch.sh cuda    the CUDA 13 build       (2.2 GB of downloads, 5 GB on disk)
+#   deploy/libtorch.sh cuda    the CUDA 13 build       (2.5 GB of downloads, 3.6 GB on disk)
 #
 # If LIBTORCH is set, its folder is checked and linked, and nothing is downloaded.
 # The wheels on PyPI are the one source that mirrors carry everywhere, so libtorch is cut out of them.
@@ -91,13 +91,13 @@ unpack() {
 	import pathlib, re, shutil, sys, zipfile
 	kind, wheels, target = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
 	cpu = {"libc10.so", "libtorch_cpu.so", "libgomp.so.1", "libcudart.so.13", "libcupti.so.13"}
-	python_only = {"libtorch_python.so", "libshm.so"}
+	unused = {"libtorch.so", "libtorch_python.so", "libshm.so"}
 	for wheel in sorted(wheels.glob("*.whl")):
 	    with zipfile.ZipFile(wheel) as archive:
 	        for name in archive.namelist():
 	            file = pathlib.PurePosixPath(name)
 	            library = re.fullmatch(r"(torch|nvidia/\w+)/lib/[^/]+\.so(\.\d+)*", name)
-	            if library and (file.name in cpu if kind == "cpu" else file.name not in python_only):
+	            if library and (file.name in cpu if kind == "cpu" else file.name not in unused):
 	                to = target / "lib" / file.name
 	            elif name.startswith("torch/include/") and not name.endswith("/"):
 	                to = target / file.relative_to("torch")
@@ -110,10 +110,11 @@ unpack() {
 	PYTHON
 }
 
-# The linker is told -ltorch -lgomp. libtorch.so of the wheel would pull in CUDA, so the CPU build gets a linker script.
+# The linker is told -ltorch -lgomp. The wheel's libtorch.so does nothing but pull in CUDA; a linker script in its place
+# lets one engine run on both builds: it opens libtorch_cuda.so itself when that is there.
 finish() {
-    local kind=$1 target=$2
-    [ "$kind" = cuda ] || echo 'INPUT(-ltorch_cpu)' >"$target/lib/libtorch.so"
+    local target=$1
+    echo 'INPUT(-ltorch_cpu)' >"$target/lib/libtorch.so"
     ln -s libgomp.so.1 "$target/lib/libgomp.so"
     echo "$VERSION" >"$target/build-version"
     is_usable "$target" || fail "the wheels do not hold what they should; nothing was installed"
@@ -135,7 +136,7 @@ install() {
     say "downloading the $kind build of libtorch $VERSION"
     download "$kind" "$scratch"
     unpack "$kind" "$scratch/wheels" "$scratch/libtorch"
-    finish "$kind" "$scratch/libtorch"
+    finish "$scratch/libtorch"
     rm -rf "$target" # at most an unusable leftover
     mv -T "$scratch/libtorch" "$target"
 }
