@@ -241,6 +241,23 @@ pub fn probe(nonce: &str) -> Key {
     Prefix("probe".into()).key(nonce)
 }
 
+/// Reads the key of a task's COMMIT: a shard of trajectories, or a unit of another task stage.
+pub fn parse_commit(key: &str) -> Result<Key, ForeignKey> {
+    let parts: Vec<&str> = key.split('/').collect();
+    let is_commit = parts.len() == 4
+        && ["trajectories", "tasks"].contains(&parts[0])
+        && parts[3] == "COMMIT"
+        && parts.iter().all(|part| is_segment(part));
+    if is_commit {
+        Ok(Key(key.to_owned()))
+    } else {
+        Err(ForeignKey {
+            key: key.to_owned(),
+            prefix: "trajectories/<dataset>/<shard> or tasks/<stage>/<index>".into(),
+        })
+    }
+}
+
 /// Reads (stage, step, generation) back from the key of a checkpoint's COMMIT.
 pub fn parse_checkpoint_commit(key: &str) -> Option<(&str, u64, Generation)> {
     let rest = key.strip_prefix("checkpoints/")?.strip_suffix("/COMMIT")?;

@@ -101,7 +101,7 @@ impl Store {
     /// The whole object.
     pub async fn get(&self, key: &Key) -> Result<Bytes, Error> {
         let path = key.to_path();
-        self.retry(Operation::Read, key.as_str(), async || {
+        self.retry(Operation::Read, key.as_str(), || async {
             self.inner.get(&path).await?.bytes().await
         })
         .await
@@ -126,7 +126,7 @@ impl Store {
     pub async fn get_ranges(&self, key: &Key, ranges: &[Range<u64>]) -> Result<Vec<Bytes>, Error> {
         let path = key.to_path();
         let parts = self
-            .retry(Operation::Read, key.as_str(), async || {
+            .retry(Operation::Read, key.as_str(), || async {
                 self.inner.get_ranges(&path, ranges).await
             })
             .await?;
@@ -149,7 +149,7 @@ impl Store {
     pub async fn head(&self, key: &Key) -> Result<Entry, Error> {
         let path = key.to_path();
         let meta = self
-            .retry(Operation::Read, key.as_str(), async || {
+            .retry(Operation::Read, key.as_str(), || async {
                 self.inner.head(&path).await
             })
             .await?;
@@ -163,7 +163,7 @@ impl Store {
     /// Writes a data object, whose key no other attempt uses.
     pub async fn put(&self, key: &Key, body: Bytes) -> Result<(), Error> {
         let path = key.to_path();
-        self.retry(Operation::Write, key.as_str(), async || {
+        self.retry(Operation::Write, key.as_str(), || async {
             self.inner
                 .put(&path, PutPayload::from_bytes(body.clone()))
                 .await
@@ -217,7 +217,7 @@ impl Store {
     pub async fn list(&self, prefix: &Prefix) -> Result<Vec<Entry>, Error> {
         let path = prefix.to_path();
         let found = self
-            .retry(Operation::List, prefix.as_str(), async || {
+            .retry(Operation::List, prefix.as_str(), || async {
                 let listing = self.inner.list(Some(&path)).try_collect::<Vec<_>>().await;
                 or_empty(listing)
             })
@@ -241,7 +241,7 @@ impl Store {
     pub async fn list_folders(&self, prefix: &Prefix) -> Result<Vec<String>, Error> {
         let path = prefix.to_path();
         let found = self
-            .retry(Operation::List, prefix.as_str(), async || {
+            .retry(Operation::List, prefix.as_str(), || async {
                 let listing = self.inner.list_with_delimiter(Some(&path)).await;
                 or_empty(listing.map(|listing| listing.common_prefixes))
             })
@@ -259,7 +259,7 @@ impl Store {
     pub async fn delete(&self, key: &Key) -> Result<(), Error> {
         let path = key.to_path();
         let done = self
-            .retry(Operation::Delete, key.as_str(), async || {
+            .retry(Operation::Delete, key.as_str(), || async {
                 self.inner.delete(&path).await
             })
             .await;
@@ -293,11 +293,11 @@ impl Store {
         })
     }
 
-    async fn retry<T>(
+    async fn retry<T, F: Future<Output = object_store::Result<T>> + Send>(
         &self,
         operation: Operation,
         key: &str,
-        mut once: impl AsyncFnMut() -> object_store::Result<T>,
+        mut once: impl FnMut() -> F + Send,
     ) -> Result<T, Error> {
         let mut wait = Waiter::new(key);
         loop {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -83,7 +83,7 @@ fn open_folder(path: &Path, uri: &str) -> Result<Store, Error> {
 }
 
 /// Makes the folder, and those above it, for its owner alone; one that exists is left as it is.
-fn private_folder(path: &PathBuf) -> std::io::Result<()> {
+fn private_folder(path: &Path) -> std::io::Result<()> {
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]

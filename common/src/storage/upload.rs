@@ -10,7 +10,7 @@ use super::{Error, Operation, Store};
 use crate::ids::Digest;
 
 /// Bytes of one part; also the largest object that is written with a single request.
-pub const PART_BYTES: usize = 16 << 20;
+const PART_BYTES: usize = 16 << 20;
 /// Parts in flight.
 const PARTS_IN_FLIGHT: usize = 4;
 
@@ -217,7 +217,7 @@ impl Upload {
         let path = self.key.to_path();
         let store = self.store.clone();
         let upload = store
-            .retry(Operation::Write, self.key.as_str(), async || {
+            .retry(Operation::Write, self.key.as_str(), || async {
                 store.inner.put_multipart(&path).await
             })
             .await?;
