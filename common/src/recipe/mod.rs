@@ -4,6 +4,22 @@
 //! complaint, `digest` names what a result depends on. Stages come fully resolved: what a stage does not say
 //! itself is filled in from the sections above it.
 
+mod check;
+mod digest;
+mod fault;
+mod load;
+mod nearest;
+mod raw;
+mod schema;
+mod set;
+mod table;
+
+pub use digest::canonical;
+pub use fault::{Code, Fault, Faults};
+pub use load::{load, parse};
+pub use raw::{Origin, Span};
+pub use schema::json_schema;
+
 use std::path::PathBuf;
 
 /// A checked recipe.

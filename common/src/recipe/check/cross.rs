@@ -1,0 +1,526 @@
+//! What keys mean to each other: segments, grid, batches, students, exports.
+//!
+//! A rule that touches a value with a fault of its own stays silent, so that one mistake is told once. This
+//! module must never touch a disk.
+
+use std::collections::BTreeMap;
+
+use super::super::fault::{Code, Fault};
+use super::super::table::RESERVED_STAGES;
+use super::super::{
+    Evaluate, ExportFormat, Method, Optimizer, Recipe, Sampler, Stage, StudentKind,
+};
+use super::resolve::{Checked, Resolved};
+use super::scalar::either;
+use super::sections::TIMES;
+
+/// The last training time; milestones are cut from it (algorithm.md §2.2).
+const LAST_TIME: u64 = TIMES - 1;
+/// Step counts that the official lists of sampler tlcm9 know (algorithm.md §6.1).
+const TLCM9_STEPS: u32 = 8;
+/// Entries of the grid that sampler lcm picks from (formats.md §6).
+const LCM_STEPS: u32 = 40;
+
+/// Checks `recipe`, which was built from `top`.
+pub(super) fn check(recipe: &Recipe, top: &Resolved) -> Vec<Fault> {
+    let mut rules = Rules {
+        top,
+        faults: Vec::new(),
+    };
+    rules.names(recipe);
+    rules.grid(recipe);
+    rules.shards(recipe);
+    for (i, stage) in recipe.stages.iter().enumerate() {
+        let place = Place {
+            stage,
+            path: format!("stages.{i}"),
+        };
+        rules.method(&place);
+        rules.segments(recipe, &place, i);
+        rules.skip(recipe, &place);
+        rules.student(recipe, &place, i);
+        rules.batch(recipe, &place);
+        rules.schedule(&place);
+    }
+    rules.sampling(recipe);
+    rules.export(recipe);
+    rules.cluster(recipe);
+    rules.faults
+}
+
+/// A stage and its path in the recipe.
+struct Place<'a> {
+    stage: &'a Stage,
+    path: String,
+}
+
+impl Place<'_> {
+    fn of(&self, key: &str) -> String {
+        format!("{}.{key}", self.path)
+    }
+}
+
+struct Rules<'a> {
+    top: &'a Resolved,
+    faults: Vec<Fault>,
+}
+
+impl Rules<'_> {
+    /// Reports a fault at the first of `paths`, unless one of them has a fault already.
+    fn refuse(
+        &mut self,
+        code: Code,
+        paths: &[&str],
+        message: String,
+        label: String,
+        help: impl Into<Option<String>>,
+    ) {
+        if paths.iter().any(|path| self.is_faulty(path)) {
+            return;
+        }
+        self.faults.push(Fault {
+            code,
+            path: paths[0].into(),
+            message,
+            label,
+            help: help.into(),
+            span: super::place(self.top, paths[0]),
+        });
+    }
+
+    fn is_faulty(&self, path: &str) -> bool {
+        let mut at = self.top;
+        for key in path.split('.') {
+            if at.faulty && !matches!(at.value, Checked::List(_)) {
+                return true;
+            }
+            match at.child(key) {
+                Some(child) => at = child,
+                None => return false,
+            }
+        }
+        at.faulty
+    }
+
+    fn names(&mut self, recipe: &Recipe) {
+        let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
+        for (i, stage) in recipe.stages.iter().enumerate() {
+            let path = format!("stages.{i}.name");
+            let name = stage.name.as_str();
+            if RESERVED_STAGES.contains(&name) {
+                let message = format!("a stage cannot be named {name}");
+                let label = format!("reserved, like {}", either(&RESERVED_STAGES));
+                self.refuse(Code::StageName, &[&path], message, label, None);
+            } else if let Some(first) = seen.insert(name, i) {
+                let message = format!("two stages are named {name}");
+                let label = format!("stage {} has this name too", first + 1);
+                let help = "names tell checkpoints and exports apart".to_owned();
+                self.refuse(Code::StageName, &[&path], message, label, help);
+            }
+        }
+    }
+
+    /// Milestones tau_k = trunc(k 999 / M), k ≥ 1, must be points (1000 / n) i - 1 of a grid of n.
+    fn grid(&mut self, recipe: &Recipe) {
+        let Some(grid) = recipe.trajectories.time_grid.map(u64::from) else {
+            return;
+        };
+        let path = "trajectories.time_grid";
+        if TIMES % grid != 0 {
+            let message = format!("a grid of {grid} times does not divide {TIMES}");
+            let help = format!("use {}", near_divisors(grid));
+            self.refuse(
+                Code::Grid,
+                &[path],
+                message,
+                format!("must divide {TIMES}"),
+                help,
+            );
+            return;
+        }
+        let segments = u64::from(recipe.trajectories.segments);
+        let Some(off) = first_off_grid(grid, segments) else {
+            return;
+        };
+        let fitting: Vec<String> = (1..=TIMES)
+            .filter(|n| TIMES % n == 0 && first_off_grid(*n, segments).is_none())
+            .take(3)
+            .map(|n| n.to_string())
+            .collect();
+        let help = if fitting.is_empty() {
+            format!("set time_grid: none, or use segments that divide {grid}")
+        } else {
+            let fitting: Vec<&str> = fitting.iter().map(String::as_str).collect();
+            format!("use a grid of {}, or time_grid: none", either(&fitting))
+        };
+        let message = format!("a grid of {grid} times lacks milestones of {segments} segments");
+        let label = format!("time {off} is not among {}i - 1", TIMES / grid);
+        self.refuse(
+            Code::Grid,
+            &[path, "trajectories.segments"],
+            message,
+            label,
+            help,
+        );
+    }
+
+    fn shards(&mut self, recipe: &Recipe) {
+        let t = &recipe.trajectories;
+        if t.shard_trajectories % t.batch == 0 {
+            return;
+        }
+        let path = "trajectories.shard_trajectories";
+        let message = format!(
+            "shards of {} cut batches of {} in two",
+            t.shard_trajectories, t.batch
+        );
+        let label = format!("not a multiple of trajectories.batch ({})", t.batch);
+        let next = t.shard_trajectories.next_multiple_of(t.batch);
+        let help = format!("use {next}");
+        self.refuse(
+            Code::Shards,
+            &[path, "trajectories.batch"],
+            message,
+            label,
+            help,
+        );
+    }
+
+    fn method(&mut self, at: &Place<'_>) {
+        let (segments, path) = (at.stage.segments, at.of("segments"));
+        let method = at.of("method");
+        let given = self
+            .top_at(&path)
+            .is_some_and(|r| matches!(r.value, Checked::Whole(_)));
+        match at.stage.method {
+            Method::Lcm if segments != 1 => {
+                let message = format!("lcm cannot train {segments} segments");
+                let help = "remove segments, or use method mcd or mlcm".to_owned();
+                let label = "lcm has 1 segment".to_owned();
+                self.refuse(Code::Method, &[&path, &method], message, label, help);
+            }
+            Method::Mlcm | Method::Mcd if !given => {
+                let message = format!("stage {} lacks segments", at.stage.name);
+                let help = "segments: number of segments of this stage".to_owned();
+                let label = "segments is missing".to_owned();
+                self.refuse(Code::Missing, &[&path, &method], message, label, help);
+            }
+            Method::Lcm | Method::Mlcm | Method::Mcd => {}
+        }
+    }
+
+    /// Coarser from finer: M divides the stored segments and, after an mlcm stage, that stage's M.
+    fn segments(&mut self, recipe: &Recipe, at: &Place<'_>, i: usize) {
+        let path = at.of("segments");
+        let stored = recipe.trajectories.segments;
+        let (segments, name) = (at.stage.segments, &at.stage.name);
+        let before = recipe.stages[..i]
+            .last()
+            .filter(|s| s.method == Method::Mlcm && at.stage.method == Method::Mlcm);
+        let earlier = format!("stages.{}.segments", i.saturating_sub(1));
+        match before {
+            Some(before) if before.segments % segments != 0 => {
+                let mut whose = format!("stage {}", before.name);
+                if before.segments == stored {
+                    whose.push_str(", trajectories.segments");
+                }
+                let message = format!("{segments} segments cannot follow {}", before.segments);
+                let label = format!("{segments} does not divide {} ({whose})", before.segments);
+                let help = format!("use {}", divisors(before.segments));
+                self.refuse(Code::Segments, &[&path, &earlier], message, label, help);
+            }
+            Some(_) | None if stored % segments != 0 => {
+                let message = format!("stage {name} cannot use rows of {stored} segments");
+                let label = format!("{segments} does not divide {stored} (trajectories.segments)");
+                let help = format!("use {}, or other trajectories.segments", divisors(stored));
+                self.refuse(
+                    Code::Segments,
+                    &[&path, "trajectories.segments"],
+                    message,
+                    label,
+                    help,
+                );
+            }
+            Some(_) | None => {}
+        }
+    }
+
+    fn skip(&mut self, recipe: &Recipe, at: &Place<'_>) {
+        let Some(grid) = recipe.trajectories.time_grid.map(u64::from) else {
+            return;
+        };
+        if TIMES % grid != 0 {
+            return;
+        }
+        let spacing = TIMES / grid;
+        let skip = u64::from(at.stage.skip);
+        if skip % spacing != 0 {
+            let message = format!("a skip of {skip} leaves the grid of {grid} times");
+            let label = format!("not a multiple of {spacing}");
+            let near = skip.next_multiple_of(spacing).min(TIMES - spacing);
+            let help = format!("use {near}, or trajectories.time_grid: none");
+            let path = at.of("skip");
+            self.refuse(
+                Code::Skip,
+                &[&path, "trajectories.time_grid"],
+                message,
+                label,
+                help,
+            );
+        }
+    }
+
+    /// A stage goes on with the student of the stage before, so its shape must be the same.
+    fn student(&mut self, recipe: &Recipe, at: &Place<'_>, i: usize) {
+        let Some(before) = recipe.stages[..i].last() else {
+            return;
+        };
+        let (old, new) = (&before.student.kind, &at.stage.student.kind);
+        if old == new {
+            return;
+        }
+        let (key, message, label) = match (old, new) {
+            (StudentKind::Full, StudentKind::Lora { .. }) => (
+                "kind",
+                format!(
+                    "stage {} cannot train adapters after a full student",
+                    at.stage.name
+                ),
+                "adapters would be measured from the teacher, and the full student lost".to_owned(),
+            ),
+            (StudentKind::Lora { .. }, StudentKind::Full) => (
+                "kind",
+                format!(
+                    "stage {} cannot train every weight after adapters",
+                    at.stage.name
+                ),
+                "the adapters of the stage before would be lost".to_owned(),
+            ),
+            (StudentKind::Lora { lora_rank: a, .. }, StudentKind::Lora { lora_rank: b, .. })
+                if a != b =>
+            {
+                (
+                    "lora_rank",
+                    format!("adapters of rank {b} cannot follow adapters of rank {a}"),
+                    format!("stage {} has lora_rank {a}", before.name),
+                )
+            }
+            (StudentKind::Lora { lora_alpha: a, .. }, StudentKind::Lora { lora_alpha: b, .. })
+                if a != b =>
+            {
+                (
+                    "lora_alpha",
+                    format!("lora_alpha {b} cannot follow lora_alpha {a}"),
+                    "the student would jump: its adapters are scaled by lora_alpha / lora_rank"
+                        .to_owned(),
+                )
+            }
+            _ => (
+                "targets",
+                format!("stage {} cannot train other modules", at.stage.name),
+                format!("stage {} has other targets", before.name),
+            ),
+        };
+        let path = at.of(&format!("student.{key}"));
+        let earlier = format!("stages.{}.student.{key}", i - 1);
+        let help = "set student once, above the stages".to_owned();
+        self.refuse(Code::Student, &[&path, &earlier], message, label, help);
+    }
+
+    fn batch(&mut self, recipe: &Recipe, at: &Place<'_>) {
+        let path = at.of("batch.global");
+        let (min, max) = (recipe.cluster.min_workers, recipe.cluster.max_workers);
+        let global = at.stage.batch.global;
+        let bounds = ["cluster.workers.min", "cluster.workers.max"];
+        let stage = &at.stage.name;
+        let odd = (min..=max).find(|w| global % u64::from(*w) != 0);
+        if global < u64::from(max) {
+            let message = format!("a batch of {global} cannot feed {max} workers");
+            let label = format!("less than cluster.workers.max ({max}), stage {stage}");
+            let help = format!("use at least {max}, or fewer workers");
+            self.refuse(Code::Batch, &[&path, bounds[1]], message, label, help);
+        } else if let Some(workers) = odd {
+            let message =
+                format!("a batch of {global} cannot be shared evenly by {workers} workers");
+            let range = if min == max {
+                format!("{min}")
+            } else {
+                format!("{min} to {max}")
+            };
+            let label =
+                format!("must divide by every number of workers allowed ({range}), stage {stage}");
+            let step = (u64::from(min)..=u64::from(max)).fold(1u64, lcm);
+            let help = match step {
+                1..=1_000_000 => format!("use a multiple of {step}, or other cluster.workers"),
+                _ => "allow fewer numbers of workers".to_owned(),
+            };
+            self.refuse(
+                Code::Batch,
+                &[&path, bounds[0], bounds[1]],
+                message,
+                label,
+                help,
+            );
+        }
+        let share = global / u64::from(max);
+        if let Some(micro) = at.stage.batch.micro
+            && (min..=max).any(|w| (global / u64::from(w)) % micro != 0)
+            && odd.is_none()
+        {
+            let path = at.of("batch.micro");
+            let message = format!("forward passes of {micro} rows do not fill an engine's share");
+            let label =
+                format!("does not divide {share} (batch.global {global} over {max} workers)");
+            let help = "use auto, or a divisor of every share".to_owned();
+            self.refuse(
+                Code::Batch,
+                &[&path, bounds[0], bounds[1]],
+                message,
+                label,
+                help,
+            );
+        }
+    }
+
+    fn schedule(&mut self, at: &Place<'_>) {
+        let Optimizer { warmup, .. } = at.stage.optimizer;
+        if warmup > at.stage.steps {
+            let path = at.of("optimizer.schedule.warmup");
+            let message = format!("warm-up of {warmup} steps outlasts stage {}", at.stage.name);
+            let label = format!("more than its {} steps", at.stage.steps);
+            let steps = at.of("steps");
+            self.refuse(
+                Code::Schedule,
+                &[&path, &steps],
+                message,
+                label,
+                "use auto".to_owned(),
+            );
+        }
+    }
+
+    fn sampling(&mut self, recipe: &Recipe) {
+        let preview = &recipe.preview;
+        self.steps_of("preview.steps", preview.sampler, &preview.steps);
+        let Some(Evaluate {
+            samplers, steps, ..
+        }) = &recipe.evaluate
+        else {
+            return;
+        };
+        for sampler in samplers {
+            self.steps_of("evaluate.steps", *sampler, steps);
+        }
+    }
+
+    fn steps_of(&mut self, path: &str, sampler: Sampler, steps: &[u32]) {
+        let (name, most) = match sampler {
+            Sampler::Tlcm9 => ("tlcm9", TLCM9_STEPS),
+            Sampler::Lcm => ("lcm", LCM_STEPS),
+            Sampler::Ddim | Sampler::Segments => return,
+        };
+        let Some((i, over)) = steps.iter().enumerate().find(|(_, n)| **n > most) else {
+            return;
+        };
+        let message = format!("sampler {name} has no list for {over} steps");
+        let label = format!("at most {most}");
+        let help = "use fewer steps, or sampler segments".to_owned();
+        let item = format!("{path}.{i}");
+        self.refuse(Code::Sampling, &[&item, path], message, label, help);
+    }
+
+    fn export(&mut self, recipe: &Recipe) {
+        let (Some(export), Some(last)) = (&recipe.export, recipe.stages.last()) else {
+            return;
+        };
+        let full = last.student.kind == StudentKind::Full;
+        let at = export
+            .formats
+            .iter()
+            .position(|f| *f == ExportFormat::LoraUniversal);
+        if let (true, Some(i)) = (full, at) {
+            let item = format!("export.formats.{i}");
+            let kind = format!("stages.{}.student.kind", recipe.stages.len() - 1);
+            let message = "a full student has no adapters to export".to_owned();
+            let label = format!("stage {} trains every weight", last.name);
+            let help = "use diffusers, or student kind lora".to_owned();
+            self.refuse(
+                Code::Export,
+                &[&item, "export.formats", &kind],
+                message,
+                label,
+                help,
+            );
+        }
+    }
+
+    fn cluster(&mut self, recipe: &Recipe) {
+        let cluster = &recipe.cluster;
+        if cluster.max_workers < cluster.min_workers {
+            let (min, max) = (cluster.min_workers, cluster.max_workers);
+            let message = format!("at most {max} workers, but at least {min}");
+            let label = format!("less than cluster.workers.min ({min})");
+            let paths = ["cluster.workers.max", "cluster.workers.min"];
+            self.refuse(
+                Code::OutOfRange,
+                &paths,
+                message,
+                label,
+                format!("use {min} or more"),
+            );
+        }
+        let port = cluster.listen.rsplit_once(':');
+        let usable =
+            port.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+        if !usable {
+            let message = format!("cluster.listen {:?} is not an address", cluster.listen);
+            let help = "write HOST:PORT, like 127.0.0.1:0; port 0 picks a free one".to_owned();
+            let label = "expected host:port".to_owned();
+            self.refuse(Code::Address, &["cluster.listen"], message, label, help);
+        }
+    }
+
+    fn top_at(&self, path: &str) -> Option<&Resolved> {
+        path.split('.').try_fold(self.top, Resolved::child)
+    }
+}
+
+/// The first milestone of `segments` that a grid of `grid` times lacks.
+fn first_off_grid(grid: u64, segments: u64) -> Option<u64> {
+    let spacing = TIMES / grid;
+    (1..=segments)
+        .map(|k| k * LAST_TIME / segments)
+        .find(|tau| (tau + 1) % spacing != 0)
+}
+
+fn divisors(n: u32) -> String {
+    let all: Vec<String> = (1..=n)
+        .rev()
+        .filter(|d| n % d == 0 && *d < n)
+        .map(|d| d.to_string())
+        .collect();
+    match all.as_slice() {
+        [] => "1".into(),
+        all => either(&all.iter().map(String::as_str).collect::<Vec<_>>()),
+    }
+}
+
+fn near_divisors(n: u64) -> String {
+    let below = (1..=n).rev().find(|d| TIMES % d == 0);
+    let above = (n..=TIMES).find(|d| TIMES % d == 0);
+    let both: Vec<String> = [below, above]
+        .iter()
+        .flatten()
+        .map(u64::to_string)
+        .collect();
+    either(&both.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// The least common multiple, or the largest number when that is too large.
+fn lcm(a: u64, b: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y != 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x).saturating_mul(b)
+}
