@@ -200,11 +200,21 @@ pub fn checkpoint_metrics(checkpoint: &Prefix) -> Key {
     checkpoint.key("metrics.jsonl")
 }
 
+/// All units of a task stage other than trajectories.
+pub fn tasks(stage: &str) -> Prefix {
+    Prefix("tasks".into()).folder(stage)
+}
+
 /// The folder of unit `index` of a task stage other than trajectories.
 pub fn task(stage: &str, index: u64) -> Prefix {
-    Prefix("tasks".into())
-        .folder(stage)
-        .folder(&format!("{index:08}"))
+    tasks(stage).folder(&format!("{index:08}"))
+}
+
+/// Reads the index back from the key of a task's COMMIT.
+pub fn parse_task_commit(key: &Key) -> Option<u64> {
+    let folder = parse_commit(key.as_str()).ok()?.0;
+    let name = folder.split('/').nth(2)?;
+    name.strip_prefix("shard-").unwrap_or(name).parse().ok()
 }
 
 /// A file that one attempt wrote for a task.
@@ -318,6 +328,9 @@ mod tests {
             assert_eq!(parse_checkpoint_commit(foreign), None, "{foreign}");
         }
         assert_eq!(journal_segment(7).as_str(), "journal/00000000000000000007");
+        assert_eq!(parse_task_commit(&commit(&shard)), Some(42));
+        assert_eq!(parse_task_commit(&commit(&task("evaluate", 7))), Some(7));
+        assert_eq!(parse_task_commit(&shard_rows(&shard, &lease)), None);
     }
 
     #[test]
