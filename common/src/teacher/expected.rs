@@ -167,7 +167,7 @@ fn unet_down(shapes: &mut Builder, config: &UnetConfig) {
 
 fn unet_up(shapes: &mut Builder, config: &UnetConfig) {
     let last = config.channels.len() - 1;
-    let mut skips = skip_channels(config);
+    let mut skips = config.skip_channels();
     let mut input = config.channels[last];
     for block in 0..=last {
         let level = last - block;
@@ -196,17 +196,6 @@ fn unet_up(shapes: &mut Builder, config: &UnetConfig) {
             );
         }
     }
-}
-
-/// Channels of the skip connections, in the order in which the way down leaves them.
-fn skip_channels(config: &UnetConfig) -> Vec<i64> {
-    let last = config.channels.len() - 1;
-    let mut skips = vec![config.channels[0]];
-    for (level, &channels) in config.channels.iter().enumerate() {
-        let downsampled = i64::from(level < last);
-        skips.extend((0..config.layers[level] + downsampled).map(|_| channels));
-    }
-    skips
 }
 
 /// The tensors of an autoencoder, attention by its present names (`to_q`, `to_k`, `to_v`, `to_out.0`).

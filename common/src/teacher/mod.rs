@@ -102,8 +102,8 @@ impl Folder {
         class_of(&index, "vae", &["AutoencoderKL"])?;
         class_of(&index, "tokenizer", &["CLIPTokenizer", "CLIPTokenizerFast"])?;
         let folder = Self {
-            unet: unet(&path.join("unet"), variant, &mut warnings)?,
-            vae: vae(&path.join("vae"), variant, &mut warnings)?,
+            unet: open_unet(&path.join("unet"), variant, &mut warnings)?,
+            vae: open_vae(&path.join("vae"), variant, &mut warnings)?,
             text: text(path, &index, "", variant, &mut warnings)?,
             text_2: is_xl
                 .then(|| text(path, &index, "_2", variant, &mut warnings))
@@ -225,7 +225,11 @@ fn class_of<'a>(index: &'a Keys, component: &str, supported: &[&str]) -> Result<
     }
 }
 
-fn unet(
+/// Opens a `UNet2DConditionModel` that lies in `folder` alone; adds to `warnings` what the user should know.
+///
+/// # Errors
+/// The first fault found, with file and key or tensor.
+pub fn open_unet(
     folder: &Path,
     variant: Option<&str>,
     warnings: &mut Vec<String>,
@@ -243,7 +247,11 @@ fn unet(
     Ok(Component { config, weights })
 }
 
-fn vae(
+/// Opens an `AutoencoderKL` that lies in `folder` alone; adds to `warnings` what the user should know.
+///
+/// # Errors
+/// The first fault found, with file and key or tensor.
+pub fn open_vae(
     folder: &Path,
     variant: Option<&str>,
     warnings: &mut Vec<String>,

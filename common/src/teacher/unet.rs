@@ -200,6 +200,16 @@ impl UnetConfig {
     pub fn halvings(&self) -> usize {
         self.channels.len() - 1
     }
+
+    /// Channels of the skip connections, in the order in which the way down leaves them.
+    pub fn skip_channels(&self) -> Vec<i64> {
+        let mut skips = vec![self.channels[0]];
+        for (level, &channels) in self.channels.iter().enumerate() {
+            let downsampled = i64::from(level < self.halvings());
+            skips.extend((0..self.layers[level] + downsampled).map(|_| channels));
+        }
+        skips
+    }
 }
 
 fn check_fixed(keys: &Keys, warnings: &mut Vec<String>) -> Result<(), Error> {
