@@ -1,0 +1,357 @@
+//! The stored form of segments: one JSON object each. Serde stops here.
+
+use serde::{Deserialize, Serialize};
+
+use distillery_common::ids::{Digest, Generation, Incarnation, Term};
+use distillery_common::task::FailureClass;
+
+use crate::scheduler::{Outcome, Record};
+
+const FORMAT_VERSION: u32 = 1;
+
+/// A segment as it is used.
+pub(super) struct Segment {
+    pub(super) term: Term,
+    pub(super) records: Vec<Record>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredSegment {
+    format_version: u32,
+    term: u64,
+    /// Makes the bytes of two writers differ, so that a store can tell them apart.
+    writer: String,
+    records: Vec<StoredRecord>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "snake_case", deny_unknown_fields)]
+enum StoredRecord {
+    TermClaimed {
+        term: u64,
+        endpoint: String,
+    },
+    StageStarted {
+        stage: String,
+    },
+    StageSealed {
+        stage: String,
+        digest: String,
+    },
+    GenerationFormed {
+        generation: u64,
+        stage: String,
+        members: Vec<u64>,
+        base_step: u64,
+        base: Option<String>,
+    },
+    GenerationFailed {
+        generation: u64,
+        stage: String,
+        reason: String,
+        counted: bool,
+    },
+    CheckpointCommitted {
+        stage: String,
+        generation: u64,
+        step: u64,
+        key: String,
+        digest: String,
+        is_final: bool,
+    },
+    TaskFailedCounted {
+        stage: String,
+        index: u64,
+        class: String,
+        message: String,
+    },
+    Quarantined {
+        stage: String,
+        index: u64,
+        message: String,
+    },
+    RunSucceeded {},
+    RunFailed {
+        message: String,
+    },
+    RunStopped {
+        reason: String,
+    },
+}
+
+/// The bytes of a segment.
+pub(super) fn write(term: Term, writer: &str, records: &[Record]) -> Vec<u8> {
+    let segment = StoredSegment {
+        format_version: FORMAT_VERSION,
+        term: term.0,
+        writer: writer.to_owned(),
+        records: records.iter().map(to_stored).collect(),
+    };
+    let mut bytes = serde_json::to_vec(&segment).expect("text and numbers become JSON");
+    bytes.push(b'\n');
+    bytes
+}
+
+/// Reads a segment.
+pub(super) fn parse(bytes: &[u8]) -> Result<Segment, String> {
+    let segment: StoredSegment =
+        serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    if segment.format_version != FORMAT_VERSION {
+        return Err(format!(
+            "it has format version {}; this program reads version {FORMAT_VERSION}",
+            segment.format_version
+        ));
+    }
+    Ok(Segment {
+        term: Term(segment.term),
+        records: segment
+            .records
+            .into_iter()
+            .map(from_stored)
+            .collect::<Result<_, _>>()?,
+    })
+}
+
+fn to_stored(record: &Record) -> StoredRecord {
+    match record.clone() {
+        Record::TermClaimed { term, endpoint } => StoredRecord::TermClaimed {
+            term: term.0,
+            endpoint,
+        },
+        Record::StageStarted { stage } => StoredRecord::StageStarted { stage },
+        Record::StageSealed { stage, digest } => StoredRecord::StageSealed {
+            stage,
+            digest: digest.to_string(),
+        },
+        Record::GenerationFormed {
+            generation,
+            stage,
+            members,
+            base_step,
+            base,
+        } => StoredRecord::GenerationFormed {
+            generation: generation.0,
+            stage,
+            members: members.iter().map(|member| member.0).collect(),
+            base_step,
+            base,
+        },
+        Record::GenerationFailed {
+            generation,
+            stage,
+            reason,
+            counted,
+        } => StoredRecord::GenerationFailed {
+            generation: generation.0,
+            stage,
+            reason,
+            counted,
+        },
+        Record::CheckpointCommitted {
+            stage,
+            generation,
+            step,
+            key,
+            digest,
+            is_final,
+        } => StoredRecord::CheckpointCommitted {
+            stage,
+            generation: generation.0,
+            step,
+            key,
+            digest: digest.to_string(),
+            is_final,
+        },
+        Record::TaskFailedCounted {
+            stage,
+            index,
+            class,
+            message,
+        } => StoredRecord::TaskFailedCounted {
+            stage,
+            index,
+            class: format!("{class:?}"),
+            message,
+        },
+        Record::Quarantined {
+            stage,
+            index,
+            message,
+        } => StoredRecord::Quarantined {
+            stage,
+            index,
+            message,
+        },
+        Record::RunFinished(Outcome::Succeeded) => StoredRecord::RunSucceeded {},
+        Record::RunFinished(Outcome::Failed { message }) => StoredRecord::RunFailed { message },
+        Record::RunFinished(Outcome::Stopped { reason }) => StoredRecord::RunStopped { reason },
+    }
+}
+
+fn from_stored(record: StoredRecord) -> Result<Record, String> {
+    Ok(match record {
+        StoredRecord::TermClaimed { term, endpoint } => Record::TermClaimed {
+            term: Term(term),
+            endpoint,
+        },
+        StoredRecord::StageStarted { stage } => Record::StageStarted { stage },
+        StoredRecord::StageSealed { stage, digest } => Record::StageSealed {
+            stage,
+            digest: parse_digest(&digest)?,
+        },
+        StoredRecord::GenerationFormed {
+            generation,
+            stage,
+            members,
+            base_step,
+            base,
+        } => Record::GenerationFormed {
+            generation: Generation(generation),
+            stage,
+            members: members.into_iter().map(Incarnation).collect(),
+            base_step,
+            base,
+        },
+        StoredRecord::GenerationFailed {
+            generation,
+            stage,
+            reason,
+            counted,
+        } => Record::GenerationFailed {
+            generation: Generation(generation),
+            stage,
+            reason,
+            counted,
+        },
+        StoredRecord::CheckpointCommitted {
+            stage,
+            generation,
+            step,
+            key,
+            digest,
+            is_final,
+        } => Record::CheckpointCommitted {
+            stage,
+            generation: Generation(generation),
+            step,
+            key,
+            digest: parse_digest(&digest)?,
+            is_final,
+        },
+        StoredRecord::TaskFailedCounted {
+            stage,
+            index,
+            class,
+            message,
+        } => Record::TaskFailedCounted {
+            stage,
+            index,
+            class: parse_class(&class)?,
+            message,
+        },
+        StoredRecord::Quarantined {
+            stage,
+            index,
+            message,
+        } => Record::Quarantined {
+            stage,
+            index,
+            message,
+        },
+        StoredRecord::RunSucceeded {} => Record::RunFinished(Outcome::Succeeded),
+        StoredRecord::RunFailed { message } => Record::RunFinished(Outcome::Failed { message }),
+        StoredRecord::RunStopped { reason } => Record::RunFinished(Outcome::Stopped { reason }),
+    })
+}
+
+fn parse_digest(text: &str) -> Result<Digest, String> {
+    Digest::parse(text).ok_or_else(|| format!("the digest {text:?} is none"))
+}
+
+fn parse_class(text: &str) -> Result<FailureClass, String> {
+    FailureClass::ALL
+        .into_iter()
+        .find(|class| format!("{class:?}") == text)
+        .ok_or_else(|| format!("the class {text:?} is none"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn every_record() -> Vec<Record> {
+        let digest = Digest::of(b"x");
+        let stage = || String::from("seg8");
+        vec![
+            Record::TermClaimed {
+                term: Term(3),
+                endpoint: "127.0.0.1:1".into(),
+            },
+            Record::StageStarted { stage: stage() },
+            Record::StageSealed {
+                stage: stage(),
+                digest,
+            },
+            Record::GenerationFormed {
+                generation: Generation(4),
+                stage: stage(),
+                members: vec![Incarnation(1), Incarnation(2)],
+                base_step: 250,
+                base: Some("checkpoints/seg8/0000000250-g3/COMMIT".into()),
+            },
+            Record::GenerationFailed {
+                generation: Generation(4),
+                stage: stage(),
+                reason: "rank 1 left".into(),
+                counted: true,
+            },
+            Record::CheckpointCommitted {
+                stage: stage(),
+                generation: Generation(4),
+                step: 500,
+                key: "k".into(),
+                digest,
+                is_final: true,
+            },
+            Record::TaskFailedCounted {
+                stage: stage(),
+                index: 7,
+                class: FailureClass::OutOfMemory,
+                message: "no \"memory\"\n".into(),
+            },
+            Record::Quarantined {
+                stage: stage(),
+                index: 8,
+                message: "empty prompt".into(),
+            },
+            Record::RunFinished(Outcome::Succeeded),
+            Record::RunFinished(Outcome::Failed {
+                message: "why".into(),
+            }),
+            Record::RunFinished(Outcome::Stopped {
+                reason: "why".into(),
+            }),
+        ]
+    }
+
+    #[test]
+    fn every_record_is_read_as_it_was_written() {
+        let bytes = write(Term(3), "w", &every_record());
+        let segment = parse(&bytes).expect("our own bytes are readable");
+        assert_eq!(segment.term, Term(3));
+        assert_eq!(segment.records, every_record());
+    }
+
+    #[test]
+    fn a_broken_or_later_segment_is_refused() {
+        let bytes = write(Term(3), "w", &every_record());
+        for end in 0..bytes.len() - 1 {
+            assert!(parse(&bytes[..end]).is_err(), "cut at {end}");
+        }
+        let later = String::from_utf8(bytes)
+            .expect("JSON is text")
+            .replace("\"format_version\":1", "\"format_version\":2");
+        assert!(parse(later.as_bytes()).is_err_and(|e| e.contains("version 2")));
+    }
+}

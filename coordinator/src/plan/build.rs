@@ -1,0 +1,126 @@
+//! From a recipe and a few measured facts to the stages of a run.
+
+use distillery_common::recipe::{self, Recipe};
+
+use super::{EVALUATE, EXPORT, Kind, Plan, REFERENCE, Stage, TRAJECTORIES, Tasks, Training, Work};
+
+/// What the recipe alone does not say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Numbers in one latent, C x H x W.
+    pub latent_elements: u64,
+    /// Trained parameters of a full student; an upper bound for adapters.
+    pub teacher_parameters: u64,
+    /// Samples in one task of the stage `reference`.
+    pub reference_block: u64,
+}
+
+/// Makes the plan.
+pub fn build(recipe: &Recipe, facts: &Facts) -> Plan {
+    let mut stages = vec![trajectories(recipe, facts)];
+    let mut parent = None;
+    for stage in &recipe.stages {
+        let position = stages.len();
+        stages.push(distill(recipe, stage, parent));
+        parent = Some(position);
+    }
+    let last_student = parent.unwrap_or(0);
+    if let Some(evaluate) = &recipe.evaluate {
+        let reference = stages.len();
+        stages.push(reference_stage(evaluate, facts));
+        let after = (1..=last_student).chain([reference]).collect();
+        stages.push(evaluation(recipe, evaluate, after));
+    }
+    if recipe.export.is_some() {
+        stages.push(export(facts, last_student));
+    }
+    Plan { stages }
+}
+
+fn trajectories(recipe: &Recipe, facts: &Facts) -> Stage {
+    let wanted = &recipe.trajectories;
+    let count = wanted.count.div_ceil(wanted.shard_trajectories).max(1);
+    // One kept state for each segment, and the clean end (algorithm.md §3).
+    let rows = wanted.count * (u64::from(wanted.segments) + 1);
+    // A row holds the state and the guided prediction, two bytes a number.
+    let row_bytes = 2 * 2 * facts.latent_elements;
+    Stage {
+        name: TRAJECTORIES.into(),
+        kind: Kind::Trajectories,
+        after: vec![],
+        work: Work::Tasks(Tasks {
+            count,
+            rows,
+            bytes: rows * row_bytes,
+            quarantine_limit: (count as f64 * wanted.quarantine) as u64,
+        }),
+    }
+}
+
+fn distill(recipe: &Recipe, stage: &recipe::Stage, parent: Option<usize>) -> Stage {
+    let most = u32::try_from(stage.batch.global).unwrap_or(u32::MAX).max(1);
+    let max_world = recipe.cluster.max_workers.clamp(1, most);
+    Stage {
+        name: stage.name.clone(),
+        kind: Kind::Distill,
+        after: [0].into_iter().chain(parent).collect(),
+        work: Work::Training(Training {
+            steps: stage.steps,
+            checkpoint_every: recipe.checkpoint.every_steps,
+            global_batch: stage.batch.global,
+            min_world: recipe.cluster.min_workers.clamp(1, max_world),
+            max_world,
+            parent,
+        }),
+    }
+}
+
+fn reference_stage(evaluate: &recipe::Evaluate, facts: &Facts) -> Stage {
+    let columns = evaluate.teacher_steps.len() as u64;
+    let rows = evaluate.samples * columns;
+    Stage {
+        name: REFERENCE.into(),
+        kind: Kind::Reference,
+        after: vec![],
+        work: Work::Tasks(Tasks {
+            count: evaluate
+                .samples
+                .div_ceil(facts.reference_block.max(1))
+                .max(1),
+            rows,
+            bytes: rows * 4 * facts.latent_elements,
+            quarantine_limit: 0,
+        }),
+    }
+}
+
+fn evaluation(recipe: &Recipe, evaluate: &recipe::Evaluate, after: Vec<usize>) -> Stage {
+    let students = recipe.stages.len() as u64;
+    let columns = (evaluate.steps.len() * evaluate.samplers.len()) as u64;
+    Stage {
+        name: EVALUATE.into(),
+        kind: Kind::Evaluate,
+        after,
+        work: Work::Tasks(Tasks {
+            // The teacher, the undistilled teacher under the student's samplers, and each student.
+            count: students + 2,
+            rows: evaluate.samples * columns * (students + 1),
+            bytes: 0,
+            quarantine_limit: 0,
+        }),
+    }
+}
+
+fn export(facts: &Facts, student: usize) -> Stage {
+    Stage {
+        name: EXPORT.into(),
+        kind: Kind::Export,
+        after: vec![student],
+        work: Work::Tasks(Tasks {
+            count: 1,
+            rows: 1,
+            bytes: 2 * facts.teacher_parameters,
+            quarantine_limit: 0,
+        }),
+    }
+}

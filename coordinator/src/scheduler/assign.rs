@@ -1,0 +1,528 @@
+//! Workers come, talk and go; idle ones get work.
+
+use std::time::Duration;
+
+use distillery_common::group::GroupId;
+use distillery_common::ids::Incarnation;
+use distillery_common::task::{Failure, FailureClass, Lease, Remedy, TaskId};
+
+use super::action::{Action, Decision, ToWorker};
+use super::event::{ConnectionId, FromWorker, Hello};
+use super::fleet::{Link, Worker};
+use super::group::{self, Group};
+use super::machine::Machine;
+use super::record::Record;
+use super::stage::State;
+use crate::plan::Work;
+
+impl Machine {
+    /// A worker introduces itself.
+    pub(super) fn arrive(
+        &mut self,
+        connection: ConnectionId,
+        hello: Hello,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let kept = hello.incarnation.filter(|&held| self.may_return(held));
+        let incarnation = kept.unwrap_or_else(|| self.register());
+        if self.fleet.get(incarnation).is_some() {
+            let old = self.fleet.connect(incarnation, connection, now);
+            out.extend(old.map(Action::Close));
+        } else {
+            let worker = Worker {
+                name: hello.name.clone(),
+                host: hello.host.clone(),
+                link: Link::Up(connection),
+                heard: now,
+                slots: hello.slots.max(1),
+                leases: Default::default(),
+                group: None,
+                draining: false,
+                rss_bytes: 0,
+                progress: None,
+            };
+            self.fleet.insert(incarnation, worker);
+        }
+        out.push(Action::Send(connection, ToWorker::Welcome { incarnation }));
+        out.push(Action::Explain(Decision::Welcomed {
+            worker: hello.name.clone(),
+            incarnation,
+            returned: kept.is_some(),
+        }));
+        if kept.is_some() {
+            self.reconcile_leases(incarnation, &hello.leases, out);
+            self.reconcile_group(incarnation, hello.group, now, out);
+        }
+        if self.is_stopping() {
+            self.fleet
+                .update(incarnation, |worker| worker.draining = true);
+            let drain = ToWorker::Drain {
+                checkpoint: true,
+                reason: "the run is stopping".into(),
+            };
+            self.send(incarnation, drain, out);
+        }
+    }
+
+    /// Whether a registration still counts: it is known, or it is of an earlier life and was not lost in this one.
+    fn may_return(&self, held: Incarnation) -> bool {
+        self.fleet.get(held).is_some()
+            || (held.term() < self.term && held.term().0 > 0 && !self.fleet.is_fenced(held))
+    }
+
+    fn register(&mut self) -> Incarnation {
+        self.registrations += 1;
+        Incarnation::new(self.term, self.registrations)
+    }
+
+    /// Makes what a returning worker holds and what we think it holds the same.
+    fn reconcile_leases(&mut self, holder: Incarnation, held: &[Lease], out: &mut Vec<Action>) {
+        let known = self.fleet.get(holder).map(|w| w.leases.clone());
+        for lease in known.unwrap_or_default() {
+            if !held.contains(&lease) {
+                self.release(&lease);
+            }
+        }
+        for lease in held {
+            if self
+                .fleet
+                .get(holder)
+                .is_some_and(|w| w.leases.contains(lease))
+            {
+                continue;
+            }
+            if lease.incarnation == holder && self.adoptable(&lease.task) {
+                if let Some(board) = self.board(&lease.task) {
+                    board.lease(lease.clone());
+                }
+                self.fleet.update(holder, |worker| {
+                    worker.leases.insert(lease.clone());
+                });
+            } else {
+                let revoke = ToWorker::Revoke {
+                    lease: lease.clone(),
+                    reason: "the lease has ended".into(),
+                };
+                self.send(holder, revoke, out);
+            }
+        }
+    }
+
+    fn adoptable(&mut self, task: &TaskId) -> bool {
+        let Some(at) = self.plan.position(&task.stage) else {
+            return false;
+        };
+        match &self.stages[at] {
+            State::Inspecting { .. } => true,
+            State::Tasks(board) => board.is_open(task.index),
+            State::Blocked | State::Training(_) | State::Sealing { .. } | State::Sealed => false,
+        }
+    }
+
+    /// The same for the group.
+    fn reconcile_group(
+        &mut self,
+        member: Incarnation,
+        held: Option<GroupId>,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let known = self
+            .fleet
+            .get(member)
+            .and_then(|worker| worker.group.clone());
+        if known == held && known.is_some() {
+            return;
+        }
+        if let Some(id) = &known
+            && let Some(at) = self.live_group(id)
+        {
+            self.abort(at, "a member came back without its group", true, now, out);
+        }
+        let Some(id) = held else {
+            return;
+        };
+        let may_go_on =
+            self.last_generation(&id.stage) == Some(id.generation) && self.awaits(&id, member);
+        if may_go_on {
+            self.fleet
+                .update(member, |worker| worker.group = Some(id.clone()));
+            if let Some(at) = self.plan.position(&id.stage) {
+                self.reattached(at, now);
+            }
+        } else {
+            let abort = ToWorker::GroupAbort {
+                group: id,
+                reason: "the group was given up".into(),
+            };
+            self.send(member, abort, out);
+        }
+    }
+
+    /// Whether the group `id` of an earlier life may still want `member`.
+    fn awaits(&self, id: &GroupId, member: Incarnation) -> bool {
+        let Some(at) = self.plan.position(&id.stage) else {
+            return false;
+        };
+        let log = self.durable.stage(&id.stage);
+        let is_member = log
+            .generations
+            .last()
+            .is_some_and(|last| last.members.contains(&member));
+        let is_awaited = matches!(self.stages[at], State::Inspecting { .. })
+            || matches!(self.stages[at], State::Training(Group::Reattaching { .. }));
+        is_member && is_awaited && !self.timings.reattach.is_zero()
+    }
+
+    /// Lets a group go on when all its members are back.
+    pub(super) fn reattached(&mut self, at: usize, now: Duration) {
+        let Some(Group::Reattaching { id, members, .. }) = self.stages[at].group() else {
+            return;
+        };
+        let all = members.iter().all(|&member| {
+            self.fleet
+                .get(member)
+                .is_some_and(|worker| worker.group.as_ref() == Some(id))
+        });
+        if all {
+            let group = group::stepping(id.clone(), members.clone(), now);
+            self.stages[at] = State::Training(group);
+        }
+    }
+
+    /// A worker says something; gives back whether decisions may change.
+    pub(super) fn said(
+        &mut self,
+        connection: ConnectionId,
+        message: FromWorker,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let Some(who) = self.fleet.at(connection) else {
+            out.push(Action::Close(connection));
+            return false;
+        };
+        self.fleet.update(who, |worker| worker.heard = now);
+        match message {
+            FromWorker::Beat {
+                seq,
+                tasks,
+                group,
+                rss_bytes,
+            } => {
+                self.fleet.update(who, |worker| {
+                    worker.rss_bytes = rss_bytes;
+                    worker.progress = tasks.first().map(|task| (task.done, task.total));
+                });
+                group
+                    .into_iter()
+                    .for_each(|progress| self.group_progress(progress, now));
+                self.send(who, ToWorker::BeatAck { seq }, out);
+                return false;
+            }
+            FromWorker::TaskCommitted { seq, lease } => self.task_committed(who, seq, &lease, out),
+            FromWorker::TaskFailed {
+                seq,
+                lease,
+                failure,
+            } => {
+                self.task_failed(&lease, failure, now, out);
+                self.send(who, ToWorker::ReportAck { seq }, out);
+            }
+            FromWorker::GroupReady {
+                seq,
+                group,
+                rank,
+                address,
+            } => {
+                self.group_ready(&group, rank, address, now, out);
+                self.send(who, ToWorker::ReportAck { seq }, out);
+            }
+            FromWorker::CheckpointCommitted { seq, checkpoint } => {
+                let key = (checkpoint.group.clone(), checkpoint.step);
+                let is_first = !self.checkpoints.contains_key(&key);
+                let verification = self.checkpoints.entry(key).or_default();
+                verification.reports.insert((who, seq));
+                if is_first {
+                    out.push(Action::VerifyCheckpoint {
+                        checkpoint,
+                        after_ms: 0,
+                    });
+                }
+            }
+            FromWorker::GroupFailed {
+                seq,
+                group,
+                rank,
+                failure,
+            } => {
+                self.group_failed(&group, rank, &failure, now, out);
+                self.send(who, ToWorker::ReportAck { seq }, out);
+            }
+            FromWorker::Goodbye { reason } => {
+                let cause = format!("it said goodbye: {reason}");
+                self.lose_worker(who, &cause, false, now, out);
+            }
+        }
+        true
+    }
+
+    /// Whoever reports a COMMIT is believed once it was read; the lease no longer matters.
+    fn task_committed(&mut self, who: Incarnation, seq: u64, lease: &Lease, out: &mut Vec<Action>) {
+        self.fleet.update(who, |worker| {
+            worker.leases.remove(lease);
+        });
+        let index = lease.task.index;
+        let Some(board) = self.board(&lease.task) else {
+            if !self.is_inspecting(&lease.task) {
+                self.send(who, ToWorker::ReportAck { seq }, out);
+            }
+            return;
+        };
+        if board.holds(lease) {
+            board.leased.remove(&index);
+        }
+        if index >= board.count || board.committed.contains_key(&index) {
+            self.send(who, ToWorker::ReportAck { seq }, out);
+            return;
+        }
+        if board.quarantined.contains(&index) {
+            let what = format!("COMMIT of {}, which was set aside", lease.task);
+            out.push(Action::Explain(Decision::Ignored { what }));
+            self.send(who, ToWorker::ReportAck { seq }, out);
+        } else if board.verify(index, who, seq) {
+            out.push(Action::VerifyCommit {
+                task: lease.task.clone(),
+                after_ms: 0,
+            });
+        }
+    }
+
+    /// Whether what is stored of the task's stage is being looked at, so that a report cannot be judged yet: it is
+    /// not acknowledged, and comes again with the next stream, or is found in the store.
+    fn is_inspecting(&self, task: &TaskId) -> bool {
+        self.plan
+            .position(&task.stage)
+            .is_some_and(|at| matches!(self.stages[at], State::Inspecting { .. }))
+    }
+
+    fn task_failed(
+        &mut self,
+        lease: &Lease,
+        failure: Failure,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let is_live = self
+            .board(&lease.task)
+            .is_some_and(|board| board.holds(lease));
+        self.release(lease);
+        if !is_live {
+            return;
+        }
+        let timings = self.timings.clone();
+        let task = lease.task.clone();
+        let board = self.board(&task).expect("it held the lease a moment ago");
+        let remedy = match failure.class.remedy() {
+            Remedy::RetryFree => {
+                let free = board.free_failures.entry(task.index).or_default();
+                *free += 1;
+                let free = *free;
+                let pause = match failure.class {
+                    FailureClass::HostLost => timings.retry_ms(free),
+                    _ => 0,
+                };
+                board.postpone(task.index, now + Duration::from_millis(pause));
+                if free > timings.free_failures {
+                    Remedy::RetryCounted
+                } else {
+                    Remedy::RetryFree
+                }
+            }
+            remedy => remedy,
+        };
+        match remedy {
+            Remedy::RetryFree => {}
+            Remedy::RetryCounted => self.task_failure_counts(&task, &failure, now, out),
+            Remedy::Quarantine => self.quarantine(&task, &failure, out),
+            Remedy::FailRun => self.fail(format!("{task}: {failure}"), out),
+        }
+        let log = self.durable.stage(&task.stage);
+        out.push(Action::Explain(Decision::Retrying {
+            lease: lease.clone(),
+            failure,
+            counted: log.failures.get(&task.index).copied().unwrap_or(0),
+        }));
+    }
+
+    fn task_failure_counts(
+        &mut self,
+        task: &TaskId,
+        failure: &Failure,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        self.journal(
+            Record::TaskFailedCounted {
+                stage: task.stage.clone(),
+                index: task.index,
+                class: failure.class,
+                message: failure.message.clone(),
+            },
+            out,
+        );
+        let counted = self.durable.stage(&task.stage).failures[&task.index];
+        if counted >= self.timings.counted_failures {
+            self.fail(
+                format!("{task} failed {counted} times; the last time: {failure}"),
+                out,
+            );
+            return;
+        }
+        let until = now + Duration::from_millis(self.timings.retry_ms(counted));
+        if let Some(board) = self.board(task) {
+            board.postpone(task.index, until);
+        }
+    }
+
+    fn quarantine(&mut self, task: &TaskId, failure: &Failure, out: &mut Vec<Action>) {
+        let limit = self
+            .plan
+            .position(&task.stage)
+            .map(|at| &self.plan.stages[at].work);
+        let limit = match limit {
+            Some(Work::Tasks(tasks)) => tasks.quarantine_limit,
+            Some(Work::Training(_)) | None => 0,
+        };
+        let aside = self.durable.stage(&task.stage).quarantined.len() as u64;
+        if aside >= limit {
+            let message = format!(
+                "{task}: {failure}; {limit} tasks of this stage may be set aside for bad input (trajectories.quarantine)"
+            );
+            self.fail(message, out);
+            return;
+        }
+        self.journal(
+            Record::Quarantined {
+                stage: task.stage.clone(),
+                index: task.index,
+                message: failure.message.clone(),
+            },
+            out,
+        );
+        if let Some(board) = self.board(task) {
+            board.quarantine(task.index);
+        }
+        out.push(Action::Explain(Decision::Quarantined {
+            task: task.clone(),
+            message: failure.message.clone(),
+        }));
+    }
+
+    /// The one place where a worker is lost, whatever the cause.
+    pub(super) fn lose_worker(
+        &mut self,
+        incarnation: Incarnation,
+        cause: &str,
+        counts: bool,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let connection = self.fleet.connection(incarnation);
+        let Some(worker) = self.fleet.remove(incarnation) else {
+            return;
+        };
+        out.extend(connection.map(Action::Close));
+        for lease in &worker.leases {
+            if let Some(board) = self.board(&lease.task) {
+                board.release(lease);
+            }
+        }
+        out.push(Action::Explain(Decision::Lost {
+            worker: worker.name.clone(),
+            incarnation,
+            cause: cause.to_owned(),
+            requeued: worker.leases.len(),
+        }));
+        if let Some(id) = &worker.group
+            && let Some(at) = self.live_group(id)
+        {
+            let reason = format!("worker {} left: {cause}", worker.name);
+            self.abort(at, &reason, counts && !self.is_stopping(), now, out);
+        }
+    }
+
+    /// Ends a lease on both sides.
+    fn release(&mut self, lease: &Lease) {
+        self.fleet.update(lease.incarnation, |worker| {
+            worker.leases.remove(lease);
+        });
+        if let Some(board) = self.board(&lease.task) {
+            board.release(lease);
+        }
+    }
+
+    /// Tells a holder to stop.
+    pub(super) fn revoke(&mut self, lease: Lease, reason: &str, out: &mut Vec<Action>) {
+        let holder = lease.incarnation;
+        self.fleet.update(holder, |worker| {
+            worker.leases.remove(&lease);
+        });
+        let revoke = ToWorker::Revoke {
+            lease,
+            reason: reason.to_owned(),
+        };
+        self.send(holder, revoke, out);
+    }
+
+    /// Gives idle workers to stages, earlier stages first.
+    pub(super) fn assign(&mut self, now: Duration, out: &mut Vec<Action>) {
+        for at in 0..self.stages.len() {
+            match self.plan.stages[at].work.clone() {
+                Work::Tasks(_) => self.grant(at, out),
+                Work::Training(training) => {
+                    if self.gather(at, &training, now, out) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn grant(&mut self, at: usize, out: &mut Vec<Action>) {
+        let stage = self.plan.stages[at].name.clone();
+        loop {
+            let Some(holder) = self.fleet.idle().next() else {
+                return;
+            };
+            let term = self.term;
+            let Some(board) = self.stages[at].board_mut() else {
+                return;
+            };
+            let Some(&index) = board.pending.first() else {
+                return;
+            };
+            let lease = Lease {
+                term,
+                task: TaskId {
+                    stage: stage.clone(),
+                    index,
+                },
+                attempt: board.next_attempt(index),
+                incarnation: holder,
+            };
+            board.lease(lease.clone());
+            self.fleet.update(holder, |worker| {
+                worker.leases.insert(lease.clone());
+            });
+            out.push(Action::Explain(Decision::Granted(lease.clone())));
+            self.send(holder, ToWorker::Grant(lease), out);
+        }
+    }
+
+    fn board(&mut self, task: &TaskId) -> Option<&mut super::task::Board> {
+        let at = self.plan.position(&task.stage)?;
+        self.stages[at].board_mut()
+    }
+}

@@ -1,0 +1,185 @@
+//! The workers: who is here, who can take work, who has gone silent.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use distillery_common::group::GroupId;
+use distillery_common::ids::Incarnation;
+use distillery_common::task::Lease;
+
+use super::event::ConnectionId;
+
+/// One registration.
+#[derive(Debug, Clone)]
+pub(super) struct Worker {
+    pub(super) name: String,
+    pub(super) host: String,
+    pub(super) link: Link,
+    /// When it was last heard.
+    pub(super) heard: Duration,
+    /// Tasks it can hold at a time.
+    pub(super) slots: u32,
+    pub(super) leases: BTreeSet<Lease>,
+    pub(super) group: Option<GroupId>,
+    /// It was told to leave.
+    pub(super) draining: bool,
+    pub(super) rss_bytes: u64,
+    /// Units done and to do of what it works on, for people.
+    pub(super) progress: Option<(u64, u64)>,
+}
+
+/// Whether a worker can be told something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Link {
+    /// On this stream.
+    Up(ConnectionId),
+    /// Its stream ended then; it may come back.
+    Down(Duration),
+}
+
+/// All registrations that count.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Fleet {
+    workers: BTreeMap<Incarnation, Worker>,
+    connections: BTreeMap<ConnectionId, Incarnation>,
+    /// Those whose stream has ended, by the time it did.
+    down: BTreeSet<(Duration, Incarnation)>,
+    /// Those that can take one more task.
+    idle: BTreeSet<Incarnation>,
+    /// Registrations of earlier lives that were lost in this one; they must not come back.
+    fenced: BTreeSet<Incarnation>,
+}
+
+impl Fleet {
+    /// The worker of a stream; none for streams that no longer count.
+    pub(super) fn at(&self, connection: ConnectionId) -> Option<Incarnation> {
+        self.connections.get(&connection).copied()
+    }
+
+    pub(super) fn get(&self, incarnation: Incarnation) -> Option<&Worker> {
+        self.workers.get(&incarnation)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Incarnation, &Worker)> {
+        self.workers.iter().map(|(&i, worker)| (i, worker))
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.workers.is_empty()
+    }
+
+    pub(super) fn is_fenced(&self, incarnation: Incarnation) -> bool {
+        self.fenced.contains(&incarnation)
+    }
+
+    /// The stream on which `incarnation` can be told something.
+    pub(super) fn connection(&self, incarnation: Incarnation) -> Option<ConnectionId> {
+        match self.workers.get(&incarnation)?.link {
+            Link::Up(connection) => Some(connection),
+            Link::Down(_) => None,
+        }
+    }
+
+    /// Adds a registration.
+    pub(super) fn insert(&mut self, incarnation: Incarnation, worker: Worker) {
+        if let Link::Up(connection) = worker.link {
+            self.connections.insert(connection, incarnation);
+        }
+        self.workers.insert(incarnation, worker);
+        self.refresh(incarnation);
+    }
+
+    /// Changes a worker and keeps the indexes true.
+    pub(super) fn update(&mut self, incarnation: Incarnation, change: impl FnOnce(&mut Worker)) {
+        if let Some(worker) = self.workers.get_mut(&incarnation) {
+            change(worker);
+            self.refresh(incarnation);
+        }
+    }
+
+    /// Binds `incarnation` to another stream; gives back the one it had.
+    pub(super) fn connect(
+        &mut self,
+        incarnation: Incarnation,
+        connection: ConnectionId,
+        now: Duration,
+    ) -> Option<ConnectionId> {
+        let old = self.connection(incarnation);
+        if let Some(old) = old {
+            self.connections.remove(&old);
+        }
+        self.connections.insert(connection, incarnation);
+        if let Some(Link::Down(at)) = self.workers.get(&incarnation).map(|w| w.link) {
+            self.down.remove(&(at, incarnation));
+        }
+        self.update(incarnation, |worker| {
+            worker.link = Link::Up(connection);
+            worker.heard = now;
+        });
+        old
+    }
+
+    /// The stream of `incarnation` ended.
+    pub(super) fn disconnect(&mut self, connection: ConnectionId, now: Duration) {
+        if let Some(incarnation) = self.connections.remove(&connection) {
+            self.down.insert((now, incarnation));
+            self.update(incarnation, |worker| worker.link = Link::Down(now));
+        }
+    }
+
+    /// Removes a registration for good.
+    pub(super) fn remove(&mut self, incarnation: Incarnation) -> Option<Worker> {
+        let worker = self.workers.remove(&incarnation)?;
+        match worker.link {
+            Link::Up(connection) => {
+                self.connections.remove(&connection);
+            }
+            Link::Down(at) => {
+                self.down.remove(&(at, incarnation));
+            }
+        }
+        self.idle.remove(&incarnation);
+        self.fenced.insert(incarnation);
+        Some(worker)
+    }
+
+    /// When the first broken stream was broken, and whose it was.
+    pub(super) fn first_down(&self) -> Option<(Duration, Incarnation)> {
+        self.down.first().copied()
+    }
+
+    /// Workers that can take one more task, oldest registration first.
+    pub(super) fn idle(&self) -> impl Iterator<Item = Incarnation> + '_ {
+        self.idle.iter().copied()
+    }
+
+    /// Workers that could be members of a group at once.
+    pub(super) fn free(&self) -> impl Iterator<Item = Incarnation> + '_ {
+        self.idle
+            .iter()
+            .copied()
+            .filter(|i| self.workers[i].leases.is_empty())
+    }
+
+    /// Workers that could be members of a group at once or after what they hold.
+    pub(super) fn eligible(&self) -> usize {
+        self.workers
+            .values()
+            .filter(|worker| !worker.draining && worker.group.is_none())
+            .count()
+    }
+
+    fn refresh(&mut self, incarnation: Incarnation) {
+        let takes_more = self.workers.get(&incarnation).is_some_and(|worker| {
+            matches!(worker.link, Link::Up(_))
+                && !worker.draining
+                && worker.group.is_none()
+                && (worker.leases.len() as u64) < u64::from(worker.slots)
+        });
+        if takes_more {
+            self.idle.insert(incarnation);
+        } else {
+            self.idle.remove(&incarnation);
+        }
+    }
+}

@@ -1,0 +1,526 @@
+//! The group of one training stage: gathering members, exchanging addresses, stepping, giving up, trying again.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use distillery_common::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
+use distillery_common::ids::{Generation, Incarnation};
+use distillery_common::task::{Failure, Remedy};
+
+use super::action::{Action, Decision, ToWorker};
+use super::durable::Checkpoint;
+use super::event::Trouble;
+use super::machine::Machine;
+use super::record::Record;
+use super::stage;
+use crate::plan::Training;
+
+/// Where a training stage is.
+#[derive(Debug, Clone)]
+pub(super) enum Group {
+    /// No members yet.
+    Gathering {
+        since: Duration,
+        /// When there were first enough members.
+        enough: Option<Duration>,
+        /// Whether the store was looked at since the last group was given up.
+        inspected: bool,
+    },
+    /// After a restart: the members of the last group may still be at work.
+    Reattaching {
+        id: GroupId,
+        members: Vec<Incarnation>,
+        deadline: Duration,
+    },
+    /// Members were told to join, and report where they listen.
+    Exchanging {
+        id: GroupId,
+        members: Vec<Incarnation>,
+        addresses: Vec<Option<String>>,
+        deadline: Duration,
+    },
+    /// Members train, without us.
+    Stepping {
+        id: GroupId,
+        members: Vec<Incarnation>,
+        progress: Option<Progress>,
+        /// First step seen in this generation.
+        first_step: Option<u64>,
+        /// When the group last got further.
+        advanced: Duration,
+    },
+}
+
+impl Group {
+    pub(super) fn gathering(now: Duration, inspected: bool) -> Self {
+        Self::Gathering {
+            since: now,
+            enough: None,
+            inspected,
+        }
+    }
+
+    /// The formation and its members in rank order, if there is one.
+    pub(super) fn formed(&self) -> Option<(&GroupId, &[Incarnation])> {
+        match self {
+            Self::Gathering { .. } => None,
+            Self::Reattaching { id, members, .. }
+            | Self::Exchanging { id, members, .. }
+            | Self::Stepping { id, members, .. } => Some((id, members)),
+        }
+    }
+}
+
+impl Machine {
+    /// Forms a group if enough workers are free. Gives back whether idle workers must be kept for it.
+    pub(super) fn gather(
+        &mut self,
+        at: usize,
+        training: &Training,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let free: Vec<_> = self
+            .fleet
+            .free()
+            .take(training.max_world as usize)
+            .collect();
+        let first_ever = self.durable.generation == Generation(0);
+        let patience = if first_ever {
+            self.timings.first_formation
+        } else {
+            self.timings.last_call
+        };
+        let Some(Group::Gathering {
+            since,
+            enough,
+            inspected,
+        }) = self.stages[at].group_mut()
+        else {
+            return false;
+        };
+        if free.len() < training.min_world as usize {
+            *enough = None;
+        } else {
+            let enough = *enough.get_or_insert(now);
+            let all = free.len() == training.max_world as usize;
+            if *inspected && (all || now >= enough + patience) {
+                self.form(at, training, free, now, out);
+                return false;
+            }
+        }
+        let keep_until = *since + self.timings.keep_for_group;
+        self.fleet.eligible() >= training.min_world as usize || now < keep_until
+    }
+
+    /// When the gathering at `at` must be looked at again.
+    pub(super) fn gather_deadline(&self, group: &Group) -> Option<Duration> {
+        match group {
+            Group::Gathering {
+                enough: Some(enough),
+                ..
+            } if self.durable.generation == Generation(0) => {
+                Some(*enough + self.timings.first_formation)
+            }
+            Group::Gathering {
+                enough: Some(enough),
+                ..
+            } => Some(*enough + self.timings.last_call),
+            Group::Gathering { since, .. } => Some(*since + self.timings.keep_for_group),
+            Group::Reattaching { deadline, .. } | Group::Exchanging { deadline, .. } => {
+                Some(*deadline)
+            }
+            Group::Stepping { advanced, .. } => Some(*advanced + self.hang_limit(group)),
+        }
+    }
+
+    fn form(
+        &mut self,
+        at: usize,
+        training: &Training,
+        members: Vec<Incarnation>,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let stage = self.plan.stages[at].name.clone();
+        let generation = Generation(self.durable.generation.0 + 1);
+        let base = self.durable.stage(&stage).newest(&[]).cloned();
+        let base_step = base.as_ref().map_or(0, |base| base.step);
+        let base_key = base.map(|base| base.key);
+        let parent = training.parent.and_then(|parent| self.final_key(parent));
+        self.journal(
+            Record::GenerationFormed {
+                generation,
+                stage: stage.clone(),
+                members: members.clone(),
+                base_step,
+                base: base_key.clone(),
+            },
+            out,
+        );
+        let id = GroupId { stage, generation };
+        let world = members.len() as u32;
+        for (rank, &member) in (0..).zip(&members) {
+            self.fleet
+                .update(member, |worker| worker.group = Some(id.clone()));
+            let membership = Membership {
+                group: id.clone(),
+                rank,
+                world,
+                base_step,
+                base_checkpoint: base_key.clone(),
+                parent_checkpoint: parent.clone(),
+                term: self.term,
+            };
+            self.send(member, ToWorker::GroupJoin(membership), out);
+        }
+        out.push(Action::Explain(Decision::Formed {
+            group: id.clone(),
+            world,
+            base_step,
+        }));
+        self.stages[at] = stage::State::Training(Group::Exchanging {
+            id,
+            addresses: vec![None; members.len()],
+            members,
+            deadline: now + self.timings.exchange + self.timings.exchange_per_rank * world,
+        });
+    }
+
+    fn final_key(&self, at: usize) -> Option<String> {
+        let log = self.durable.stage(&self.plan.stages[at].name);
+        let last = log.checkpoints.into_iter().rev().find(|c| c.is_final);
+        last.map(|checkpoint| checkpoint.key)
+    }
+
+    /// A member listens.
+    pub(super) fn group_ready(
+        &mut self,
+        id: &GroupId,
+        rank: u32,
+        address: String,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(at) = self.live_group(id) else {
+            return;
+        };
+        match self.stages[at].group_mut() {
+            Some(Group::Exchanging {
+                members, addresses, ..
+            }) if (rank as usize) < members.len() => {
+                addresses[rank as usize] = Some(address);
+                let Some(all) = addresses.iter().cloned().collect::<Option<Vec<_>>>() else {
+                    return;
+                };
+                let members = members.clone();
+                for &member in &members {
+                    let peers = ToWorker::GroupPeers {
+                        group: id.clone(),
+                        addresses: all.clone(),
+                    };
+                    self.send(member, peers, out);
+                }
+                out.push(Action::Explain(Decision::Exchanged { group: id.clone() }));
+                self.stages[at] = stage::State::Training(stepping(id.clone(), members, now));
+            }
+            Some(Group::Reattaching { .. }) => {
+                let reason = "the coordinator restarted while addresses were exchanged";
+                self.abort(at, reason, false, now, out);
+            }
+            Some(Group::Exchanging { .. } | Group::Stepping { .. } | Group::Gathering { .. })
+            | None => {}
+        }
+    }
+
+    /// A member of a live group said how far it is.
+    pub(super) fn group_progress(&mut self, said: Progress, now: Duration) {
+        let Some(at) = self.live_group(&said.group) else {
+            return;
+        };
+        if let Some(Group::Stepping {
+            progress,
+            first_step,
+            advanced,
+            ..
+        }) = self.stages[at].group_mut()
+        {
+            let further = match progress {
+                Some(known) => (said.step, said.phase) > (known.step, known.phase),
+                None => true,
+            };
+            if further {
+                *advanced = now;
+            }
+            if said.phase == Phase::Stepping {
+                first_step.get_or_insert(said.step);
+            }
+            if further || progress.as_ref().is_some_and(|p| p.step == said.step) {
+                *progress = Some(said);
+            }
+        }
+    }
+
+    /// A member cannot go on.
+    pub(super) fn group_failed(
+        &mut self,
+        id: &GroupId,
+        rank: u32,
+        failure: &Failure,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(at) = self.live_group(id) else {
+            return;
+        };
+        let reason = format!("rank {rank}: {failure}");
+        match failure.class.remedy() {
+            Remedy::RetryFree if self.is_stopping() => self.abort(at, &reason, false, now, out),
+            Remedy::RetryFree => {
+                use distillery_common::task::FailureClass::HostLost;
+                self.abort(at, &reason, failure.class == HostLost, now, out);
+            }
+            Remedy::RetryCounted => self.abort(at, &reason, true, now, out),
+            Remedy::Quarantine | Remedy::FailRun => {
+                self.fail(format!("stage {}: {reason}", id.stage), out);
+            }
+        }
+    }
+
+    /// Gives a group up: everybody in it is told at once, and is free for the next.
+    pub(super) fn abort(
+        &mut self,
+        at: usize,
+        reason: &str,
+        counted: bool,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let Some((id, members)) = self.stages[at].group().and_then(Group::formed) else {
+            return;
+        };
+        let (id, members) = (id.clone(), members.to_vec());
+        self.journal(
+            Record::GenerationFailed {
+                generation: id.generation,
+                stage: id.stage.clone(),
+                reason: reason.to_owned(),
+                counted,
+            },
+            out,
+        );
+        for member in members {
+            let is_in = self
+                .fleet
+                .get(member)
+                .is_some_and(|worker| worker.group.as_ref() == Some(&id));
+            if is_in {
+                self.fleet.update(member, |worker| worker.group = None);
+                let abort = ToWorker::GroupAbort {
+                    group: id.clone(),
+                    reason: reason.to_owned(),
+                };
+                self.send(member, abort, out);
+            }
+        }
+        let fruitless = self.durable.stage(&id.stage).fruitless;
+        out.push(Action::Explain(Decision::Aborted {
+            group: id.clone(),
+            reason: reason.to_owned(),
+            fruitless,
+        }));
+        self.stages[at] = stage::State::Training(Group::gathering(now, false));
+        if fruitless >= self.timings.fruitless_generations {
+            let message = format!(
+                "stage {}: {fruitless} groups in a row ended without a new checkpoint; the last one: {reason}",
+                id.stage
+            );
+            self.fail(message, out);
+        } else {
+            out.push(Action::Inspect {
+                stage: at,
+                after_ms: 0,
+            });
+        }
+    }
+
+    /// A checkpoint's COMMIT was read.
+    pub(super) fn checkpoint_verified(
+        &mut self,
+        checkpoint: CheckpointCommitted,
+        result: Result<(), Trouble>,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(verification) = self
+            .checkpoints
+            .get_mut(&(checkpoint.group.clone(), checkpoint.step))
+        else {
+            return;
+        };
+        match result {
+            Err(Trouble::Transient(what)) => {
+                verification.tries += 1;
+                let after_ms = self.timings.retry_ms(verification.tries);
+                out.push(Action::Explain(Decision::Postponed { what }));
+                out.push(Action::VerifyCheckpoint {
+                    checkpoint,
+                    after_ms,
+                });
+                return;
+            }
+            Err(Trouble::Permanent(what)) => {
+                out.push(Action::Explain(Decision::Ignored { what: what.clone() }));
+                if let Some(at) = self.live_group(&checkpoint.group) {
+                    let reason = format!("a checkpoint does not hold what it says: {what}");
+                    self.abort(at, &reason, true, now, out);
+                }
+            }
+            Ok(()) => {
+                if let Some(at) = self.plan.position(&checkpoint.group.stage) {
+                    let found = Checkpoint {
+                        step: checkpoint.step,
+                        generation: checkpoint.group.generation,
+                        key: checkpoint.key.clone(),
+                        digest: checkpoint.digest,
+                        is_final: checkpoint.is_final,
+                    };
+                    self.accept(at, &found, now, out);
+                }
+            }
+        }
+        let key = (checkpoint.group, checkpoint.step);
+        let verification = self.checkpoints.remove(&key).unwrap_or_default();
+        self.acknowledge(verification, out);
+    }
+
+    /// Takes a whole checkpoint into the record, if it lies on the lineage; the final one seals its stage.
+    pub(super) fn accept(
+        &mut self,
+        at: usize,
+        checkpoint: &Checkpoint,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let stage = self.plan.stages[at].name.clone();
+        let log = self.durable.stage(&stage);
+        if log.sealed.is_some() || log.has(checkpoint.step, checkpoint.generation) {
+            return;
+        }
+        if !log.on_lineage(checkpoint) {
+            let what = format!("checkpoint {} of a group that was given up", checkpoint.key);
+            out.push(Action::Explain(Decision::Ignored { what }));
+            return;
+        }
+        self.journal(
+            Record::CheckpointCommitted {
+                stage: stage.clone(),
+                generation: checkpoint.generation,
+                step: checkpoint.step,
+                key: checkpoint.key.clone(),
+                digest: checkpoint.digest,
+                is_final: checkpoint.is_final,
+            },
+            out,
+        );
+        out.push(Action::Explain(Decision::Checkpoint {
+            stage,
+            step: checkpoint.step,
+            generation: checkpoint.generation,
+        }));
+        if let Some(Group::Stepping { advanced, .. }) = self.stages[at].group_mut() {
+            *advanced = now;
+        }
+        if checkpoint.is_final {
+            self.dissolve(at);
+            self.seal_stage(at, checkpoint.digest, false, out);
+        }
+    }
+
+    /// Members of a finished group are free.
+    fn dissolve(&mut self, at: usize) {
+        let members: BTreeSet<_> = self.stages[at]
+            .group()
+            .and_then(Group::formed)
+            .map(|(_, members)| members.iter().copied().collect())
+            .unwrap_or_default();
+        for member in members {
+            self.fleet.update(member, |worker| worker.group = None);
+        }
+    }
+
+    /// Position of the stage whose live group is `id`.
+    pub(super) fn live_group(&self, id: &GroupId) -> Option<usize> {
+        let at = self.plan.position(&id.stage)?;
+        let (live, _) = self.stages[at].group()?.formed()?;
+        (live == id).then_some(at)
+    }
+
+    /// Looks at the deadlines of a group.
+    pub(super) fn group_deadlines(&mut self, at: usize, now: Duration, out: &mut Vec<Action>) {
+        let Some(group) = self.stages[at].group() else {
+            return;
+        };
+        match group {
+            Group::Gathering { .. } => {}
+            Group::Reattaching { deadline, .. } if now >= *deadline => {
+                self.abort(at, "not all members came back", false, now, out);
+            }
+            Group::Exchanging {
+                deadline,
+                members,
+                addresses,
+                ..
+            } if now >= *deadline => {
+                let late: Vec<_> = members
+                    .iter()
+                    .zip(addresses)
+                    .filter(|(_, address)| address.is_none())
+                    .filter_map(|(&member, _)| Some(self.fleet.get(member)?.name.clone()))
+                    .collect();
+                let reason = format!("not ready in time: {}", late.join(", "));
+                self.abort(at, &reason, true, now, out);
+            }
+            Group::Stepping {
+                advanced, progress, ..
+            } if now >= *advanced + self.hang_limit(group) => {
+                let step = progress.as_ref().map_or(0, |progress| progress.step);
+                let limit = self.hang_limit(group).as_secs();
+                let reason = format!("no progress for {limit} s at step {step}");
+                self.abort(at, &reason, true, now, out);
+            }
+            Group::Reattaching { .. } | Group::Exchanging { .. } | Group::Stepping { .. } => {}
+        }
+    }
+
+    /// How long a group may stand still.
+    fn hang_limit(&self, group: &Group) -> Duration {
+        let Group::Stepping {
+            progress,
+            first_step,
+            ..
+        } = group
+        else {
+            return Duration::ZERO;
+        };
+        let Some(progress) = progress else {
+            return self.timings.hang * 10;
+        };
+        let step = Duration::from_secs_f64((progress.step_ms / 1000.0).clamp(0.0, 3600.0));
+        let limit = self.timings.hang.max(step * 5);
+        let warm = progress.phase == Phase::Stepping
+            && first_step.is_some_and(|first| progress.step >= first + 5);
+        if warm { limit } else { limit * 10 }
+    }
+}
+
+/// A group whose members know each other.
+pub(super) fn stepping(id: GroupId, members: Vec<Incarnation>, now: Duration) -> Group {
+    Group::Stepping {
+        id,
+        members,
+        progress: None,
+        first_step: None,
+        advanced: now,
+    }
+}

@@ -1,0 +1,410 @@
+//! The machine: one state, one function.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use distillery_common::group::GroupId;
+use distillery_common::ids::{Incarnation, Term};
+
+use super::action::{Action, Decision, ToWorker};
+use super::durable::Durable;
+use super::event::{Event, Trouble};
+use super::fleet::Fleet;
+use super::record::Record;
+use super::run;
+use super::run::Outcome;
+use super::stage;
+use super::task::Verification;
+use crate::plan::Plan;
+
+/// Every waiting time and every bound of the machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Timings {
+    /// Between two beats of a worker.
+    pub beat: Duration,
+    /// How long a lease lives after the last beat, as the worker counts.
+    pub lease_ttl: Duration,
+    /// How much longer it lives as we count.
+    pub lease_grace: Duration,
+    /// Silence after which a member of a group is lost.
+    pub member_silence: Duration,
+    /// How long a worker may be without a stream.
+    pub reconnect: Duration,
+    /// Between two looks at silent workers.
+    pub sweep: Duration,
+    /// For all members of a group to report where they listen…
+    pub exchange: Duration,
+    /// …and as much more for each of them.
+    pub exchange_per_rank: Duration,
+    /// How long the first group of a run waits for more than the fewest members.
+    pub first_formation: Duration,
+    /// How long later groups do.
+    pub last_call: Duration,
+    /// How long idle workers are kept for a group that lacks members.
+    pub keep_for_group: Duration,
+    /// How long the members of a group may take to come back after a restart of the coordinator; zero when they
+    /// cannot have outlived it.
+    pub reattach: Duration,
+    /// How long a group may stand still; five steps if those are longer, ten times more at first.
+    pub hang: Duration,
+    /// How long workers may take to leave.
+    pub drain: Duration,
+    /// Pause after a first failure; doubles up to `retry_cap`.
+    pub retry: Duration,
+    /// Longest pause after a failure.
+    pub retry_cap: Duration,
+    /// Counted failures of a task that end the run.
+    pub counted_failures: u32,
+    /// Failures of a task that do not count until there are more of them.
+    pub free_failures: u32,
+    /// Counted groups without a new checkpoint that end the run.
+    pub fruitless_generations: u32,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        let ms = Duration::from_millis;
+        let s = Duration::from_secs;
+        Self {
+            beat: s(2),
+            lease_ttl: s(30),
+            lease_grace: s(5),
+            member_silence: s(15),
+            reconnect: ms(300),
+            sweep: s(1),
+            exchange: s(60),
+            exchange_per_rank: ms(20),
+            first_formation: s(30),
+            last_call: s(1),
+            keep_for_group: s(30),
+            reattach: s(10),
+            hang: s(60),
+            drain: s(120),
+            retry: s(1),
+            retry_cap: s(30),
+            counted_failures: 4,
+            free_failures: 16,
+            fruitless_generations: 3,
+        }
+    }
+}
+
+impl Timings {
+    /// The pause before try `tries + 1`, in milliseconds.
+    pub(super) fn retry_ms(&self, tries: u32) -> u64 {
+        let doubled = self.retry.as_millis() as u64 * (1 << tries.saturating_sub(1).min(16));
+        doubled.min(self.retry_cap.as_millis() as u64)
+    }
+}
+
+/// The coordinator's mind. Durable part: [`Durable`], the fold of every journaled record. The rest is soft.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    pub(super) plan: Plan,
+    pub(super) timings: Timings,
+    pub(super) term: Term,
+    pub(super) durable: Durable,
+    pub(super) run: run::State,
+    pub(super) stages: Vec<stage::State>,
+    pub(super) fleet: Fleet,
+    /// Reported checkpoints that are being read.
+    pub(super) checkpoints: BTreeMap<(GroupId, u64), Verification>,
+    /// Registrations given in this life.
+    pub(super) registrations: u32,
+    /// When silent workers were last looked for.
+    pub(super) swept: Duration,
+}
+
+impl Machine {
+    /// A machine that goes on from `durable`, whose last record must be the term claim of this life.
+    pub fn new(plan: Plan, timings: Timings, durable: Durable) -> Self {
+        let stages = plan
+            .stages
+            .iter()
+            .map(|stage| match durable.stage(&stage.name).sealed {
+                Some(_) => stage::State::Sealed,
+                None => stage::State::Blocked,
+            })
+            .collect();
+        Self {
+            term: durable.term,
+            run: run::State::Running,
+            plan,
+            timings,
+            durable,
+            stages,
+            fleet: Fleet::default(),
+            checkpoints: BTreeMap::new(),
+            registrations: 0,
+            swept: Duration::ZERO,
+        }
+    }
+
+    /// Takes in what happened at `now` (since this life began) and decides what to do, in order.
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        let mut out = Vec::new();
+        if matches!(self.run, run::State::Finished(_)) {
+            if let Event::Arrived { connection, .. } = event {
+                out.push(Action::Close(connection));
+            }
+            return out;
+        }
+        let settles = self.dispatch(now, event, &mut out);
+        if settles {
+            self.settle(now, &mut out);
+        }
+        out
+    }
+
+    /// When [`Event::Tick`] is due at the latest; none when nothing is waited for.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        if matches!(self.run, run::State::Finished(_)) {
+            return None;
+        }
+        let sweep = (!self.fleet.is_empty()).then(|| self.swept + self.timings.sweep);
+        let down = self
+            .fleet
+            .first_down()
+            .map(|(at, _)| at + self.timings.reconnect);
+        let stop = match &self.run {
+            run::State::Stopping { deadline, .. } => Some(*deadline),
+            run::State::Running | run::State::Finished(_) => None,
+        };
+        let stages = self.stages.iter().filter_map(|stage| match stage {
+            stage::State::Tasks(board) => board.waiting.first().map(|&(until, _)| until),
+            stage::State::Training(group) => self.gather_deadline(group),
+            stage::State::Blocked
+            | stage::State::Inspecting { .. }
+            | stage::State::Sealing { .. }
+            | stage::State::Sealed => None,
+        });
+        [sweep, down, stop]
+            .into_iter()
+            .flatten()
+            .chain(stages)
+            .min()
+    }
+
+    /// The durable part.
+    pub fn durable(&self) -> &Durable {
+        &self.durable
+    }
+
+    /// The life this machine lives.
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
+    /// How the run ended, if it did.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        match &self.run {
+            run::State::Finished(outcome) => Some(outcome),
+            run::State::Running | run::State::Stopping { .. } => None,
+        }
+    }
+
+    /// Gives back whether decisions may change.
+    fn dispatch(&mut self, now: Duration, event: Event, out: &mut Vec<Action>) -> bool {
+        match event {
+            Event::Tick => self.tick(now, out),
+            Event::Arrived { connection, hello } => self.arrive(connection, hello, now, out),
+            Event::Said {
+                connection,
+                message,
+            } => return self.said(connection, message, now, out),
+            Event::Closed { connection } => self.fleet.disconnect(connection, now),
+            Event::Inspected { stage, finding } => self.inspected(stage, finding, now, out),
+            Event::CommitVerified { task, commit } => self.commit_verified(&task, commit, out),
+            Event::CheckpointVerified { checkpoint, result } => {
+                self.checkpoint_verified(checkpoint, result, now, out);
+            }
+            Event::Sealed { stage, result } => self.sealed(stage, result, out),
+            Event::StopRequested { now: at_once } => self.stop(at_once, now, out),
+            Event::LauncherFailed { message } if self.fleet.is_empty() => self.fail(message, out),
+            Event::LauncherFailed { message } => {
+                out.push(Action::Explain(Decision::Postponed { what: message }));
+            }
+        }
+        true
+    }
+
+    fn tick(&mut self, now: Duration, out: &mut Vec<Action>) {
+        while let Some((at, incarnation)) = self.fleet.first_down() {
+            if now < at + self.timings.reconnect {
+                break;
+            }
+            self.lose_worker(incarnation, "its stream ended", true, now, out);
+        }
+        if now >= self.swept + self.timings.sweep {
+            self.swept = now;
+            self.sweep(now, out);
+        }
+        for at in 0..self.stages.len() {
+            if let stage::State::Tasks(board) = &mut self.stages[at] {
+                board.wake(now);
+            }
+            self.group_deadlines(at, now, out);
+        }
+        if let run::State::Stopping { reason, deadline } = &self.run
+            && now >= *deadline
+        {
+            let reason = reason.clone();
+            self.finish(Outcome::Stopped { reason }, out);
+        }
+    }
+
+    fn sweep(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let lease = self.timings.lease_ttl + self.timings.lease_grace;
+        let silent: Vec<_> = self
+            .fleet
+            .iter()
+            .filter(|(_, worker)| {
+                let limit = if worker.group.is_some() {
+                    self.timings.member_silence
+                } else {
+                    lease
+                };
+                now >= worker.heard + limit
+            })
+            .map(|(incarnation, worker)| (incarnation, now.saturating_sub(worker.heard)))
+            .collect();
+        for (incarnation, silence) in silent {
+            let cause = format!("silent for {} s", silence.as_secs());
+            self.lose_worker(incarnation, &cause, true, now, out);
+        }
+    }
+
+    /// Ends the run.
+    pub(super) fn finish(&mut self, outcome: Outcome, out: &mut Vec<Action>) {
+        if matches!(self.run, run::State::Finished(_)) {
+            return;
+        }
+        self.journal(Record::RunFinished(outcome.clone()), out);
+        self.drain(false, &format!("the run {outcome}"), out);
+        out.push(Action::Explain(Decision::Finished(outcome.clone())));
+        out.push(Action::Finish(outcome.clone()));
+        self.run = run::State::Finished(outcome);
+    }
+
+    /// Ends the run with a failure.
+    pub(super) fn fail(&mut self, message: String, out: &mut Vec<Action>) {
+        self.finish(Outcome::Failed { message }, out);
+    }
+
+    fn stop(&mut self, at_once: bool, now: Duration, out: &mut Vec<Action>) {
+        let reason = String::from("asked to stop");
+        if at_once {
+            self.finish(Outcome::Stopped { reason }, out);
+        } else if matches!(self.run, run::State::Running) {
+            out.push(Action::Explain(Decision::Stopping {
+                reason: reason.clone(),
+            }));
+            self.drain(true, &reason, out);
+            self.run = run::State::Stopping {
+                reason,
+                deadline: now + self.timings.drain,
+            };
+        }
+    }
+
+    /// Whether the run is being stopped.
+    pub(super) fn is_stopping(&self) -> bool {
+        matches!(self.run, run::State::Stopping { .. })
+    }
+
+    fn drain(&mut self, checkpoint: bool, reason: &str, out: &mut Vec<Action>) {
+        let everybody: Vec<_> = self.fleet.iter().map(|(i, _)| i).collect();
+        for incarnation in everybody {
+            self.fleet
+                .update(incarnation, |worker| worker.draining = true);
+            let drain = ToWorker::Drain {
+                checkpoint,
+                reason: reason.to_owned(),
+            };
+            self.send(incarnation, drain, out);
+        }
+    }
+
+    /// Writes down, and takes in, a durable fact.
+    pub(super) fn journal(&mut self, record: Record, out: &mut Vec<Action>) {
+        self.durable.apply(&record);
+        out.push(Action::Journal(record));
+    }
+
+    /// Tells a worker, if it can be told.
+    pub(super) fn send(&self, to: Incarnation, message: ToWorker, out: &mut Vec<Action>) {
+        if let Some(connection) = self.fleet.connection(to) {
+            out.push(Action::Send(connection, message));
+        }
+    }
+
+    /// Acknowledges every report that a verification answers.
+    pub(super) fn acknowledge(&self, verification: Verification, out: &mut Vec<Action>) {
+        for (reporter, seq) in verification.reports {
+            self.send(reporter, ToWorker::ReportAck { seq }, out);
+        }
+    }
+
+    /// Goes on until nothing more can be decided without another event.
+    fn settle(&mut self, now: Duration, out: &mut Vec<Action>) {
+        match self.run {
+            run::State::Running => {}
+            run::State::Stopping { .. } => {
+                self.settle_stopping(out);
+                return;
+            }
+            run::State::Finished(_) => return,
+        }
+        self.start_stages(out);
+        self.assign(now, out);
+        self.seal_complete(out);
+        self.finish_if_sealed(out);
+    }
+
+    fn settle_stopping(&mut self, out: &mut Vec<Action>) {
+        self.finish_if_sealed(out);
+        if let run::State::Stopping { reason, .. } = &self.run
+            && self.fleet.is_empty()
+        {
+            let reason = reason.clone();
+            self.finish(Outcome::Stopped { reason }, out);
+        }
+    }
+
+    fn finish_if_sealed(&mut self, out: &mut Vec<Action>) {
+        let all = self
+            .stages
+            .iter()
+            .all(|stage| matches!(stage, stage::State::Sealed));
+        if all {
+            self.finish(Outcome::Succeeded, out);
+        }
+    }
+
+    /// Asks again later when that may help; gives the run up otherwise.
+    pub(super) fn retry_or_fail(
+        &mut self,
+        trouble: Trouble,
+        what: &str,
+        again: Action,
+        out: &mut Vec<Action>,
+    ) {
+        match trouble {
+            Trouble::Transient(message) => {
+                let what = format!("{what}: {message}");
+                out.push(Action::Explain(Decision::Postponed { what }));
+                out.push(again);
+            }
+            Trouble::Permanent(message) => self.fail(format!("{what}: {message}"), out),
+        }
+    }
+
+    /// Every registration that is a member of a live group, for `invariants`.
+    pub(super) fn members(&self) -> BTreeSet<Incarnation> {
+        self.stages
+            .iter()
+            .filter_map(|stage| stage.group()?.formed())
+            .flat_map(|(_, members)| members.iter().copied())
+            .collect()
+    }
+}

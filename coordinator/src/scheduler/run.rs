@@ -1,0 +1,42 @@
+//! How the run as a whole stands.
+
+use std::fmt;
+use std::time::Duration;
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every stage is sealed.
+    Succeeded,
+    /// It cannot go on.
+    Failed {
+        /// What, where, and what to do.
+        message: String,
+    },
+    /// Somebody stopped it; the same command resumes it.
+    Stopped {
+        /// Who or why.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Succeeded => write!(f, "succeeded"),
+            Self::Failed { message } => write!(f, "failed: {message}"),
+            Self::Stopped { reason } => write!(f, "stopped: {reason}"),
+        }
+    }
+}
+
+/// Where the run is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum State {
+    /// Stages advance.
+    Running,
+    /// Workers finish what they hold; at the deadline the run stops anyway.
+    Stopping { reason: String, deadline: Duration },
+    /// Terminal.
+    Finished(Outcome),
+}

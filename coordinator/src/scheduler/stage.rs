@@ -1,0 +1,349 @@
+//! Stages: waiting for what they read, looking at what is there, working, sealing.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use distillery_common::ids::{Digest, Generation};
+use distillery_common::task::{CommitSummary, TaskId};
+
+use super::action::{Action, Decision};
+use super::durable::StageLog;
+use super::event::{Finding, Trouble};
+use super::group::Group;
+use super::machine::Machine;
+use super::record::Record;
+use super::task::Board;
+use crate::plan::{Tasks, Training, Work};
+
+/// Where a stage is.
+#[derive(Debug, Clone)]
+pub(super) enum State {
+    /// Something it reads is not sealed.
+    Blocked,
+    /// The driver looks at what the store holds.
+    Inspecting { tries: u32 },
+    /// Tasks are leased.
+    Tasks(Board),
+    /// A group trains.
+    Training(Group),
+    /// The driver writes the manifest.
+    Sealing {
+        commits: BTreeMap<u64, CommitSummary>,
+        tries: u32,
+    },
+    /// Terminal.
+    Sealed,
+}
+
+impl State {
+    pub(super) fn group(&self) -> Option<&Group> {
+        match self {
+            Self::Training(group) => Some(group),
+            Self::Blocked
+            | Self::Inspecting { .. }
+            | Self::Tasks(_)
+            | Self::Sealing { .. }
+            | Self::Sealed => None,
+        }
+    }
+
+    pub(super) fn group_mut(&mut self) -> Option<&mut Group> {
+        match self {
+            Self::Training(group) => Some(group),
+            Self::Blocked
+            | Self::Inspecting { .. }
+            | Self::Tasks(_)
+            | Self::Sealing { .. }
+            | Self::Sealed => None,
+        }
+    }
+
+    pub(super) fn board_mut(&mut self) -> Option<&mut Board> {
+        match self {
+            Self::Tasks(board) => Some(board),
+            Self::Blocked
+            | Self::Inspecting { .. }
+            | Self::Training(_)
+            | Self::Sealing { .. }
+            | Self::Sealed => None,
+        }
+    }
+}
+
+impl Machine {
+    /// Starts every stage whose inputs are sealed.
+    pub(super) fn start_stages(&mut self, out: &mut Vec<Action>) {
+        for at in 0..self.stages.len() {
+            let is_ready = matches!(self.stages[at], State::Blocked)
+                && self.plan.stages[at]
+                    .after
+                    .iter()
+                    .all(|&input| matches!(self.stages[input], State::Sealed));
+            if !is_ready {
+                continue;
+            }
+            let stage = self.plan.stages[at].name.clone();
+            if !self.durable.stage(&stage).started {
+                self.journal(Record::StageStarted { stage }, out);
+            }
+            self.stages[at] = State::Inspecting { tries: 0 };
+            out.push(Action::Inspect {
+                stage: at,
+                after_ms: 0,
+            });
+        }
+    }
+
+    /// The driver says what the store holds of a stage.
+    pub(super) fn inspected(
+        &mut self,
+        at: usize,
+        finding: Result<Finding, Trouble>,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let work = self.plan.stages[at].work.clone();
+        match (finding, work) {
+            (Err(trouble), _) => self.inspect_again(at, trouble, out),
+            (Ok(Finding::Tasks { sealed, .. }), Work::Tasks(_)) if sealed.is_some() => {
+                let digest = sealed.expect("the guard has just seen it");
+                if matches!(self.stages[at], State::Inspecting { .. }) {
+                    self.seal_stage(at, digest, true, out);
+                }
+            }
+            (Ok(Finding::Tasks { commits, .. }), Work::Tasks(tasks)) => {
+                self.start_tasks(at, &tasks, commits, out);
+            }
+            (Ok(Finding::Checkpoints(mut found)), Work::Training(training)) => {
+                found.sort();
+                let log = self.durable.stage(&self.plan.stages[at].name);
+                if let Some(newest) = log.newest(&found).cloned() {
+                    self.accept(at, &newest, now, out);
+                }
+                self.start_training(at, &training, now, out);
+            }
+            (Ok(Finding::Tasks { .. }), Work::Training(_))
+            | (Ok(Finding::Checkpoints(_)), Work::Tasks(_)) => {
+                unreachable!("the driver looks for what the plan says the stage makes")
+            }
+        }
+    }
+
+    fn inspect_again(&mut self, at: usize, trouble: Trouble, out: &mut Vec<Action>) {
+        let tries = match &mut self.stages[at] {
+            State::Inspecting { tries } => {
+                *tries += 1;
+                *tries
+            }
+            State::Blocked
+            | State::Tasks(_)
+            | State::Training(_)
+            | State::Sealing { .. }
+            | State::Sealed => 3,
+        };
+        let again = Action::Inspect {
+            stage: at,
+            after_ms: self.timings.retry_ms(tries),
+        };
+        let what = format!("looking at stage {}", self.plan.stages[at].name);
+        self.retry_or_fail(trouble, &what, again, out);
+    }
+
+    fn start_tasks(
+        &mut self,
+        at: usize,
+        tasks: &Tasks,
+        commits: BTreeMap<u64, CommitSummary>,
+        out: &mut Vec<Action>,
+    ) {
+        if !matches!(self.stages[at], State::Inspecting { .. }) {
+            return;
+        }
+        let stage = self.plan.stages[at].name.clone();
+        let quarantined = self.durable.stage(&stage).quarantined;
+        let commits = commits
+            .into_iter()
+            .filter(|(index, _)| *index < tasks.count && !quarantined.contains(index))
+            .collect();
+        let mut board = Board::new(tasks.count, commits, quarantined);
+        // Workers that outlived the last coordinator said what they hold before we knew what is done.
+        let held: Vec<_> = self
+            .fleet
+            .iter()
+            .flat_map(|(_, worker)| &worker.leases)
+            .filter(|lease| lease.task.stage == stage && board.is_open(lease.task.index))
+            .cloned()
+            .collect();
+        held.into_iter().for_each(|lease| board.lease(lease));
+        out.push(Action::Explain(Decision::StageStarted {
+            stage,
+            done: board.done(),
+            total: tasks.count,
+        }));
+        self.stages[at] = State::Tasks(board);
+    }
+
+    fn start_training(
+        &mut self,
+        at: usize,
+        training: &Training,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        let stage = self.plan.stages[at].name.clone();
+        let log = self.durable.stage(&stage);
+        match &mut self.stages[at] {
+            State::Training(Group::Gathering { inspected, .. }) => *inspected = true,
+            State::Inspecting { .. } => {
+                out.push(Action::Explain(Decision::StageStarted {
+                    stage: stage.clone(),
+                    done: log.newest(&[]).map_or(0, |checkpoint| checkpoint.step),
+                    total: training.steps,
+                }));
+                let group = self.reattachable(&stage, &log, now);
+                self.stages[at] =
+                    State::Training(group.unwrap_or_else(|| Group::gathering(now, true)));
+            }
+            State::Training(
+                Group::Reattaching { .. } | Group::Exchanging { .. } | Group::Stepping { .. },
+            )
+            | State::Blocked
+            | State::Tasks(_)
+            | State::Sealing { .. }
+            | State::Sealed => {}
+        }
+        self.reattached(at, now);
+    }
+
+    /// The group of the last life, if its members may still be at work.
+    fn reattachable(&self, stage: &str, log: &StageLog, now: Duration) -> Option<Group> {
+        let last = log.generations.last()?;
+        if self.timings.reattach.is_zero()
+            || log.ended == Some(last.generation)
+            || last.members.iter().all(|m| m.term() == self.term)
+        {
+            return None;
+        }
+        Some(Group::Reattaching {
+            id: distillery_common::group::GroupId {
+                stage: stage.to_owned(),
+                generation: last.generation,
+            },
+            members: last.members.clone(),
+            deadline: now + self.timings.reattach,
+        })
+    }
+
+    /// The formation that a returning worker may still belong to.
+    pub(super) fn last_generation(&self, stage: &str) -> Option<Generation> {
+        let log = self.durable.stage(stage);
+        let last = log.generations.last()?.generation;
+        (log.sealed.is_none() && log.ended != Some(last)).then_some(last)
+    }
+
+    /// The driver has read a task's COMMIT.
+    pub(super) fn commit_verified(
+        &mut self,
+        task: &TaskId,
+        commit: Result<Option<CommitSummary>, Trouble>,
+        out: &mut Vec<Action>,
+    ) {
+        let retry = self.timings.clone();
+        let Some(at) = self.plan.position(&task.stage) else {
+            return;
+        };
+        let Some(board) = self.stages[at].board_mut() else {
+            return;
+        };
+        let commit = match commit {
+            Ok(commit) => commit,
+            Err(trouble) => {
+                let verification = board.verifying.entry(task.index).or_default();
+                verification.tries += 1;
+                let again = Action::VerifyCommit {
+                    task: task.clone(),
+                    after_ms: retry.retry_ms(verification.tries),
+                };
+                let what = format!("reading the COMMIT of {task}");
+                self.retry_or_fail(trouble, &what, again, out);
+                return;
+            }
+        };
+        if commit.is_none() {
+            let what = format!("{task} was reported committed, but has no COMMIT");
+            out.push(Action::Explain(Decision::Ignored { what }));
+        }
+        let is_done = commit.is_some();
+        let verification = board.verified(task.index, commit);
+        let other = is_done.then(|| board.leased.remove(&task.index)).flatten();
+        self.acknowledge(verification, out);
+        if let Some(lease) = other {
+            self.revoke(lease, "another attempt has committed", out);
+        }
+    }
+
+    /// Seals task stages in which nothing is open.
+    pub(super) fn seal_complete(&mut self, out: &mut Vec<Action>) {
+        for at in 0..self.stages.len() {
+            let Some(board) = self.stages[at].board_mut() else {
+                continue;
+            };
+            if board.done() < board.count || !board.verifying.is_empty() {
+                continue;
+            }
+            let commits = std::mem::take(&mut board.committed);
+            out.push(Action::Seal {
+                stage: at,
+                commits: commits.clone(),
+                after_ms: 0,
+            });
+            self.stages[at] = State::Sealing { commits, tries: 0 };
+        }
+    }
+
+    /// The driver has sealed a task stage, or could not.
+    pub(super) fn sealed(
+        &mut self,
+        at: usize,
+        result: Result<Digest, Trouble>,
+        out: &mut Vec<Action>,
+    ) {
+        let retry = self.timings.clone();
+        let State::Sealing { commits, tries } = &mut self.stages[at] else {
+            return;
+        };
+        match result {
+            Ok(digest) => self.seal_stage(at, digest, false, out),
+            Err(trouble) => {
+                *tries += 1;
+                let again = Action::Seal {
+                    stage: at,
+                    commits: commits.clone(),
+                    after_ms: retry.retry_ms(*tries),
+                };
+                let what = format!("sealing stage {}", self.plan.stages[at].name);
+                self.retry_or_fail(trouble, &what, again, out);
+            }
+        }
+    }
+
+    /// A stage is complete and immutable.
+    pub(super) fn seal_stage(
+        &mut self,
+        at: usize,
+        digest: Digest,
+        cached: bool,
+        out: &mut Vec<Action>,
+    ) {
+        let stage = self.plan.stages[at].name.clone();
+        self.journal(
+            Record::StageSealed {
+                stage: stage.clone(),
+                digest,
+            },
+            out,
+        );
+        out.push(Action::Explain(Decision::StageSealed { stage, cached }));
+        self.stages[at] = State::Sealed;
+    }
+}
