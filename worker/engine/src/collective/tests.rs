@@ -1,0 +1,324 @@
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use distillery_common::group::GroupId;
+use distillery_common::ids::Generation;
+use tch::{Device, Kind, Tensor};
+
+use super::nccl::{Nccl, UniqueId};
+use super::solo::Solo;
+use super::tcp::{Invitation, Listener, TcpRing};
+use super::{Collective, Error};
+
+const HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+fn group(generation: u64) -> GroupId {
+    GroupId {
+        stage: "seg8".to_owned(),
+        generation: Generation(generation),
+    }
+}
+
+fn listeners(world: u32) -> (Vec<Listener>, Vec<String>) {
+    (0..world)
+        .map(|_| TcpRing::listen(HOST).unwrap())
+        .map(|(listener, address)| (listener, address.to_string()))
+        .unzip()
+}
+
+/// Runs `body` on each rank of a formed ring and returns what each made of it.
+fn on_ring<T: Send>(world: u32, deadline: Duration, body: impl Fn(TcpRing) -> T + Sync) -> Vec<T> {
+    let (listeners, peers) = listeners(world);
+    let (peers, body) = (&peers, &body);
+    thread::scope(|scope| {
+        let ranks: Vec<_> = (0..)
+            .zip(listeners)
+            .map(|(rank, listener)| {
+                scope.spawn(move || {
+                    let invitation = Invitation {
+                        group: &group(1),
+                        rank,
+                        peers,
+                        token: [7; 32],
+                        deadline,
+                    };
+                    body(listener.connect(&invitation).unwrap())
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().unwrap()).collect()
+    })
+}
+
+const PATIENT: Duration = Duration::from_secs(30);
+
+/// Values with many magnitudes, different on every rank.
+fn values(rank: u32, len: usize) -> Vec<f32> {
+    (0..len)
+        .map(|i| ((i * 31 + rank as usize * 17) % 1009) as f32 * 0.37 - 100.0 / (rank + 1) as f32)
+        .collect()
+}
+
+#[test]
+fn a_sum_over_the_ring_is_the_sum_and_has_the_same_bits_everywhere() {
+    // Shorter than the world, one piece, and several pieces with an uneven end.
+    for (world, len) in [
+        (1, 5),
+        (2, 3),
+        (3, 2),
+        (2, 100_003),
+        (3, 70_001),
+        (4, 150_001),
+    ] {
+        let sums = on_ring(world, PATIENT, |mut ring| {
+            let mut flat = Tensor::from_slice(&values(ring.rank(), len));
+            ring.all_reduce_sum(&mut flat).unwrap();
+            // A second sum on the same ring starts clean.
+            let mut ones = Tensor::ones([7], (Kind::Float, Device::Cpu));
+            ring.all_reduce_sum(&mut ones).unwrap();
+            assert_eq!(ones.double_value(&[6]), f64::from(world));
+            Vec::<f32>::try_from(flat).unwrap()
+        });
+        for i in 0..len {
+            let exact: f64 = (0..world).map(|r| f64::from(values(r, len)[i])).sum();
+            assert!((f64::from(sums[0][i]) - exact).abs() <= 1e-6 * exact.abs().max(1e3));
+            if i > 500 {
+                break;
+            }
+        }
+        for other in &sums[1..] {
+            assert_eq!(bits(&sums[0]), bits(other));
+        }
+        if world > 1 && len > 4 {
+            let again = on_ring(world, PATIENT, |mut ring| {
+                let mut flat = Tensor::from_slice(&values(ring.rank(), len));
+                ring.all_reduce_sum(&mut flat).unwrap();
+                Vec::<f32>::try_from(flat).unwrap()
+            });
+            assert_eq!(bits(&sums[0]), bits(&again[0]));
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn a_broadcast_reaches_every_rank_from_any_root() {
+    for root in 0..3 {
+        let received = on_ring(3, PATIENT, |mut ring| {
+            let mut flat = Tensor::from_slice(&values(ring.rank(), 40_000));
+            ring.broadcast(&mut flat, root).unwrap();
+            Vec::<f32>::try_from(flat).unwrap()
+        });
+        for flat in received {
+            assert_eq!(flat, values(root, 40_000));
+        }
+    }
+}
+
+#[test]
+fn ranks_agree_only_on_the_same_digest() {
+    let same = on_ring(4, PATIENT, |mut ring| ring.agree(&[3; 32]).is_ok());
+    assert_eq!(same, [true; 4]);
+    let odd = on_ring(3, PATIENT, |mut ring| {
+        let digest = [u8::from(ring.rank() == 1); 32];
+        ring.agree(&digest).unwrap_err().to_string()
+    });
+    for (rank, message) in odd.iter().enumerate() {
+        assert!(message.contains("different state"), "{rank}: {message}");
+    }
+}
+
+#[test]
+fn a_rank_that_dies_is_noticed_by_all_at_once() {
+    let errors = on_ring(3, PATIENT, |mut ring| {
+        if ring.rank() == 1 {
+            return None;
+        }
+        let mut flat = Tensor::from_slice(&values(0, 1_000_000));
+        Some(ring.all_reduce_sum(&mut flat).unwrap_err())
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(matches!(error, Error::PeerLost { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_rank_that_is_silent_is_given_up_after_the_deadline() {
+    let errors = on_ring(2, Duration::from_millis(200), |mut ring| {
+        if ring.rank() == 1 {
+            // Alive, connected, and doing nothing until the other has given up.
+            let mut flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
+            thread::sleep(Duration::from_millis(600));
+            return ring.all_reduce_sum(&mut flat).unwrap_err();
+        }
+        let mut flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
+        ring.all_reduce_sum(&mut flat).unwrap_err()
+    });
+    assert!(matches!(errors[0], Error::Timeout { rank: 0, peer: 1 }));
+    assert!(matches!(errors[1], Error::PeerLost { .. }));
+}
+
+#[test]
+fn another_thread_ends_a_waiting_sum() {
+    let errors = on_ring(2, PATIENT, |mut ring| {
+        let mut flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
+        if ring.rank() == 1 {
+            ring.aborter().abort();
+            return ring.all_reduce_sum(&mut flat).unwrap_err();
+        }
+        ring.all_reduce_sum(&mut flat).unwrap_err()
+    });
+    assert!(matches!(errors[0], Error::PeerLost { .. }));
+    assert!(matches!(errors[1], Error::Aborted));
+
+    let errors = on_ring(2, PATIENT, |mut ring| {
+        if ring.rank() == 1 {
+            // Wait for the other end to hang up.
+            let mut flat = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+            return ring.broadcast(&mut flat, 0).unwrap_err();
+        }
+        let aborter = ring.aborter();
+        thread::scope(|scope| {
+            scope.spawn(move || aborter.abort());
+            let mut flat = Tensor::zeros([8], (Kind::Float, Device::Cpu));
+            ring.all_reduce_sum(&mut flat).unwrap_err()
+        })
+    });
+    assert!(matches!(errors[0], Error::Aborted), "{}", errors[0]);
+}
+
+#[test]
+fn ranks_that_do_different_things_find_out() {
+    let errors = on_ring(2, PATIENT, |mut ring| {
+        let len = 4 + i64::from(ring.rank());
+        let mut flat = Tensor::zeros([len], (Kind::Float, Device::Cpu));
+        ring.all_reduce_sum(&mut flat).unwrap_err()
+    });
+    assert!(
+        errors
+            .iter()
+            .any(|error| matches!(error, Error::OutOfStep { .. }))
+    );
+}
+
+#[test]
+fn strangers_are_turned_away_and_the_ring_still_forms() {
+    let (listeners, peers) = listeners(2);
+    // A port scanner, a talker of something else, and a member of another ring's token.
+    let mut scanner = TcpStream::connect(&peers[0]).unwrap();
+    scanner.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    drop(TcpStream::connect(&peers[1]).unwrap());
+    let formed = thread::scope(|scope| {
+        let ranks: Vec<_> = (0..)
+            .zip(listeners)
+            .map(|(rank, listener)| {
+                let peers = &peers;
+                scope.spawn(move || {
+                    let invitation = Invitation {
+                        group: &group(2),
+                        rank,
+                        peers,
+                        token: [1; 32],
+                        deadline: PATIENT,
+                    };
+                    let mut ring = listener.connect(&invitation).unwrap();
+                    ring.agree(&[0; 32]).is_ok()
+                })
+            })
+            .collect();
+        ranks
+            .into_iter()
+            .map(|rank| rank.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+    assert_eq!(formed, [true, true]);
+}
+
+#[test]
+fn members_of_different_generations_or_runs_do_not_form_a_ring() {
+    for (generations, tokens, said) in [([1, 2], [7, 7], "generation"), ([1, 1], [7, 8], "token")] {
+        let (listeners, peers) = listeners(2);
+        let errors: Vec<String> = thread::scope(|scope| {
+            let ranks: Vec<_> = (0u32..)
+                .zip(listeners)
+                .map(|(rank, listener)| {
+                    let peers = &peers;
+                    scope.spawn(move || {
+                        let invitation = Invitation {
+                            group: &group(generations[rank as usize]),
+                            rank,
+                            peers,
+                            token: [tokens[rank as usize]; 32],
+                            deadline: Duration::from_millis(300),
+                        };
+                        listener.connect(&invitation).unwrap_err().to_string()
+                    })
+                })
+                .collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        assert!(
+            errors.iter().any(|error| error.contains(said)),
+            "{errors:?}"
+        );
+    }
+}
+
+#[test]
+fn a_group_of_one_leaves_values_alone_until_it_is_aborted() {
+    let mut solo = Solo::default();
+    let mut flat = Tensor::from_slice(&[1.5f32, 2.5]);
+    solo.all_reduce_sum(&mut flat).unwrap();
+    assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [1.5, 2.5]);
+    solo.agree(&[0; 32]).unwrap();
+    solo.aborter().abort();
+    assert!(matches!(
+        solo.all_reduce_sum(&mut flat),
+        Err(Error::Aborted)
+    ));
+}
+
+/// On a machine without the library the answer names what was tried; on one with it, that a CPU is no device.
+#[test]
+fn nccl_without_a_library_or_a_device_is_a_clear_error() {
+    let id: UniqueId = "00".repeat(128).parse().unwrap();
+    match Nccl::join(&id, 0, 1, Device::Cpu).unwrap_err() {
+        Error::NcclNotFound { tried } => assert!(tried.contains("libnccl.so.2"), "{tried}"),
+        Error::Setup { reason } => assert!(reason.contains("CUDA"), "{reason}"),
+        other => panic!("{other}"),
+    }
+    assert!("xy".parse::<UniqueId>().is_err());
+    assert!("zz".repeat(128).parse::<UniqueId>().is_err());
+    assert_eq!(id.to_string(), "00".repeat(128));
+}
+
+/// A group of one over NCCL sums to itself and agrees with itself; runs where there is a GPU and the library.
+#[test]
+fn nccl_sums_over_one_rank_on_a_gpu() {
+    if !tch::Cuda::is_available() {
+        return;
+    }
+    let id = match UniqueId::new() {
+        Err(Error::NcclNotFound { .. }) => return,
+        id => id.unwrap(),
+    };
+    let device = Device::Cuda(0);
+    let mut nccl = Nccl::join(&id, 0, 1, device).unwrap();
+    let mut flat = Tensor::from_slice(&values(0, 10_000)).to_device(device);
+    nccl.all_reduce_sum(&mut flat).unwrap();
+    nccl.broadcast(&mut flat, 0).unwrap();
+    nccl.agree(&[9; 32]).unwrap();
+    let flat = flat.to_device(Device::Cpu);
+    assert_eq!(Vec::<f32>::try_from(flat).unwrap(), values(0, 10_000));
+    nccl.aborter().abort();
+    let mut flat = Tensor::zeros([1], (Kind::Float, device));
+    assert!(matches!(
+        nccl.all_reduce_sum(&mut flat),
+        Err(Error::Aborted)
+    ));
+}

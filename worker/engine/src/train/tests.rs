@@ -1,0 +1,472 @@
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Range;
+use std::thread;
+use std::time::Duration;
+
+use distillery_common::group::GroupId;
+use distillery_common::ids::Generation;
+use distillery_common::recipe::{Batch, Loss, Optimizer, RateSchedule};
+use distillery_common::seed::{Purpose, Stream, normal};
+use tch::{Device, Kind, Tensor};
+
+use super::batch::DataOrder;
+use super::flat::Parameters;
+use super::snapshot::{self, Part};
+use super::{Control, Error, Plan, Sink, Source, StepReport, Trainer};
+use crate::collective::solo::Solo;
+use crate::collective::tcp::{Invitation, TcpRing};
+use crate::collective::{self, Abort, Collective};
+use crate::diffusion::denoiser::{Conditioning, Denoiser};
+use crate::diffusion::prediction::Prediction;
+use crate::diffusion::schedule::Schedule;
+use crate::diffusion::segments::Segments;
+use crate::distill::mlcm::Mlcm;
+use crate::distill::{Rows, Setting};
+
+const CHANNELS: i64 = 4;
+const HIDDEN: i64 = 16;
+
+/// Two layers on (z, t / 1000), computed in `kind`.
+struct Mlp {
+    weights: Vec<(String, Tensor)>,
+    kind: Kind,
+}
+
+impl Mlp {
+    fn new(kind: Kind) -> Self {
+        let shapes: [(&str, Vec<i64>); 4] = [
+            ("in.bias", vec![HIDDEN]),
+            ("in.weight", vec![CHANNELS + 1, HIDDEN]),
+            ("out.bias", vec![CHANNELS]),
+            ("out.weight", vec![HIDDEN, CHANNELS]),
+        ];
+        let weights = (0..)
+            .zip(shapes)
+            .map(|(ordinal, (name, shape))| {
+                let len = shape.iter().product::<i64>() as usize;
+                let values = normal(5, Purpose::AdapterInit, ordinal, 0, len);
+                let tensor = Tensor::from_slice(&values).view(&shape[..]) * 0.3;
+                let tensor = tensor.to_kind(kind).set_requires_grad(true);
+                (name.to_owned(), tensor)
+            })
+            .collect();
+        Self { weights, kind }
+    }
+
+    fn parameters(&self) -> Parameters {
+        let share = |(name, tensor): &(String, Tensor)| (name.clone(), tensor.shallow_clone());
+        Parameters::new(self.weights.iter().map(share).collect())
+    }
+}
+
+impl Denoiser for Mlp {
+    fn predict(&self, z: &Tensor, t: &Tensor, _: &Conditioning) -> Tensor {
+        let time = t.to_kind(Kind::Float).view([-1, 1]) / 1000.0;
+        let input = Tensor::cat(&[z.to_kind(Kind::Float).flatten(1, -1), time], 1);
+        let w = |i: usize| &self.weights[i].1;
+        let hidden = (input.to_kind(self.kind).matmul(w(1)) + w(0)).tanh();
+        (hidden.matmul(w(3)) + w(2))
+            .to_kind(Kind::Float)
+            .view(&z.size()[..])
+    }
+}
+
+/// Rows that are a pure function of their position in the data order.
+struct Rowmaker {
+    order: DataOrder,
+}
+
+impl Rowmaker {
+    fn new() -> Self {
+        Self {
+            order: DataOrder::new(9, 0, 50),
+        }
+    }
+}
+
+impl Source for Rowmaker {
+    fn rows(&mut self, positions: Range<u64>) -> anyhow::Result<Rows> {
+        let rows: Vec<u64> = positions.map(|p| self.order.row(p)).collect();
+        let draw = |purpose| {
+            let values: Vec<f32> = rows
+                .iter()
+                .flat_map(|&row| normal(1, purpose, row, 0, CHANNELS as usize))
+                .collect();
+            Tensor::from_slice(&values).view([-1, CHANNELS, 1, 1])
+        };
+        let times: Vec<i64> = rows
+            .iter()
+            .map(|&row| Stream::new(1, Purpose::TrajectoryTimes, row, 0).below(999))
+            .map(|t| i64::from(t) + 1)
+            .collect();
+        Ok(Rows {
+            z: draw(Purpose::InitialNoise),
+            // What is learnable: noise that is a function of the state.
+            eps_w: draw(Purpose::InitialNoise) * 0.5 + 0.2,
+            t: Tensor::from_slice(&times),
+            conditioning: Conditioning {
+                context: Tensor::zeros([rows.len() as i64, 1, 1], (Kind::Float, Device::Cpu)),
+                pooled: None,
+                time_ids: None,
+            },
+        })
+    }
+}
+
+/// Keeps reports and stops before step `until`.
+struct Recorder {
+    until: u64,
+    reports: Vec<StepReport>,
+}
+
+impl Recorder {
+    fn until(until: u64) -> Self {
+        Self {
+            until,
+            reports: Vec::new(),
+        }
+    }
+}
+
+impl Sink for Recorder {
+    fn after_step(&mut self, trainer: &Trainer, report: &StepReport) -> anyhow::Result<Control> {
+        self.reports.push(report.clone());
+        Ok(match trainer.position().step < self.until {
+            true => Control::Continue,
+            false => Control::Stop,
+        })
+    }
+}
+
+fn plan(micro: Option<u64>) -> Plan {
+    Plan {
+        steps: 40,
+        batch: Batch { global: 12, micro },
+        optimizer: Optimizer {
+            lr: 3e-3,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            grad_clip: Some(1.0),
+            schedule: RateSchedule::Cosine,
+            warmup: 5,
+            max_skipped: 3,
+        },
+        ema_decay: Some(0.9),
+    }
+}
+
+fn objective() -> Mlcm {
+    Mlcm::new(Setting {
+        schedule: Schedule::stable_diffusion(),
+        prediction: Prediction::Epsilon,
+        segments: Segments::new(8).unwrap(),
+        skip: 25,
+        loss: Loss::L2,
+    })
+}
+
+/// Trains a fresh student until `until`, continuing from `from` when given; its state and reports.
+fn train(
+    kind: Kind,
+    plan: &Plan,
+    from: Option<&snapshot::Snapshot>,
+    until: u64,
+    group: &mut dyn Collective,
+) -> (snapshot::Snapshot, Vec<StepReport>) {
+    let student = Mlp::new(kind);
+    let mut trainer = Trainer::new(plan.clone(), student.parameters());
+    if let Some(state) = from {
+        trainer.restore(state).unwrap();
+    }
+    let mut recorder = Recorder::until(until);
+    trainer
+        .run(
+            &objective(),
+            &student,
+            None,
+            group,
+            &mut Rowmaker::new(),
+            &mut recorder,
+        )
+        .unwrap();
+    let mut state = trainer.empty_snapshot();
+    trainer.snapshot(&mut state);
+    (state, recorder.reports)
+}
+
+/// Test 14.
+#[test]
+fn training_on_is_the_same_as_stopping_and_resuming_bit_for_bit() {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let plan = plan(Some(5));
+        let (whole, reports) = train(kind, &plan, None, 40, &mut Solo::default());
+        let (half, first) = train(kind, &plan, None, 20, &mut Solo::default());
+        // Through names and values, as a checkpoint goes.
+        let stored: Vec<(String, Vec<f32>)> = half
+            .tensors()
+            .map(|(name, _, values)| (name, values.to_vec()))
+            .collect();
+        let student = Mlp::new(kind);
+        let mut read = Trainer::new(plan.clone(), student.parameters()).empty_snapshot();
+        read.fill(half.position, |wanted| {
+            let found = stored.iter().find(|(name, _)| name == wanted)?;
+            Some(&found.1)
+        })
+        .unwrap();
+        let (resumed, second) = train(kind, &plan, Some(&read), 40, &mut Solo::default());
+        assert_eq!(whole.position.step, 40);
+        assert_eq!(whole, resumed);
+        assert_eq!(reports, [first, second].concat());
+        assert_ne!(whole.part(Part::Student), half.part(Part::Student));
+        assert_ne!(whole.part(Part::Student), whole.part(Part::Ema));
+    }
+}
+
+#[test]
+fn training_lowers_the_loss() {
+    let mut plan = plan(None);
+    plan.optimizer.lr = 0.03;
+    let (_, reports) = train(Kind::Float, &plan, None, 40, &mut Solo::default());
+    let mean =
+        |reports: &[StepReport]| reports.iter().map(|r| r.loss).sum::<f64>() / reports.len() as f64;
+    assert!(mean(&reports[30..]) < 0.7 * mean(&reports[..10]));
+}
+
+/// However a step is split into forward passes and over ranks, it is the mean over the same global batch.
+#[test]
+fn a_split_step_is_the_whole_step() {
+    let (whole, reports) = train(Kind::Float, &plan(None), None, 4, &mut Solo::default());
+    let close = |state: &snapshot::Snapshot, steps: &[StepReport]| {
+        let values = |s: &snapshot::Snapshot| s.part(Part::Student).unwrap().to_vec();
+        for (a, b) in values(&whole).into_iter().zip(values(state)) {
+            assert!((a - b).abs() < 2e-5, "{a} and {b}");
+        }
+        for (a, b) in reports.iter().zip(steps) {
+            assert!((a.loss - b.loss).abs() < 1e-5 * a.loss);
+            assert!((a.grad_norm - b.grad_norm).abs() < 1e-4 * a.grad_norm);
+            let counts = |r: &StepReport| -> Vec<u64> {
+                r.loss_by_segment.iter().map(|&(_, rows)| rows).collect()
+            };
+            assert_eq!(counts(a), counts(b));
+            assert_eq!(counts(a).iter().sum::<u64>(), 12);
+        }
+    };
+    let (micro, steps) = train(Kind::Float, &plan(Some(5)), None, 4, &mut Solo::default());
+    close(&micro, &steps);
+    for world in [2, 3] {
+        let states = train_on_ring(world);
+        for (state, steps) in &states {
+            assert_eq!(state, &states[0].0, "ranks hold the same bits");
+            close(state, steps);
+        }
+    }
+}
+
+fn train_on_ring(world: u32) -> Vec<(snapshot::Snapshot, Vec<StepReport>)> {
+    let (listeners, peers): (Vec<_>, Vec<_>) = (0..world)
+        .map(|_| TcpRing::listen(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap())
+        .map(|(listener, address)| (listener, address.to_string()))
+        .unzip();
+    let group = GroupId {
+        stage: "seg8".to_owned(),
+        generation: Generation(1),
+    };
+    thread::scope(|scope| {
+        let ranks: Vec<_> = (0..)
+            .zip(listeners)
+            .map(|(rank, listener)| {
+                let invitation = Invitation {
+                    group: &group,
+                    rank,
+                    peers: &peers,
+                    token: [0; 32],
+                    deadline: Duration::from_secs(60),
+                };
+                scope.spawn(move || {
+                    let mut ring = listener.connect(&invitation).unwrap();
+                    train(Kind::Float, &plan(None), None, 4, &mut ring)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().unwrap()).collect()
+    })
+}
+
+/// Rows whose states are not finite at the given steps.
+struct Poison(Vec<u64>, Rowmaker);
+
+impl Source for Poison {
+    fn rows(&mut self, positions: Range<u64>) -> anyhow::Result<Rows> {
+        let poisoned = self.0.contains(&(positions.start / 12));
+        let mut rows = self.1.rows(positions)?;
+        if poisoned {
+            rows.z = rows.z * f64::NAN;
+        }
+        Ok(rows)
+    }
+}
+
+fn train_poisoned(poisoned: Vec<u64>) -> (Trainer, Vec<StepReport>, Result<(), Error>) {
+    let student = Mlp::new(Kind::Float);
+    let mut trainer = Trainer::new(plan(None), student.parameters());
+    let mut recorder = Recorder::until(10);
+    let result = trainer.run(
+        &objective(),
+        &student,
+        None,
+        &mut Solo::default(),
+        &mut Poison(poisoned, Rowmaker::new()),
+        &mut recorder,
+    );
+    (trainer, recorder.reports, result)
+}
+
+#[test]
+fn steps_without_a_finite_gradient_are_skipped_and_counted() {
+    let (trainer, reports, result) = train_poisoned(vec![2, 3, 6]);
+    result.unwrap();
+    let skipped: Vec<u64> = reports
+        .iter()
+        .filter(|r| r.skipped)
+        .map(|r| r.step)
+        .collect();
+    assert_eq!(skipped, [2, 3, 6]);
+    let position = trainer.position();
+    assert_eq!((position.step, position.applied), (10, 7));
+    assert_eq!((position.skipped, position.skipped_in_a_row), (3, 0));
+    let mut state = trainer.empty_snapshot();
+    trainer.snapshot(&mut state);
+    assert!(
+        state
+            .part(Part::Student)
+            .unwrap()
+            .iter()
+            .all(|x| x.is_finite())
+    );
+    assert!(
+        state
+            .part(Part::AdamM)
+            .unwrap()
+            .iter()
+            .all(|x| x.is_finite())
+    );
+}
+
+#[test]
+fn too_many_skipped_steps_in_a_row_end_the_stage() {
+    let (trainer, _, result) = train_poisoned(vec![4, 5, 6]);
+    let error = result.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Diverged {
+                step: 6,
+                in_a_row: 3
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(trainer.position().applied, 4);
+}
+
+/// A group whose sums fail.
+struct Broken;
+
+impl Collective for Broken {
+    fn rank(&self) -> u32 {
+        0
+    }
+    fn world(&self) -> u32 {
+        1
+    }
+    fn all_reduce_sum(&mut self, _: &mut Tensor) -> Result<(), collective::Error> {
+        Err(collective::Error::Aborted)
+    }
+    fn broadcast(&mut self, _: &mut Tensor, _: u32) -> Result<(), collective::Error> {
+        Err(collective::Error::Aborted)
+    }
+    fn agree(&mut self, _: &[u8; 32]) -> Result<(), collective::Error> {
+        Err(collective::Error::Aborted)
+    }
+    fn aborter(&self) -> std::sync::Arc<dyn Abort> {
+        Solo::default().aborter()
+    }
+}
+
+#[test]
+fn a_step_that_was_not_reduced_is_not_applied() {
+    let student = Mlp::new(Kind::Float);
+    let mut trainer = Trainer::new(plan(None), student.parameters());
+    let mut before = trainer.empty_snapshot();
+    trainer.snapshot(&mut before);
+    let error = trainer
+        .run(
+            &objective(),
+            &student,
+            None,
+            &mut Broken,
+            &mut Rowmaker::new(),
+            &mut Recorder::until(1),
+        )
+        .unwrap_err();
+    assert!(matches!(error, Error::Group { step: 0, .. }));
+    let mut after = trainer.empty_snapshot();
+    trainer.snapshot(&mut after);
+    assert_eq!(before, after);
+}
+
+#[test]
+fn compute_weights_are_the_rounded_masters_and_the_average_can_be_shown() {
+    let student = Mlp::new(Kind::BFloat16);
+    let mut trainer = Trainer::new(plan(None), student.parameters());
+    let mut recorder = Recorder::until(3);
+    trainer
+        .run(
+            &objective(),
+            &student,
+            None,
+            &mut Solo::default(),
+            &mut Rowmaker::new(),
+            &mut recorder,
+        )
+        .unwrap();
+    let mut state = trainer.empty_snapshot();
+    trainer.snapshot(&mut state);
+    let rounded = |part| {
+        let values = Tensor::from_slice(state.part(part).unwrap());
+        values.to_kind(Kind::BFloat16).to_kind(Kind::Float)
+    };
+    let shown = || {
+        let parts: Vec<Tensor> = student
+            .weights
+            .iter()
+            .map(|(_, w)| w.flatten(0, -1))
+            .collect();
+        Tensor::cat(&parts, 0).detach().to_kind(Kind::Float)
+    };
+    assert_eq!(shown(), rounded(Part::Student));
+    trainer.show_average();
+    assert_eq!(shown(), rounded(Part::Ema));
+    // f32 masters move by less than bf16 can show.
+    assert_ne!(
+        Tensor::from_slice(state.part(Part::Student).unwrap()),
+        rounded(Part::Student)
+    );
+}
+
+#[test]
+fn a_state_that_lacks_a_tensor_or_has_another_size_is_refused_by_name() {
+    let student = Mlp::new(Kind::Float);
+    let trainer = Trainer::new(plan(None), student.parameters());
+    let mut state = trainer.empty_snapshot();
+    let position = snapshot::Position::default();
+    let error = state.fill(position, |_| None).unwrap_err();
+    assert_eq!(error.to_string(), "the state has no tensor student/in.bias");
+    let short = [0.0; 3];
+    let error = state.fill(position, |_| Some(&short)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "tensor student/in.bias of the state has 3 values, the student needs 16"
+    );
+}

@@ -1,0 +1,383 @@
+//! The training loop: forward passes, backward, all-reduce, clipping, update, moving average.
+
+use std::ops::Range;
+
+use distillery_common::curves::{TIME_BINS, time_bin};
+use distillery_common::recipe;
+use tch::{Kind, Tensor};
+
+use super::batch::DataOrder;
+use super::ema::Ema;
+use super::flat::Parameters;
+use super::optimizer::{AdamW, clip_norm};
+use super::rate::rate;
+use super::snapshot::{self, Part, Position, Snapshot};
+use crate::collective::{self, Collective};
+use crate::diffusion::denoiser::Denoiser;
+use crate::diffusion::guidance::Guided;
+use crate::diffusion::schedule::TRAIN_TIMES;
+use crate::distill::{Objective, Rows};
+
+/// What a stage asks of its trainer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Steps of the stage.
+    pub steps: u64,
+    /// Rows of a step.
+    pub batch: recipe::Batch,
+    /// AdamW, its rate, clipping, and when to give up.
+    pub optimizer: recipe::Optimizer,
+    /// Decay of the moving average, if one is kept.
+    pub ema_decay: Option<f64>,
+}
+
+impl From<&recipe::Stage> for Plan {
+    fn from(stage: &recipe::Stage) -> Self {
+        Self {
+            steps: stage.steps,
+            batch: stage.batch,
+            optimizer: stage.optimizer.clone(),
+            ema_decay: stage.student.ema_decay,
+        }
+    }
+}
+
+/// What one step did; the same on every rank.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepReport {
+    /// Which step, from 0.
+    pub step: u64,
+    /// Mean loss over the global batch.
+    pub loss: f64,
+    /// Mean loss and number of rows in each segment of the objective, the cleanest first.
+    pub loss_by_segment: Vec<(f64, u64)>,
+    /// Mean loss and number of rows in each of [`TIME_BINS`] equal bins of time, the cleanest first.
+    pub loss_by_time: Vec<(f64, u64)>,
+    /// Euclidean norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub rate: f64,
+    /// Whether the gradient was not finite, so that nothing was applied.
+    pub skipped: bool,
+}
+
+/// Where rows come from.
+pub trait Source {
+    /// The rows at `positions` of the stage's data order, on the student's device.
+    fn rows(&mut self, positions: Range<u64>) -> anyhow::Result<Rows>;
+}
+
+/// What to do after a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Take the next.
+    Continue,
+    /// Return.
+    Stop,
+}
+
+/// Where reports and state go.
+pub trait Sink {
+    /// Called after every step; may take a snapshot of the trainer.
+    fn after_step(&mut self, trainer: &Trainer, report: &StepReport) -> anyhow::Result<Control>;
+}
+
+/// Why training ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Too many steps in a row had to be skipped.
+    #[error(
+        "the gradient was not finite in {in_a_row} steps in a row, the last of them step {step}; \
+         a lower learning rate or f32 compute may help"
+    )]
+    Diverged {
+        /// The last skipped step.
+        step: u64,
+        /// How many.
+        in_a_row: u32,
+    },
+    /// The group broke; the step was not applied.
+    #[error("the group could not reduce step {step}")]
+    Group {
+        /// Which.
+        step: u64,
+        /// How it broke.
+        #[source]
+        source: collective::Error,
+    },
+    /// Rows or reports could not be handed over.
+    #[error("step {step}")]
+    Handover {
+        /// Which.
+        step: u64,
+        /// Of the source or the sink.
+        #[source]
+        source: anyhow::Error,
+    },
+}
+
+/// A student in training.
+#[derive(Debug)]
+pub struct Trainer {
+    plan: Plan,
+    parameters: Parameters,
+    optimizer: AdamW,
+    ema: Option<Ema>,
+    position: Position,
+}
+
+impl Trainer {
+    /// A trainer at step 0 of a stage, for a student with these tensors.
+    pub fn new(plan: Plan, parameters: Parameters) -> Self {
+        let optimizer = AdamW::new(&plan.optimizer, &parameters.masters);
+        let ema = plan
+            .ema_decay
+            .map(|decay| Ema::new(decay, &parameters.masters));
+        Self {
+            plan,
+            parameters,
+            optimizer,
+            ema,
+            position: Position::default(),
+        }
+    }
+
+    /// Where it stands.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Trains until the stage's last step or until the sink says stop.
+    pub fn run(
+        &mut self,
+        objective: &dyn Objective,
+        student: &dyn Denoiser,
+        teacher: Option<&Guided<'_>>,
+        group: &mut dyn Collective,
+        source: &mut dyn Source,
+        sink: &mut dyn Sink,
+    ) -> Result<(), Error> {
+        while self.position.step < self.plan.steps {
+            let step = self.position.step;
+            let handover = |source| Error::Handover { step, source };
+            let passes = DataOrder::passes(self.plan.batch, step, group.rank(), group.world());
+            let rows: Vec<Rows> = passes
+                .into_iter()
+                .map(|positions| source.rows(positions))
+                .collect::<anyhow::Result<_>>()
+                .map_err(handover)?;
+            let report = self.step(&rows, objective, student, teacher, group)?;
+            match sink.after_step(self, &report).map_err(handover)? {
+                Control::Continue => {}
+                Control::Stop => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// One step: `passes` are this rank's rows, one forward pass each.
+    ///
+    /// The loss is the mean over the global batch however it is split: each pass adds its rows' sum divided by
+    /// the batch. On an error nothing was applied.
+    pub fn step(
+        &mut self,
+        passes: &[Rows],
+        objective: &dyn Objective,
+        student: &dyn Denoiser,
+        teacher: Option<&Guided<'_>>,
+        group: &mut dyn Collective,
+    ) -> Result<StepReport, Error> {
+        let step = self.position.step;
+        let len = self.parameters.layout().len() as i64;
+        let segments = objective.segments().count();
+        let mut reduced = Reduced::new(len, segments, &self.parameters);
+        for rows in passes {
+            let losses = objective.losses(rows, student, teacher);
+            let share = losses.sum(Kind::Float) / self.plan.batch.global as f64;
+            self.parameters.add_gradient(&share, &reduced.flat);
+            reduced.add_losses(rows, &losses, objective);
+        }
+        group
+            .all_reduce_sum(&mut reduced.flat)
+            .map_err(|source| Error::Group { step, source })?;
+        let mut gradient = reduced.flat.narrow(0, 0, len);
+        let grad_norm = clip_norm(&mut gradient, self.plan.optimizer.grad_clip);
+        let rate = rate(&self.plan.optimizer, step, self.plan.steps);
+        let skipped = !grad_norm.is_finite();
+        if skipped {
+            self.skip()?;
+        } else {
+            self.apply(&gradient, rate);
+        }
+        let Losses {
+            mean,
+            by_segment,
+            by_time,
+        } = reduced.losses();
+        Ok(StepReport {
+            step,
+            loss: mean,
+            loss_by_segment: by_segment,
+            loss_by_time: by_time,
+            grad_norm,
+            rate,
+            skipped,
+        })
+    }
+
+    fn apply(&mut self, gradient: &Tensor, rate: f64) {
+        self.optimizer
+            .update(&mut self.parameters.masters, gradient, rate);
+        self.write_compute();
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.parameters.masters);
+        }
+        self.position.step += 1;
+        self.position.applied = self.optimizer.applied;
+        self.position.skipped_in_a_row = 0;
+    }
+
+    fn skip(&mut self) -> Result<(), Error> {
+        let step = self.position.step;
+        self.position.step += 1;
+        self.position.skipped += 1;
+        self.position.skipped_in_a_row += 1;
+        let in_a_row = self.position.skipped_in_a_row;
+        if in_a_row >= self.plan.optimizer.max_skipped.max(1) {
+            return Err(Error::Diverged { step, in_a_row });
+        }
+        Ok(())
+    }
+
+    fn write_compute(&mut self) {
+        let masters = self.parameters.masters.shallow_clone();
+        self.parameters.write_compute(&masters);
+    }
+
+    /// Puts the moving average into the student's own tensors, or the masters where none is kept.
+    ///
+    /// For sampling after the last step; the next step writes the masters again.
+    pub fn show_average(&mut self) {
+        let shown = match &self.ema {
+            Some(ema) => ema.average.shallow_clone(),
+            None => self.parameters.masters.shallow_clone(),
+        };
+        self.parameters.write_compute(&shown);
+    }
+
+    /// Empty buffers that fit this trainer's state.
+    pub fn empty_snapshot(&self) -> Snapshot {
+        Snapshot::new(self.parameters.layout().clone(), self.ema.is_some())
+    }
+
+    /// Copies the whole state into `into`, made by [`Self::empty_snapshot`]: the only stall of a checkpoint.
+    pub fn snapshot(&self, into: &mut Snapshot) {
+        into.position = self.position;
+        into.take(Part::Student, &self.parameters.masters);
+        into.take(Part::AdamM, &self.optimizer.m);
+        into.take(Part::AdamV, &self.optimizer.v);
+        if let Some(ema) = &self.ema {
+            into.take(Part::Ema, &ema.average);
+        }
+    }
+
+    /// Goes on from `state`, bit for bit.
+    pub fn restore(&mut self, state: &Snapshot) -> Result<(), snapshot::Error> {
+        let load = |part: Part, tensor: &mut Tensor| {
+            let name = part.prefix();
+            let values = state.part(part).ok_or_else(|| snapshot::Error::Missing {
+                name: name.to_owned(),
+            })?;
+            if values.len() != tensor.numel() {
+                return Err(snapshot::Error::Size {
+                    name: name.to_owned(),
+                    found: values.len(),
+                    expected: tensor.numel(),
+                });
+            }
+            tch::no_grad(|| tensor.copy_(&Tensor::from_slice(values)));
+            Ok(())
+        };
+        load(Part::Student, &mut self.parameters.masters)?;
+        load(Part::AdamM, &mut self.optimizer.m)?;
+        load(Part::AdamV, &mut self.optimizer.v)?;
+        if let Some(ema) = &mut self.ema {
+            load(Part::Ema, &mut ema.average)?;
+        }
+        self.optimizer.applied = state.position.applied;
+        self.position = state.position;
+        self.write_compute();
+        Ok(())
+    }
+}
+
+/// What is summed over the group: the gradient, then loss sums and row counts by segment and by time.
+struct Reduced {
+    /// `[len + 2 (segments + TIME_BINS)]`, f32.
+    flat: Tensor,
+    len: i64,
+    segments: usize,
+}
+
+/// Losses over the global batch.
+struct Losses {
+    mean: f64,
+    by_segment: Vec<(f64, u64)>,
+    by_time: Vec<(f64, u64)>,
+}
+
+impl Reduced {
+    fn new(len: i64, segments: usize, parameters: &Parameters) -> Self {
+        let tail = 2 * (segments + TIME_BINS) as i64;
+        let flat = Tensor::zeros([len + tail], (Kind::Float, parameters.device()));
+        Self {
+            flat,
+            len,
+            segments,
+        }
+    }
+
+    fn bins(&self) -> usize {
+        self.segments + TIME_BINS
+    }
+
+    fn add_losses(&mut self, rows: &Rows, losses: &Tensor, objective: &dyn Objective) {
+        let host = |x: &Tensor| x.to_device(tch::Device::Cpu);
+        let losses = Vec::<f32>::try_from(host(&losses.detach()).to_kind(Kind::Float))
+            .expect("a loss for each row, in f32");
+        let times = Vec::<i64>::try_from(host(&rows.t)).expect("a time for each row, in i64");
+        let bins = self.bins();
+        let mut tail = vec![0f32; 2 * bins];
+        for (loss, t) in losses.into_iter().zip(times) {
+            let segment = objective.segments().segment_of(t);
+            for bin in [segment, self.segments + time_bin(t, TRAIN_TIMES)] {
+                tail[bin] += loss;
+                tail[bins + bin] += 1.0;
+            }
+        }
+        let tail = Tensor::from_slice(&tail).to_device(self.flat.device());
+        let mut place = self.flat.narrow(0, self.len, 2 * bins as i64);
+        tch::no_grad(|| place += tail);
+    }
+
+    fn losses(&self) -> Losses {
+        let tail = self.flat.narrow(0, self.len, 2 * self.bins() as i64);
+        let tail =
+            Vec::<f32>::try_from(tail.to_device(tch::Device::Cpu)).expect("sums and counts in f32");
+        let (sums, counts) = tail.split_at(self.bins());
+        let mean = |sum: f64, count: f64| if count > 0.0 { sum / count } else { 0.0 };
+        let total = |values: &[f32]| values.iter().map(|&x| f64::from(x)).sum::<f64>();
+        let mut by_segment: Vec<(f64, u64)> = std::iter::zip(sums, counts)
+            .map(|(&sum, &count)| (mean(f64::from(sum), f64::from(count)), count as u64))
+            .collect();
+        let by_time = by_segment.split_off(self.segments);
+        Losses {
+            mean: mean(
+                total(&sums[..self.segments]),
+                total(&counts[..self.segments]),
+            ),
+            by_segment,
+            by_time,
+        }
+    }
+}
