@@ -30,6 +30,8 @@ pub enum Purpose {
     TrainingDraw = 9,
     /// Which rows of the prompts are held out.
     Holdout = 10,
+    /// Which prompt a trajectory has.
+    PromptOrder = 11,
 }
 
 /// A stream of random words for one (seed, purpose, ordinal, draw).

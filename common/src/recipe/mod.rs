@@ -400,3 +400,15 @@ impl std::fmt::Debug for Secret {
         f.write_str("Secret(…)")
     }
 }
+
+/// Tasks that the teacher's reference samples are cut into, at most.
+const REFERENCE_TASKS: u64 = 16;
+
+impl Evaluate {
+    /// Samples in one task of the stage `reference`: whole batches, so that no batch is shared by two tasks.
+    pub fn reference_block(&self) -> u64 {
+        let batch = self.batch.max(1);
+        let batches = self.samples.div_ceil(batch);
+        batches.div_ceil(REFERENCE_TASKS).max(1) * batch
+    }
+}

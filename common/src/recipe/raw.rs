@@ -355,7 +355,7 @@ mod tests {
             panic!("{item:?}")
         };
         let span = items[0].get("segments").and_then(|n| n.span).expect("span");
-        assert_eq!((span.line, span.column, span.width), (3, 27, 2));
+        assert_eq!((span.line, span.column, span.width), (3, 28, 2));
     }
 
     #[test]

@@ -6,12 +6,10 @@ use super::super::fault::{Code, Fault};
 use super::super::{Holdout, Metric, Recipe};
 use super::Surroundings;
 use super::resolve::Resolved;
+use crate::prompts;
 
 /// What a teacher folder may have to let prompt adherence be measured.
 const SCORER: &str = "scorer/scorer.json";
-
-/// File endings of prompt lists.
-const PROMPT_FILES: [&str; 3] = ["txt", "jsonl", "parquet"];
 
 /// Whether the teacher in `folder` brings its own scorer.
 pub(super) fn has_scorer(folder: &Path, around: &dyn Surroundings) -> bool {
@@ -54,16 +52,15 @@ pub(super) fn check(recipe: &Recipe, top: &Resolved, around: &dyn Surroundings) 
         let help = "remove this metric, or use a teacher folder with a scorer";
         refuse(&format!("evaluate.metrics.{i}"), message, &label, help);
     }
-    let prompts = &recipe.prompts;
-    let holdout = match &prompts.holdout {
+    let named = &recipe.prompts;
+    let holdout = match &named.holdout {
         Holdout::File(file) => Some(("prompts.holdout", file)),
         Holdout::Share(_) => None,
     };
-    let preview = prompts.preview.as_ref().map(|p| ("prompts.preview", p));
-    let lists = [Some(("prompts.train", &prompts.train)), holdout, preview];
+    let preview = named.preview.as_ref().map(|p| ("prompts.preview", p));
+    let lists = [Some(("prompts.train", &named.train)), holdout, preview];
     for (path, file) in lists.into_iter().flatten() {
-        let ending = file.extension().and_then(|e| e.to_str()).unwrap_or("");
-        if !PROMPT_FILES.contains(&ending) {
+        if !prompts::is_known_form(file) {
             let message = format!("{} is not a list of prompts", file.display());
             let help = "one prompt per line (.txt), {\"prompt\": …} per line (.jsonl), or a column prompt (.parquet)";
             refuse(path, message, "expected .txt, .jsonl or .parquet", help);

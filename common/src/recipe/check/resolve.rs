@@ -94,6 +94,7 @@ impl Resolver<'_> {
                 (&[][..], true)
             }
         };
+        let before = self.faults.len();
         self.unknown_and_doubled(section, path, entries);
         let mut fields = BTreeMap::new();
         for field in section.fields {
@@ -103,6 +104,10 @@ impl Resolver<'_> {
         }
         let mut resolved = Resolved::new(Checked::Section(fields), span);
         resolved.faulty = faulty;
+        if faulty {
+            // One fault is enough for something that is no section at all.
+            self.faults.truncate(before);
+        }
         resolved
     }
 

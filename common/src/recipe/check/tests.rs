@@ -1,6 +1,10 @@
 use std::path::Path;
 
-use super::super::{Recipe, parse};
+use serde_json::json;
+
+use super::super::{Code, Faults, Holdout, Method, Recipe, StudentKind, TeacherStep, Tls, parse};
+use super::LCM_TARGETS;
+use crate::ids::Digest;
 
 const SMALL: &str = "
 version: 1
@@ -12,20 +16,502 @@ stages:
   - {name: seg8, segments: 8, steps: 10}
 ";
 
-fn read(text: &str) -> Recipe {
-    match parse(text, "r.yaml", Path::new("/work"), &[]) {
+fn try_read(text: &str, sets: &[&str]) -> Result<Recipe, Faults> {
+    let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+    parse(text, "r.yaml", Path::new("/work"), &sets)
+}
+
+fn read(text: &str, sets: &[&str]) -> Recipe {
+    match try_read(text, sets) {
         Ok(recipe) => recipe,
         Err(faults) => panic!("{faults}"),
     }
 }
 
+/// The codes and paths of what is wrong with `SMALL` after `sets`.
+fn faults_of(sets: &[&str]) -> Vec<(Code, String)> {
+    match try_read(SMALL, sets) {
+        Ok(_) => Vec::new(),
+        Err(faults) => faults
+            .list()
+            .iter()
+            .map(|f| (f.code, f.path.clone()))
+            .collect(),
+    }
+}
+
+fn check_one(sets: &[&str], code: Code, path: &str) {
+    assert_eq!(faults_of(sets), [(code, path.to_owned())], "{sets:?}");
+}
+
 /// Also proves every default of the table.
 #[test]
 fn a_few_lines_are_a_recipe() {
-    let recipe = read(SMALL);
+    let recipe = read(SMALL, &[]);
     assert_eq!(recipe.teacher.model, Path::new("/work/teacher"));
+    assert_eq!(recipe.prompts.holdout, Holdout::Share(0.01));
     assert_eq!(recipe.output, "file:///runs/small");
     assert_eq!(recipe.stages[0].skip, 25);
     assert_eq!(recipe.stages[0].optimizer.warmup, 1);
+    assert_eq!(recipe.cluster.tls, Tls::Off);
     assert!(recipe.evaluate.is_none() && recipe.export.is_some());
+    let StudentKind::Lora { targets, .. } = &recipe.stages[0].student.kind else {
+        panic!("adapters are the default");
+    };
+    assert_eq!(targets, &LCM_TARGETS);
+}
+
+#[test]
+fn switches_take_false_true_and_sections() {
+    for (set, samples) in [
+        ("evaluate=false", None),
+        ("evaluate=true", Some(2000)),
+        ("evaluate={samples: 4}", Some(4)),
+    ] {
+        let evaluate = read(SMALL, &[set]).evaluate;
+        assert_eq!(evaluate.map(|e| e.samples), samples, "{set}");
+    }
+    assert!(read(SMALL, &["export=false"]).export.is_none());
+}
+
+#[test]
+fn a_stage_overrides_single_keys_of_what_it_inherits() {
+    let recipe = read(
+        SMALL,
+        &[
+            "optimizer={lr: 0.5, betas: [0.1, 0.2], schedule: {kind: cosine}}",
+            "stages.seg8.optimizer={lr: 0.25, schedule: {warmup: 3}}",
+        ],
+    );
+    let optimizer = &recipe.stages[0].optimizer;
+    assert_eq!(
+        (optimizer.lr, optimizer.betas, optimizer.warmup),
+        (0.25, (0.1, 0.2), 3)
+    );
+    assert_eq!(optimizer.schedule, super::super::RateSchedule::Cosine);
+}
+
+#[test]
+fn an_inherited_key_of_another_kind_is_dropped_and_a_given_one_refused() {
+    let sets = ["loss={kind: huber, c: 0.5}", "stages.0.loss={kind: l2}"];
+    assert_eq!(read(SMALL, &sets).stages[0].loss, super::super::Loss::L2);
+    check_one(&["loss={kind: l2, c: 0.5}"], Code::NotApplicable, "loss.c");
+    check_one(
+        &["student={kind: full, lora_rank: 4}"],
+        Code::NotApplicable,
+        "student.lora_rank",
+    );
+}
+
+#[test]
+fn one_mistake_is_told_once() {
+    check_one(
+        &["trajectories.segments=eight"],
+        Code::WrongType,
+        "trajectories.segments",
+    );
+    check_one(
+        &["stages.0.segments=0"],
+        Code::OutOfRange,
+        "stages.0.segments",
+    );
+    check_one(&["optimizer.lr=fast"], Code::WrongType, "optimizer.lr");
+    check_one(&["stages=3"], Code::WrongType, "stages");
+    check_one(&["teacher=3"], Code::WrongType, "teacher");
+    check_one(&["cluster=[1]"], Code::WrongType, "cluster");
+    check_one(
+        &["optimizer.betas=[0.9, 2]"],
+        Code::OutOfRange,
+        "optimizer.betas.1",
+    );
+}
+
+#[test]
+fn all_mistakes_are_told_at_once() {
+    let found = faults_of(&[
+        "seed=-1",
+        "teacher.modle=x",
+        "stages.0.steps=1.5",
+        "loss.kind=l3",
+        "seed2=1",
+    ]);
+    let codes: Vec<Code> = found.into_iter().map(|(code, _)| code).collect();
+    let expected = [
+        Code::OutOfRange,
+        Code::UnknownKey,
+        Code::WrongType,
+        Code::UnknownWord,
+        Code::UnknownKey,
+    ];
+    assert_eq!(codes, expected);
+}
+
+/// Milestones 125 k - 1 lie on grids of 8, 40, 200 and 1000 times, not on the 50 of the paper's skip.
+#[test]
+fn grids_hold_the_milestones_and_skips_stay_on_them() {
+    for (grid, skip) in [
+        ("40", "25"),
+        ("40", "50"),
+        ("200", "5"),
+        ("1000", "20"),
+        ("none", "20"),
+        ("8", "125"),
+    ] {
+        read(
+            SMALL,
+            &[
+                &format!("trajectories.time_grid={grid}"),
+                &format!("stages.0.skip={skip}"),
+            ],
+        );
+    }
+    check_one(
+        &["trajectories.time_grid=50"],
+        Code::Grid,
+        "trajectories.time_grid",
+    );
+    check_one(
+        &["trajectories.time_grid=48"],
+        Code::Grid,
+        "trajectories.time_grid",
+    );
+    check_one(&["stages.0.skip=20"], Code::Skip, "stages.0.skip");
+    let five = [
+        "trajectories.segments=5",
+        "trajectories.time_grid=50",
+        "stages.0.segments=5",
+    ];
+    assert_eq!(read(SMALL, &five).stages[0].skip, 20);
+}
+
+#[test]
+fn segments_divide_each_other_and_what_is_stored() {
+    check_one(
+        &["stages.0.segments=16"],
+        Code::Segments,
+        "stages.0.segments",
+    );
+    check_one(
+        &["stages.0.segments=3"],
+        Code::Segments,
+        "stages.0.segments",
+    );
+    let second = "stages=[{name: a, segments: 4, steps: 1}, {name: b, segments: 8, steps: 1}]";
+    check_one(&[second], Code::Segments, "stages.1.segments");
+    let mixed =
+        "stages=[{name: a, segments: 2, steps: 1}, {name: b, method: mcd, segments: 8, steps: 1}]";
+    assert_eq!(read(SMALL, &[mixed]).stages[1].method, Method::Mcd);
+}
+
+#[test]
+fn methods_know_their_segments() {
+    let lcm = read(
+        SMALL,
+        &["stages=[{name: x, method: lcm, steps: 1, teacher_step: online}]"],
+    );
+    assert_eq!(lcm.stages[0].segments, 1);
+    assert_eq!(lcm.stages[0].teacher_step, TeacherStep::Online);
+    check_one(&["stages.0.method=lcm"], Code::Method, "stages.0.segments");
+    check_one(
+        &["stages=[{name: x, method: mcd, steps: 1}]"],
+        Code::Missing,
+        "stages.0.segments",
+    );
+}
+
+#[test]
+fn batches_are_shared_out_evenly() {
+    check_one(
+        &["cluster.workers={min: 3, max: 3}"],
+        Code::Batch,
+        "stages.0.batch.global",
+    );
+    check_one(
+        &["cluster.workers={min: 1, max: 32}"],
+        Code::Batch,
+        "stages.0.batch.global",
+    );
+    check_one(&["batch.micro=5"], Code::Batch, "stages.0.batch.micro");
+    check_one(
+        &["cluster.workers={min: 4, max: 2}"],
+        Code::OutOfRange,
+        "cluster.workers.max",
+    );
+    read(
+        SMALL,
+        &[
+            "cluster.workers={min: 2, max: 4}",
+            "batch={global: 24, micro: 2}",
+        ],
+    );
+}
+
+#[test]
+fn students_keep_their_shape() {
+    let stages = |a: &str, b: &str| {
+        format!(
+            "stages=[{{name: a, segments: 8, steps: 1, student: {a}}}, {{name: b, segments: 4, steps: 1, student: {b}}}]"
+        )
+    };
+    let path = "stages.1.student";
+    check_one(
+        &[&stages("{kind: full}", "{}")],
+        Code::Student,
+        &format!("{path}.kind"),
+    );
+    check_one(
+        &[&stages("{}", "{kind: full}")],
+        Code::Student,
+        &format!("{path}.kind"),
+    );
+    check_one(
+        &[&stages("{}", "{lora_rank: 4}")],
+        Code::Student,
+        &format!("{path}.lora_rank"),
+    );
+    check_one(
+        &[&stages("{}", "{lora_alpha: 4}")],
+        Code::Student,
+        &format!("{path}.lora_alpha"),
+    );
+    check_one(
+        &[&stages("{}", "{targets: [to_q]}")],
+        Code::Student,
+        &format!("{path}.targets"),
+    );
+    read(
+        SMALL,
+        &[&stages("{kind: full}", "{kind: full, ema: {decay: 0.9}}")],
+    );
+}
+
+#[test]
+fn run_uris_are_absolute_and_hold_no_credentials() {
+    assert_eq!(
+        read(SMALL, &["output=runs/a b"]).output,
+        "file:///work/runs/a%20b"
+    );
+    assert_eq!(read(SMALL, &["output='s3://b/x/'"]).output, "s3://b/x");
+    for bad in [
+        "memory:///x",
+        "s3://k:s@b/x",
+        "ftp://b/x",
+        "s3://b/x?y",
+        "file://x",
+    ] {
+        check_one(&[&format!("output='{bad}'")], Code::Address, "output");
+    }
+}
+
+#[test]
+fn a_stored_recipe_is_the_same_recipe() {
+    for sets in [
+        &[][..],
+        &[
+            "student.kind=full",
+            "student.ema={decay: 0.9}",
+            "loss.kind=huber",
+            "export=false",
+        ],
+        &[
+            "evaluate=true",
+            "trajectories.time_grid=none",
+            "prompts.holdout=h.txt",
+            "prompts.preview=p.txt",
+        ],
+        &[
+            "stages=[{name: l, method: lcm, steps: 3}]",
+            "batch.micro=2",
+            "compute.threads=1",
+            "seed=18446744073709551615",
+        ],
+        &[
+            "teacher.variant=fp16",
+            "optimizer.grad_clip=none",
+            "optimizer.lr=3.0e-5",
+            "trajectories.uri=s3://b/t",
+        ],
+    ] {
+        let recipe = read(SMALL, sets);
+        let again = Recipe::from_stored(&recipe.to_stored());
+        assert_eq!(again.as_ref(), Ok(&recipe), "{sets:?}");
+    }
+}
+
+#[test]
+fn secrets_stay_out_of_what_is_stored_and_shown() {
+    let recipe = read(SMALL, &["cluster.token=hunter2"]);
+    assert_eq!(
+        recipe.cluster.token.as_ref().map(|t| t.reveal()),
+        Some("hunter2")
+    );
+    let stored = recipe.to_stored();
+    assert!(!stored.to_string().contains("hunter2"));
+    let mut without = recipe.clone();
+    without.cluster.token = None;
+    assert_eq!(Recipe::from_stored(&stored), Ok(without));
+    let faults =
+        try_read(SMALL, &["cluster={token: hunter2, launcher: slurm}"]).expect_err("slurm");
+    assert!(!faults.to_string().contains("hunter2"));
+    assert!(!faults.to_json().to_string().contains("hunter2"));
+}
+
+#[test]
+fn the_plan_digest_follows_results_not_processes() {
+    let digest = |sets: &[&str], teacher: &[u8]| {
+        read(SMALL, sets).plan_digest(&[("teacher", Digest::of(teacher))])
+    };
+    let base = digest(&[], b"t");
+    for same in [
+        "output=/x",
+        "name=other",
+        "cluster.workers={min: 2, max: 2}",
+        "checkpoint.every_steps=5",
+        "teacher.model=/moved",
+    ] {
+        assert_eq!(digest(&[same], b"t"), base, "{same}");
+    }
+    for other in [
+        "seed=1",
+        "stages.0.steps=11",
+        "compute.threads=1",
+        "prompts.holdout=0.02",
+        "student.lora_alpha=9",
+    ] {
+        assert_ne!(digest(&[other], b"t"), base, "{other}");
+    }
+    assert_ne!(digest(&[], b"u"), base);
+}
+
+/// Keys of an object schema, through `anyOf` and `items`.
+fn known<'a>(schema: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::Value> {
+    let here = schema.get("properties").and_then(|p| p.get(key));
+    here.or_else(|| schema.get("items").and_then(|s| known(s, key)))
+        .or_else(|| {
+            schema
+                .get("anyOf")?
+                .as_array()?
+                .iter()
+                .find_map(|s| known(s, key))
+        })
+}
+
+fn assert_known(schema: &serde_json::Value, value: &serde_json::Value, path: &str) {
+    match value {
+        serde_json::Value::Object(fields) => fields.iter().for_each(|(key, inner)| {
+            let found =
+                known(schema, key).unwrap_or_else(|| panic!("{path}.{key} is not in the schema"));
+            assert_known(found, inner, &format!("{path}.{key}"));
+        }),
+        serde_json::Value::Array(items) => items.iter().for_each(|i| assert_known(schema, i, path)),
+        _ => {}
+    }
+}
+
+#[test]
+fn the_schema_knows_every_key_of_a_resolved_recipe() {
+    let schema = super::super::json_schema();
+    let stored = read(
+        SMALL,
+        &["evaluate=true", "student.ema=true", "loss.kind=huber"],
+    )
+    .to_stored();
+    assert_known(&schema, &stored, "");
+    assert_eq!(schema["additionalProperties"], json!(false));
+    assert_eq!(
+        schema["properties"]["batch"]["properties"]["reproducible"]["enum"],
+        json!([false])
+    );
+    assert_eq!(
+        schema["properties"]["optimizer"]["properties"]["lr"]["default"],
+        json!(1e-4)
+    );
+}
+
+/// Whatever stands in a recipe, reading it ends in a recipe or in faults.
+#[test]
+fn no_single_edit_makes_the_check_panic() {
+    for value in [
+        "",
+        "~",
+        "[]",
+        "{}",
+        "[[]]",
+        "-1",
+        "1e999",
+        "nan",
+        "true",
+        "'x'",
+        "${env:X}",
+        "999999999999999999999",
+        "{a: {b: c}}",
+        "[1, 1]",
+    ] {
+        for key in [
+            "version",
+            "name",
+            "seed",
+            "output",
+            "teacher",
+            "teacher.model",
+            "teacher.variant",
+            "prompts",
+            "prompts.train",
+            "prompts.holdout",
+            "student",
+            "student.kind",
+            "student.targets",
+            "student.ema",
+            "student.ema.decay",
+            "student.lora_rank",
+            "trajectories",
+            "trajectories.time_grid",
+            "trajectories.batch",
+            "trajectories.segments",
+            "trajectories.uri",
+            "optimizer",
+            "optimizer.betas",
+            "optimizer.schedule",
+            "optimizer.schedule.kind",
+            "batch",
+            "batch.global",
+            "batch.micro",
+            "loss",
+            "loss.kind",
+            "loss.c",
+            "compute",
+            "compute.threads",
+            "stages",
+            "stages.0",
+            "stages.0.name",
+            "stages.0.segments",
+            "stages.0.steps",
+            "stages.0.method",
+            "stages.0.skip",
+            "stages.0.optimizer",
+            "checkpoint",
+            "checkpoint.keep",
+            "preview",
+            "preview.steps",
+            "preview.seeds",
+            "evaluate",
+            "evaluate.metrics",
+            "evaluate.steps",
+            "export",
+            "export.formats",
+            "cluster",
+            "cluster.workers",
+            "cluster.workers.max",
+            "cluster.listen",
+            "cluster.token",
+        ] {
+            let set = format!("{key}={value}");
+            if let Err(faults) = try_read(SMALL, &[&set]) {
+                assert!(
+                    !faults.list().is_empty() && faults.render(true).contains("error["),
+                    "{set}"
+                );
+            }
+        }
+    }
 }
