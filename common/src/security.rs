@@ -292,19 +292,41 @@ fn certificate(
     Ok(params)
 }
 
-/// An Ed25519 key from HKDF-SHA256(token, salt = run id, info = purpose).
-fn signing_key(token: &Token, run_id: &str, purpose: &[u8]) -> Result<rcgen::KeyPair, Error> {
-    let mut seed = [0; 32];
+/// What the engines of a run recognise each other by: 32 bytes that follow from (token, run id).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct GroupSecret(pub [u8; 32]);
+
+impl GroupSecret {
+    /// The secret of the run.
+    pub fn derive(token: &Token, run_id: &str) -> Self {
+        Self(derive(token, run_id, b"distillery training group v1"))
+    }
+}
+
+impl fmt::Debug for GroupSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GroupSecret(…)")
+    }
+}
+
+/// HKDF-SHA256 of the token, salted with the run id.
+fn derive(token: &Token, run_id: &str, purpose: &[u8]) -> [u8; 32] {
+    let mut derived = [0; 32];
     hkdf::Salt::new(hkdf::HKDF_SHA256, run_id.as_bytes())
         .extract(&token.0)
         .expand(&[purpose], hkdf::HKDF_SHA256)
-        .and_then(|output| output.fill(&mut seed))
+        .and_then(|output| output.fill(&mut derived))
         .expect("HKDF-SHA256 gives up to 8160 bytes, and 32 are asked for");
+    derived
+}
+
+/// An Ed25519 key from HKDF-SHA256(token, salt = run id, info = purpose).
+fn signing_key(token: &Token, run_id: &str, purpose: &[u8]) -> Result<rcgen::KeyPair, Error> {
     // PKCS#8 of an Ed25519 private key (RFC 8410 §7): a fixed head, then the 32-byte seed.
     let mut pkcs8 = vec![
         0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04,
         0x20,
     ];
-    pkcs8.extend_from_slice(&seed);
+    pkcs8.extend_from_slice(&derive(token, run_id, purpose));
     Ok(rcgen::KeyPair::try_from(pkcs8.as_slice())?)
 }

@@ -20,6 +20,7 @@ use super::from_wire::{self, Malformed};
 use super::{framing, to_wire, wire};
 use crate::group::{CheckpointCommitted, GroupId, Membership, Progress};
 use crate::ids::Incarnation;
+use crate::security::GroupSecret;
 use crate::storage::layout::Key;
 use crate::task::{Failure, Lease};
 
@@ -71,6 +72,8 @@ pub struct Setup {
     pub worker: String,
     /// Its worker's registration.
     pub incarnation: Incarnation,
+    /// What the engines of the run recognise each other by.
+    pub group_secret: GroupSecret,
 }
 
 /// What an engine tells its worker.
@@ -348,6 +351,10 @@ fn read_message(message: wire::ToEngine) -> Result<Incoming, Malformed> {
             run_uri: setup.run_uri,
             worker: setup.worker,
             incarnation: Incarnation(setup.incarnation),
+            group_secret: GroupSecret(
+                <[u8; 32]>::try_from(setup.group_secret)
+                    .map_err(|_| Malformed::Missing("group secret of 32 bytes"))?,
+            ),
         }),
         Message::Start(lease) => Command::Start(from_wire::lease(Some(lease))?),
         Message::Cancel(lease) => Command::Cancel(from_wire::lease(Some(lease))?),

@@ -1,7 +1,18 @@
 //! The engine: one process per device. See ARCHITECTURE.md for the floors.
 
-pub mod collective;
-pub mod diffusion;
+pub mod cli;
+pub mod app;
+pub mod workbench;
+pub mod task;
+pub mod inbox;
+pub mod io;
+pub mod link;
+pub mod device;
+#[expect(unsafe_code, reason = "law L9: raw glue around libtorch")]
+pub mod raw_tensor;
+pub mod train;
 pub mod distill;
 pub mod evaluation;
-pub mod train;
+pub mod models;
+pub mod collective;
+pub mod diffusion;
