@@ -1,1 +1,14 @@
-//! See ARCHITECTURE.md.
+//! The head-node process and the user's command line.
+//!
+//! Reading order: `plan` and `scheduler` decide and are pure; `journal` remembers; `driver` carries out; `service`
+//! talks to workers and people; `launch` starts workers; `app` and `cli` put them together. Must never link
+//! libtorch, CUDA or NCCL, and never import the worker.
+
+pub mod app;
+pub mod cli;
+pub mod driver;
+pub mod journal;
+pub mod launch;
+pub mod plan;
+pub mod scheduler;
+pub mod service;

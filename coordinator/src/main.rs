@@ -1,3 +1,7 @@
-//! Entry.
+//! Entry of the coordinator.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    distillery_coordinator::cli::main()
+}

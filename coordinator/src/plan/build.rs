@@ -11,8 +11,6 @@ pub struct Facts {
     pub latent_elements: u64,
     /// Trained parameters of a full student; an upper bound for adapters.
     pub teacher_parameters: u64,
-    /// Samples in one task of the stage `reference`.
-    pub reference_block: u64,
 }
 
 /// Makes the plan.
@@ -83,10 +81,7 @@ fn reference_stage(evaluate: &recipe::Evaluate, facts: &Facts) -> Stage {
         kind: Kind::Reference,
         after: vec![],
         work: Work::Tasks(Tasks {
-            count: evaluate
-                .samples
-                .div_ceil(facts.reference_block.max(1))
-                .max(1),
+            count: evaluate.samples.div_ceil(evaluate.reference_block()).max(1),
             rows,
             bytes: rows * 4 * facts.latent_elements,
             quarantine_limit: 0,

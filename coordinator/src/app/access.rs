@@ -1,0 +1,105 @@
+//! Who may talk to a run: its token, its join string, and where both are kept.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use distillery_common::recipe::Secret;
+use distillery_common::run::RunRecord;
+use distillery_common::security::{self, Join, Token};
+use distillery_common::storage::{Store, layout};
+
+/// Environment variable that holds a token.
+const TOKEN_VARIABLE: &str = "DISTILLERY_TOKEN";
+
+/// The secrets of one run, and the folder that keeps them.
+#[derive(Debug)]
+pub struct Access {
+    run_id: String,
+    token: Token,
+    folder: PathBuf,
+}
+
+impl Access {
+    /// The token that the recipe or the environment names, or the one kept beside the run; made if there is none.
+    pub fn of_run(
+        store: &Store,
+        record: &RunRecord,
+        given: Option<&Secret>,
+    ) -> anyhow::Result<Self> {
+        let run_id = record.run_id.to_string();
+        let folder = state_folder(store, &run_id)?;
+        let token = match given {
+            Some(secret) => Token::parse(secret.reveal()).context("cluster.token")?,
+            None => match std::env::var(TOKEN_VARIABLE) {
+                Ok(text) => Token::parse(&text).context(TOKEN_VARIABLE)?,
+                Err(_) => Token::load_or_create(&folder.join("token"))?,
+            },
+        };
+        Ok(Self {
+            run_id,
+            token,
+            folder,
+        })
+    }
+
+    /// What admits to the run.
+    pub fn token(&self) -> &Token {
+        &self.token
+    }
+
+    /// How to reach the coordinator at `endpoint`.
+    pub fn join(&self, endpoint: &str, tls: bool) -> Result<Join, security::Error> {
+        Join::new(endpoint, &self.run_id, self.token.clone(), tls)
+    }
+
+    /// Keeps the join string in a file that only its owner may read, for workers that others start.
+    pub fn write_join(&self, join: &Join) -> anyhow::Result<PathBuf> {
+        let path = self.folder.join("join");
+        let partial = self.folder.join("join.partial");
+        let write = || {
+            // A left-over may have other permissions.
+            let _ = std::fs::remove_file(&partial);
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&partial)?;
+            writeln!(file, "{}", join.reveal())?;
+            std::fs::rename(&partial, &path)
+        };
+        write().with_context(|| format!("{} cannot be written", path.display()))?;
+        Ok(path)
+    }
+
+    /// Folder for the logs of workers on this host.
+    pub fn logs(&self) -> PathBuf {
+        self.folder.join("logs")
+    }
+}
+
+/// Beside a run on disk; in the user's state folder for others.
+fn state_folder(store: &Store, run_id: &str) -> anyhow::Result<PathBuf> {
+    let folder = match store.local_file(&layout::run_record()) {
+        Some(record) => record.parent().map(Path::to_path_buf).unwrap_or_default(),
+        None => user_state_folder()?.join(run_id),
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&folder)
+        .with_context(|| format!("{} cannot be made", folder.display()))?;
+    Ok(folder)
+}
+
+fn user_state_folder() -> anyhow::Result<PathBuf> {
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/state"));
+    state
+        .or_else(home)
+        .map(|folder| folder.join("distillery"))
+        .context("neither XDG_STATE_HOME nor HOME says where to keep the run's token")
+}

@@ -1,0 +1,261 @@
+//! A run from the recipe to its end: prepare, claim, serve, launch, drive.
+//!
+//! Puts the other modules together; must never decide what the scheduler decides.
+
+mod access;
+mod attach;
+mod prepare;
+mod progress;
+mod prompt_lists;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+use distillery_common::recipe::{Launcher, Recipe, Tls};
+use distillery_common::security::Join;
+use distillery_common::storage::Store;
+
+use crate::driver::{self, Clock, Driver, Errands, Handle};
+use crate::journal::{self, Journal};
+use crate::launch::local;
+use crate::scheduler::{Durable, Event, Machine, Outcome, Record, Timings};
+use crate::service;
+
+pub use access::Access;
+pub use attach::{Client, status_text};
+pub use prepare::{Prepared, Refused, facts, prepare};
+
+/// Exit code of a run that can be resumed by the same command.
+const TRY_AGAIN: u8 = 75;
+
+/// How this process runs a recipe; none of it changes a result.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The worker's program.
+    pub worker: PathBuf,
+    /// The engine's program.
+    pub engine: PathBuf,
+    /// Do not ask whether another coordinator still has the run.
+    pub takeover: bool,
+    /// Serve without TLS on more than 127.0.0.1.
+    pub insecure: bool,
+    /// Results are for programs.
+    pub json: bool,
+}
+
+/// Runs `recipe` until it ends or is stopped.
+pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result<ExitCode> {
+    let store = Store::open(&recipe.output)?;
+    let prepared = prepare(&recipe, &store, &config.engine).await?;
+    let access = Access::of_run(&store, &prepared.record, recipe.cluster.token.as_ref())?;
+    let history = journal::read(&store).await?;
+    let durable = Durable::replay(&history.records);
+    if durable.outcome == Some(Outcome::Succeeded) {
+        eprintln!("run {} has succeeded already", recipe.name);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let tls = recipe.cluster.tls == Tls::On;
+    if !config.takeover && !history.records.is_empty() {
+        let join = access.join(&durable.endpoint, tls)?;
+        if let Some(client) = Client::find(&join).await {
+            eprintln!(
+                "a coordinator at {} has this run; attached",
+                durable.endpoint
+            );
+            return attach::follow(client, &store).await;
+        }
+    }
+    coordinate(recipe, config, clock, store, prepared, access).await
+}
+
+/// This process has the run.
+async fn coordinate(
+    recipe: Recipe,
+    config: Config,
+    clock: Clock,
+    store: Store,
+    prepared: Prepared,
+    access: Access,
+) -> anyhow::Result<ExitCode> {
+    let tls = recipe.cluster.tls == Tls::On;
+    let listener = listen(&recipe, config.insecure).await?;
+    let endpoint = advertised(&listener)?;
+    let join = access.join(&endpoint, tls)?;
+    let (journal, records) = Journal::claim(&store, &endpoint, driver::unique_id()).await?;
+    let timings = timings(&recipe);
+    let machine = Machine::new(
+        prepared.plan.clone(),
+        timings.clone(),
+        Durable::replay(&records),
+    );
+    let term = journal.term();
+    tracing::info!(%term, endpoint, run_id = %prepared.record.run_id, "claimed the run");
+    let errands = Errands::new(
+        store.clone(),
+        prepared.plan.clone(),
+        prepared.dataset.clone(),
+    );
+    let (driver, handle) = Driver::new(machine, journal, errands, clock);
+    let identity = service::Identity {
+        run_id: prepared.record.run_id.to_string(),
+        run_uri: recipe.output.clone(),
+        name: recipe.name.clone(),
+        term: term.0,
+        timings,
+    };
+    let (end_service, service_ends) = oneshot::channel::<()>();
+    let serving = tokio::spawn(service::serve(
+        listener,
+        identity,
+        access.token().clone(),
+        join.authority().cloned(),
+        handle.clone(),
+        async move {
+            // A dropped sender means the end as well.
+            let _ = service_ends.await;
+        },
+    ));
+    if !config.json {
+        eprintln!("{}", prepared.plan);
+    }
+    let launched = launch(&recipe, &config, &access, &join, handle.clone())?;
+    let watching = tokio::spawn(watch_signals(handle.clone()));
+    let showing = tokio::spawn(progress::show(handle, resumed(&records)));
+    let ended = driver.run().await;
+    watching.abort();
+    showing.abort();
+    if let Some(launched) = launched {
+        launched.finish().await;
+    }
+    drop(end_service);
+    serving.abort();
+    Ok(report(&recipe, ended, config.json))
+}
+
+fn resumed(records: &[Record]) -> bool {
+    records.len() > 1
+}
+
+fn timings(recipe: &Recipe) -> Timings {
+    let mut timings = Timings::default();
+    if recipe.cluster.launcher == Launcher::Local {
+        // Local workers cannot outlive their coordinator, and need no more than an engine's step to leave.
+        timings.reattach = std::time::Duration::ZERO;
+        timings.drain = std::time::Duration::from_secs(30);
+    }
+    timings
+}
+
+async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> {
+    let address = &recipe.cluster.listen;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cluster.listen: {address} cannot be bound"))?;
+    let is_loopback = listener.local_addr()?.ip().is_loopback();
+    anyhow::ensure!(
+        is_loopback || recipe.cluster.tls == Tls::On || insecure,
+        "cluster.listen {address} can be reached from other hosts and cluster.tls is off, so the token could be read on the way; turn tls on, or say --insecure"
+    );
+    Ok(listener)
+}
+
+/// Where workers on other hosts reach `listener`.
+fn advertised(listener: &TcpListener) -> anyhow::Result<String> {
+    let address = listener.local_addr()?;
+    if !address.ip().is_unspecified() {
+        return Ok(address.to_string());
+    }
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .context("this host's name is not known; name an address in cluster.listen")?;
+    Ok(format!("{}:{}", host.trim(), address.port()))
+}
+
+fn launch(
+    recipe: &Recipe,
+    config: &Config,
+    access: &Access,
+    join: &Join,
+    handle: Handle,
+) -> anyhow::Result<Option<local::Launched>> {
+    let file = access.write_join(join)?;
+    match recipe.cluster.launcher {
+        Launcher::External => {
+            eprintln!(
+                "start workers with: worker join --coordinator @{}",
+                file.display()
+            );
+            Ok(None)
+        }
+        Launcher::Local => {
+            let workers = local::Workers {
+                worker: config.worker.clone(),
+                engine: Some(config.engine.clone()),
+                count: recipe.cluster.max_workers,
+                threads: recipe.compute.threads,
+                join: join.reveal(),
+                logs: access.logs(),
+            };
+            local::start(workers, handle)
+                .context("the folder for the logs of workers cannot be made")
+                .map(Some)
+        }
+    }
+}
+
+/// Ctrl-C once: checkpoint and stop; twice: stop now.
+async fn watch_signals(handle: Handle) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut now = false;
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        let text = if now {
+            "stopping now"
+        } else {
+            "stopping after a checkpoint; once more to stop now"
+        };
+        eprintln!("{text}");
+        handle.event(Event::StopRequested { now }).await?;
+        now = true;
+    }
+}
+
+fn report(recipe: &Recipe, ended: Result<Outcome, journal::Error>, json: bool) -> ExitCode {
+    let (state, message, code) = match ended {
+        Ok(Outcome::Succeeded) => ("succeeded", String::new(), 0),
+        Ok(Outcome::Failed { message }) => ("failed", message, 1),
+        Ok(Outcome::Stopped { reason }) => (
+            "stopped",
+            format!("{reason}; run the same command to resume"),
+            TRY_AGAIN,
+        ),
+        Err(error) => (
+            "interrupted",
+            format!("{error}; nothing is lost, run the same command to resume"),
+            TRY_AGAIN,
+        ),
+    };
+    if json {
+        let summary = serde_json::json!({
+            "name": recipe.name, "output": recipe.output, "state": state, "message": message,
+        });
+        println!("{summary}");
+    } else if code == 1 {
+        eprintln!("error: run {} failed: {message}", recipe.name);
+    } else {
+        eprintln!(
+            "run {} {state}{}{message}",
+            recipe.name,
+            if message.is_empty() { "" } else { ": " }
+        );
+    }
+    ExitCode::from(code)
+}

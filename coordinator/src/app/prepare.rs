@@ -1,0 +1,283 @@
+//! From a checked recipe to everything that a run needs before its first task: facts, digests, the run record, the
+//! plan.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde_json::Value;
+
+use distillery_common::ids::Digest;
+use distillery_common::recipe::{Dtype, Recipe, TrajectoryMode};
+use distillery_common::run::{self, DatasetParts, PromptDigest, RunRecord, Software};
+use distillery_common::storage::layout::{self, PromptList};
+use distillery_common::storage::{Created, Store};
+use distillery_common::teacher::{self, Folder};
+
+use super::prompt_lists::{self, Lists};
+use crate::driver;
+use crate::driver::Dataset;
+use crate::plan::{self, Facts, Plan};
+
+/// How long an engine may take to say what it is.
+const DESCRIBE: Duration = Duration::from_secs(60);
+
+/// What a run needs before its first task.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// What the run is, as stored.
+    pub record: RunRecord,
+    /// What it will do.
+    pub plan: Plan,
+    /// Where its trajectories are.
+    pub dataset: Dataset,
+}
+
+/// The run URI holds another run.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{uri} holds a run of another recipe:\n{}\nUse another output, or put these values back",
+    differences.join("\n")
+)]
+pub struct Refused {
+    /// The run URI.
+    pub uri: String,
+    /// One line for each value that differs.
+    pub differences: Vec<String>,
+}
+
+/// What the plan needs to know about the teacher.
+pub fn facts(folder: &Folder) -> Facts {
+    let elements: i64 = folder.latent_shape().iter().product();
+    let shapes = teacher::unet_tensors(&folder.unet.config);
+    Facts {
+        latent_elements: elements.unsigned_abs(),
+        teacher_parameters: teacher::parameter_count(&shapes).unsigned_abs(),
+    }
+}
+
+/// Reads what the recipe names, and makes or finds the run record.
+pub async fn prepare(recipe: &Recipe, store: &Store, engine: &Path) -> anyhow::Result<Prepared> {
+    let folder = Folder::open(&recipe.teacher.model, recipe.teacher.variant.as_deref())?;
+    for warning in &folder.warnings {
+        tracing::warn!("{warning}");
+    }
+    let facts = facts(&folder);
+    // Hashing a teacher and asking an engine both take a while on a cold machine.
+    let hashing = tokio::task::spawn_blocking(move || folder.digests());
+    let describing = describe(engine);
+    let lists = prompt_lists::read(recipe)?;
+    let (teacher_files, software) = tokio::join!(hashing, describing);
+    let teacher_files = teacher_files.context("hashing the teacher was cut short")??;
+    let record = record(recipe, teacher_files, &lists, software?);
+    let dataset = Dataset {
+        digest: record
+            .dataset_digest
+            .expect("a record that was made here names its trajectories"),
+        reused_from: match &recipe.trajectories.uri {
+            Some(uri) => Some(Store::open(uri)?),
+            None => None,
+        },
+    };
+    let record = create_or_find(store, record).await?;
+    prompt_lists::store(store, &lists).await?;
+    Ok(Prepared {
+        plan: plan::build(recipe, &facts),
+        record,
+        dataset,
+    })
+}
+
+fn record(
+    recipe: &Recipe,
+    teacher_files: BTreeMap<String, Digest>,
+    lists: &Lists,
+    software: Software,
+) -> RunRecord {
+    let prompts: BTreeMap<String, PromptDigest> = lists
+        .iter()
+        .map(|(list, digest)| (name(list).to_owned(), digest))
+        .collect();
+    let teacher = teacher::digest_of_list(&teacher_files);
+    let mut contents = vec![("teacher", teacher)];
+    contents.extend(
+        prompts
+            .iter()
+            .map(|(name, list)| (name.as_str(), list.digest)),
+    );
+    let dataset = run::dataset_digest(&DatasetParts {
+        teacher_files: &teacher_files,
+        prompts: &prompts[name(PromptList::Train)],
+        seed: recipe.seed,
+        guidance: recipe.teacher.guidance,
+        mode: match recipe.trajectories.mode {
+            TrajectoryMode::Stratified => "stratified",
+            TrajectoryMode::Alg1 => "alg1",
+        },
+        segments: recipe.trajectories.segments,
+        time_grid: recipe.trajectories.time_grid,
+        count: recipe.trajectories.count,
+        shard_trajectories: recipe.trajectories.shard_trajectories,
+        batch: recipe.trajectories.batch,
+        threads: recipe.compute.threads,
+        dtype: match recipe.teacher.dtype {
+            Dtype::F32 => "f32",
+            Dtype::F16 => "f16",
+            Dtype::Bf16 => "bf16",
+        },
+        software: &software,
+    });
+    RunRecord {
+        run_id: driver::unique_id(),
+        recipe: recipe.to_stored(),
+        recipe_digest: recipe.plan_digest(&contents),
+        dataset_digest: Some(dataset),
+        teacher_files,
+        prompts,
+        software,
+    }
+}
+
+/// The name of a list in the record.
+pub(super) fn name(list: PromptList) -> &'static str {
+    match list {
+        PromptList::Train => "train",
+        PromptList::Holdout => "holdout",
+        PromptList::Preview => "preview",
+    }
+}
+
+/// Makes the record, or finds the one of the run that is resumed; refuses one of another recipe.
+async fn create_or_find(store: &Store, record: RunRecord) -> anyhow::Result<RunRecord> {
+    let stored = match store
+        .create(&layout::run_record(), record.to_bytes())
+        .await?
+    {
+        Created::Won => return Ok(record),
+        Created::Exists(bytes) => RunRecord::from_bytes(&bytes)
+            .with_context(|| format!("{}/{}", store.uri(), layout::run_record()))?,
+    };
+    let is_same = stored.recipe_digest == record.recipe_digest
+        && stored.dataset_digest == record.dataset_digest;
+    if is_same {
+        return Ok(stored);
+    }
+    let mut differences = Vec::new();
+    difference("", &stored.recipe, &record.recipe, &mut differences);
+    contents_differ(&stored, &record, &mut differences);
+    Err(Refused {
+        uri: store.uri().to_owned(),
+        differences,
+    }
+    .into())
+}
+
+fn contents_differ(stored: &RunRecord, new: &RunRecord, out: &mut Vec<String>) {
+    if stored.teacher_files != new.teacher_files {
+        out.push("  teacher.model: its files have changed".into());
+    }
+    for (name, list) in &new.prompts {
+        if stored.prompts.get(name) != Some(list) {
+            out.push(format!("  prompts ({name}): the texts have changed"));
+        }
+    }
+    if stored.software != new.software {
+        out.push(format!(
+            "  software: the run was made with {}, here is {}",
+            describe_software(&stored.software),
+            describe_software(&new.software)
+        ));
+    }
+}
+
+fn describe_software(software: &Software) -> String {
+    format!(
+        "distillery {} with libtorch {} on {}",
+        software.distillery, software.libtorch, software.cpu_capability
+    )
+}
+
+/// One line for each value that differs, called by its path.
+fn difference(path: &str, old: &Value, new: &Value, out: &mut Vec<String>) {
+    let below = |key: &str| match path {
+        "" => key.to_owned(),
+        path => format!("{path}.{key}"),
+    };
+    match (old, new) {
+        (Value::Object(a), Value::Object(b)) => {
+            for (key, value) in b {
+                difference(&below(key), a.get(key).unwrap_or(&Value::Null), value, out);
+            }
+            for (key, value) in a.iter().filter(|(key, _)| !b.contains_key(*key)) {
+                difference(&below(key), value, &Value::Null, out);
+            }
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            for (index, (a, b)) in a.iter().zip(b).enumerate() {
+                difference(&below(&index.to_string()), a, b, out);
+            }
+        }
+        (old, new) if old != new => out.push(format!("  {path}: was {old}, now is {new}")),
+        _ => {}
+    }
+}
+
+/// What computes, as the engine itself says: the coordinator knows no tensor library.
+async fn describe(engine: &Path) -> anyhow::Result<Software> {
+    #[derive(serde::Deserialize)]
+    struct Said {
+        libtorch: String,
+        cpu_capability: String,
+    }
+    let asked = tokio::process::Command::new(engine)
+        .arg("describe")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(DESCRIBE, asked)
+        .await
+        .with_context(|| format!("the engine {} does not answer", engine.display()))?
+        .with_context(|| {
+            format!(
+                "the engine {} cannot be started; say where it is with --engine or DISTILLERY_ENGINE",
+                engine.display()
+            )
+        })?;
+    anyhow::ensure!(
+        output.status.success(),
+        "the engine {} does not start: {}",
+        engine.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let said: Said = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("{} is no engine of this release", engine.display()))?;
+    Ok(Software {
+        distillery: env!("CARGO_PKG_VERSION").into(),
+        libtorch: said.libtorch,
+        cpu_capability: said.cpu_capability,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_difference_names_the_path_and_both_values() {
+        let old = json!({"seed": 42, "stages": [{"steps": 10}], "gone": 1});
+        let new = json!({"seed": 42, "stages": [{"steps": 20}], "loss": "l2"});
+        let mut lines = Vec::new();
+        difference("", &old, &new, &mut lines);
+        assert_eq!(
+            lines,
+            [
+                "  stages.0.steps: was 10, now is 20",
+                "  loss: was null, now is \"l2\"",
+                "  gone: was 1, now is null",
+            ]
+        );
+    }
+}

@@ -1,0 +1,146 @@
+//! The command line: one file for each command, one way to end.
+
+mod check;
+mod plan;
+mod run;
+mod schema;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+
+use distillery_common::recipe::{self, Faults, Recipe};
+use distillery_common::telemetry;
+
+use crate::driver::Clock;
+
+/// Exit code of a wrong command line.
+const USAGE: u8 = 64;
+/// Exit code of a recipe with faults.
+const FAULTS: u8 = 2;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "coordinator",
+    version,
+    about = "Distils a latent diffusion teacher into a few-step student.",
+    after_help = "Examples:\n  coordinator run configs/quickstart.yaml\n  coordinator run distill.yaml --set seed=7 --set optimizer.lr=1e-5\n  coordinator status file:///runs/one\n\nExit codes: 0 done, 1 failed, 2 faults in the recipe, 64 usage, 75 stopped or interrupted: the same command resumes."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// More of what happens on standard error; twice for everything. RUST_LOG wins.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    /// Results as JSON on standard output, logs as JSON lines.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Starts a run, resumes it, or attaches to it: its state is found at the recipe's output.
+    Run(run::Arguments),
+    /// Says everything that is wrong with a recipe.
+    Check(RecipeArguments),
+    /// Shows the stages of a recipe without running them.
+    Plan(RecipeArguments),
+    /// Prints the JSON Schema of recipes, for editors.
+    Schema,
+    /// Shows how a run is.
+    Status(status::Arguments),
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct RecipeArguments {
+    /// The recipe.
+    file: PathBuf,
+    /// Changes a value: `--set stages.seg4.steps=100`. Later ones win.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    sets: Vec<String>,
+}
+
+/// What every command is told.
+#[derive(Debug, Clone, Copy)]
+struct Context {
+    json: bool,
+    clock: Clock,
+}
+
+/// Runs one command and says how it ended.
+pub fn main() -> ExitCode {
+    let clock = Clock::start();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() {
+                ExitCode::from(USAGE)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    init_logs(&arguments);
+    let context = Context {
+        json: arguments.json,
+        clock,
+    };
+    let ended = match arguments.command {
+        Command::Run(own) => run::run(own, context),
+        Command::Check(own) => check::run(&own, context),
+        Command::Plan(own) => plan::run(&own, context),
+        Command::Schema => schema::run(),
+        Command::Status(own) => status::run(&own, context),
+    };
+    ended.unwrap_or_else(|error| fail(&error, context))
+}
+
+fn init_logs(arguments: &Arguments) {
+    let level = match arguments.verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let format = if arguments.json {
+        telemetry::Format::Json
+    } else {
+        telemetry::Format::Plain
+    };
+    telemetry::init(level, format);
+}
+
+/// Says what went wrong, on one screen.
+fn fail(error: &anyhow::Error, context: Context) -> ExitCode {
+    if let Some(faults) = error.downcast_ref::<Faults>() {
+        if context.json {
+            println!("{}", faults.to_json());
+        } else {
+            eprint!("{}", faults.render(color()));
+        }
+        return ExitCode::from(FAULTS);
+    }
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
+}
+
+fn color() -> bool {
+    use std::io::IsTerminal as _;
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+fn load(arguments: &RecipeArguments) -> Result<Recipe, Faults> {
+    recipe::load(&arguments.file, &arguments.sets)
+}
+
+/// A small runtime: everything here waits far more than it computes.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the runtime cannot start")
+}

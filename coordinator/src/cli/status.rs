@@ -1,0 +1,119 @@
+//! `coordinator status RUN`.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use serde_json::json;
+
+use distillery_common::proto::wire::StatusReply;
+use distillery_common::run::RunRecord;
+use distillery_common::storage::{Store, layout};
+
+use super::Context;
+use crate::app::{Access, Client, status_text};
+use crate::journal;
+use crate::scheduler::Durable;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The run URI: what the recipe calls `output`.
+    run: String,
+}
+
+pub(super) fn run(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCode> {
+    super::runtime()?.block_on(show(arguments, context))
+}
+
+async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCode> {
+    let store = Store::open(&arguments.run)?;
+    let bytes = store
+        .find(&layout::run_record())
+        .await?
+        .with_context(|| format!("there is no run at {}", store.uri()))?;
+    let record = RunRecord::from_bytes(&bytes)?;
+    let durable = Durable::replay(&journal::read(&store).await?.records);
+    let tls = record
+        .recipe
+        .pointer("/cluster/tls")
+        .is_none_or(|tls| tls != "off" && tls != false);
+    let access = Access::of_run(&store, &record, None)?;
+    let client = match durable.endpoint.as_str() {
+        "" => None,
+        endpoint => Client::find(&access.join(endpoint, tls)?).await,
+    };
+    match client {
+        Some(mut client) => live(&client.status().await?, context),
+        None => stored(&record, &durable, context),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn live(status: &StatusReply, context: Context) {
+    if !context.json {
+        print!("{}", status_text(status));
+        return;
+    }
+    let stages: Vec<_> = status
+        .stages
+        .iter()
+        .map(|stage| {
+            json!({
+                "name": stage.name, "kind": stage.kind, "state": stage.state,
+                "done": stage.done, "total": stage.total, "world": stage.world,
+            })
+        })
+        .collect();
+    let workers: Vec<_> = status
+        .workers
+        .iter()
+        .map(|worker| {
+            json!({
+                "name": worker.name, "incarnation": worker.incarnation, "state": worker.state,
+                "doing": worker.doing, "rss_bytes": worker.rss_bytes,
+                "silent_ms": worker.silent_ms,
+            })
+        })
+        .collect();
+    println!(
+        "{}",
+        json!({
+            "run_id": status.run_id, "output": status.run_uri, "name": status.name,
+            "term": status.term, "state": status.state, "stages": stages,
+            "workers": workers, "decisions": status.decisions,
+        })
+    );
+}
+
+/// What is known of a run that nobody works on.
+fn stored(record: &RunRecord, durable: &Durable, context: Context) {
+    let state = match &durable.outcome {
+        Some(outcome) => outcome.to_string(),
+        None => "no coordinator has it; `coordinator run` with its recipe resumes it".into(),
+    };
+    let stages: Vec<_> = durable
+        .stages
+        .iter()
+        .map(|(name, log)| {
+            let step = log.newest(&[]).map(|checkpoint| checkpoint.step);
+            (name, log.sealed.is_some(), step)
+        })
+        .collect();
+    if context.json {
+        let stages: Vec<_> = stages
+            .iter()
+            .map(|(name, sealed, step)| json!({"name": name, "sealed": sealed, "step": step}))
+            .collect();
+        let run_id = record.run_id.to_string();
+        println!(
+            "{}",
+            json!({"run_id": run_id, "state": state, "stages": stages})
+        );
+        return;
+    }
+    println!("run {}: {state}", record.run_id);
+    for (name, sealed, step) in stages {
+        let state = if sealed { "sealed" } else { "open" };
+        let step = step.map(|step| format!(", checkpoint at step {step}"));
+        println!("  {name:<14} {state}{}", step.unwrap_or_default());
+    }
+}

@@ -1,0 +1,388 @@
+//! What the machine wants read from or written to the store. Each errand runs on its own and reports back once.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
+use tokio::sync::Semaphore;
+
+use distillery_common::checkpoint;
+use distillery_common::commit::{self, TaskCommit};
+use distillery_common::group::CheckpointCommitted;
+use distillery_common::ids::Digest;
+use distillery_common::latents;
+use distillery_common::storage::layout::{self, Prefix};
+use distillery_common::storage::{self, FileEntry, Store};
+use distillery_common::task::{CommitSummary, TaskId};
+
+use super::Handle;
+use crate::plan::{Kind, Plan, Work};
+use crate::scheduler::{Checkpoint, Event, Finding, Trouble};
+
+/// Errands under way at a time.
+const AT_A_TIME: usize = 32;
+
+/// Does errands.
+#[derive(Debug, Clone)]
+pub struct Errands {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Store,
+    plan: Plan,
+    dataset: Dataset,
+    permits: Semaphore,
+}
+
+/// Where trajectories are.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// Names their content.
+    pub digest: Digest,
+    /// The store of another run that has them, if they are reused.
+    pub reused_from: Option<Store>,
+}
+
+impl Errands {
+    /// Errands for one run.
+    pub fn new(store: Store, plan: Plan, dataset: Dataset) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                store,
+                plan,
+                dataset,
+                permits: Semaphore::new(AT_A_TIME),
+            }),
+        }
+    }
+
+    pub(super) fn plan(&self) -> &Plan {
+        &self.shared.plan
+    }
+
+    pub(super) fn inspect(&self, stage: usize, after_ms: u64, handle: Handle) {
+        let shared = Arc::clone(&self.shared);
+        let errand = async move {
+            let finding = shared.inspect(stage).await;
+            Event::Inspected { stage, finding }
+        };
+        self.spawn(after_ms, handle, errand.boxed());
+    }
+
+    pub(super) fn verify_commit(&self, task: TaskId, after_ms: u64, handle: Handle) {
+        let shared = Arc::clone(&self.shared);
+        let errand = async move {
+            let commit = shared.read_commit(&task).await;
+            Event::CommitVerified { task, commit }
+        };
+        self.spawn(after_ms, handle, errand.boxed());
+    }
+
+    pub(super) fn verify_checkpoint(
+        &self,
+        checkpoint: CheckpointCommitted,
+        after_ms: u64,
+        handle: Handle,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        let errand = async move {
+            let result = shared.verify_checkpoint(&checkpoint).await;
+            Event::CheckpointVerified { checkpoint, result }
+        };
+        self.spawn(after_ms, handle, errand.boxed());
+    }
+
+    pub(super) fn seal(
+        &self,
+        stage: usize,
+        commits: BTreeMap<u64, CommitSummary>,
+        after_ms: u64,
+        handle: Handle,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        let errand = async move {
+            let result = shared.seal(stage, &commits).await;
+            Event::Sealed { stage, result }
+        };
+        self.spawn(after_ms, handle, errand.boxed());
+    }
+
+    /// Errands end by themselves: each makes a bounded number of requests, then reports or finds the driver gone.
+    fn spawn(&self, after_ms: u64, handle: Handle, errand: BoxFuture<'static, Event>) {
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(after_ms)).await;
+            let permit = shared.permits.acquire().await;
+            let event = errand.await;
+            drop(permit);
+            // The driver may have ended meanwhile; then nobody needs the answer.
+            let _ = handle.event(event).await;
+        });
+    }
+}
+
+impl Shared {
+    async fn inspect(&self, at: usize) -> Result<Finding, Trouble> {
+        let stage = &self.plan.stages[at];
+        match &stage.work {
+            Work::Tasks(_) if stage.kind == Kind::Trajectories => self.find_trajectories(at).await,
+            Work::Tasks(_) => Ok(Finding::Tasks {
+                commits: self.find_commits(at).await?,
+                sealed: None,
+            }),
+            Work::Training(training) => {
+                let found = self.find_checkpoints(&stage.name, training.steps).await?;
+                Ok(Finding::Checkpoints(found))
+            }
+        }
+    }
+
+    async fn find_trajectories(&self, at: usize) -> Result<Finding, Trouble> {
+        let store = self.dataset.reused_from.as_ref().unwrap_or(&self.store);
+        let manifest = latents::manifest::find(store, &self.dataset_folder())
+            .await
+            .map_err(latents_trouble)?;
+        let sealed = manifest.map(|manifest| Digest::of(&manifest.to_bytes()));
+        if self.dataset.reused_from.is_some() && sealed.is_none() {
+            return Err(Trouble::Permanent(format!(
+                "{} has no sealed trajectories {}, which this recipe needs; they depend on teacher, prompts, seed and the section trajectories",
+                store.uri(),
+                self.dataset.digest.short()
+            )));
+        }
+        let commits = match sealed {
+            Some(_) => BTreeMap::new(),
+            None => self.find_commits(at).await?,
+        };
+        Ok(Finding::Tasks { commits, sealed })
+    }
+
+    fn dataset_folder(&self) -> Prefix {
+        layout::dataset(&self.dataset.digest.short())
+    }
+
+    fn task_folder(&self, at: usize, index: u64) -> Prefix {
+        let stage = &self.plan.stages[at];
+        match stage.kind {
+            Kind::Trajectories => layout::shard(&self.dataset_folder(), index),
+            Kind::Distill | Kind::Reference | Kind::Evaluate | Kind::Export => {
+                layout::task(&stage.name, index)
+            }
+        }
+    }
+
+    /// Every COMMIT of a task stage.
+    async fn find_commits(&self, at: usize) -> Result<BTreeMap<u64, CommitSummary>, Trouble> {
+        let stage = &self.plan.stages[at];
+        let folder = match stage.kind {
+            Kind::Trajectories => self.dataset_folder(),
+            Kind::Distill | Kind::Reference | Kind::Evaluate | Kind::Export => {
+                layout::tasks(&stage.name)
+            }
+        };
+        let listed = self.store.list(&folder).await.map_err(trouble)?;
+        // Collected, because a closure over borrowed entries cannot cross an await in a spawned task.
+        let tasks: Vec<TaskId> = listed
+            .iter()
+            .filter_map(|entry| layout::parse_task_commit(&entry.key))
+            .map(|index| TaskId {
+                stage: stage.name.clone(),
+                index,
+            })
+            .collect();
+        let found: Vec<_> = stream::iter(tasks)
+            .map(|task| async move {
+                let commit = self.read_commit(&task).await?;
+                Ok::<_, Trouble>(commit.map(|commit| (task.index, commit)))
+            })
+            .buffered(AT_A_TIME)
+            .try_collect()
+            .await?;
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    /// What a task's COMMIT says, once everything it names was seen to be there.
+    async fn read_commit(&self, task: &TaskId) -> Result<Option<CommitSummary>, Trouble> {
+        let Some(at) = self.plan.position(&task.stage) else {
+            return Err(Trouble::Permanent(format!(
+                "there is no stage {}",
+                task.stage
+            )));
+        };
+        let folder = self.task_folder(at, task.index);
+        let key = layout::commit(&folder);
+        let Some(bytes) = self.store.find(&key).await.map_err(trouble)? else {
+            return Ok(None);
+        };
+        let commit = TaskCommit::from_bytes(&folder, &bytes).map_err(commit_trouble)?;
+        if commit.lease.task != *task {
+            let found = &commit.lease.task;
+            return Err(Trouble::Permanent(format!("{key} belongs to {found}")));
+        }
+        let is_rows = self.plan.stages[at].kind == Kind::Trajectories;
+        if is_rows && commit.inputs != self.dataset.digest {
+            return Err(Trouble::Permanent(format!(
+                "{key} was made from other inputs than this run's"
+            )));
+        }
+        for file in &commit.files {
+            self.see(file).await?;
+        }
+        Ok(Some(CommitSummary {
+            key: key.to_string(),
+            rows: commit.rows,
+            bytes: commit.total_bytes(),
+            digest: Digest::of(&bytes),
+        }))
+    }
+
+    /// Every checkpoint of a stage that is whole, by its lengths.
+    async fn find_checkpoints(&self, stage: &str, steps: u64) -> Result<Vec<Checkpoint>, Trouble> {
+        let folders = checkpoint::folders(&self.store, stage)
+            .await
+            .map_err(checkpoint_trouble)?;
+        let mut found = Vec::new();
+        for folder in folders.into_iter().filter(|folder| folder.committed) {
+            let place = layout::checkpoint(stage, folder.step, folder.generation);
+            let key = layout::commit(&place);
+            match self.read_checkpoint(key.as_str()).await {
+                Ok(digest) => found.push(Checkpoint {
+                    step: folder.step,
+                    generation: folder.generation,
+                    key: key.to_string(),
+                    digest,
+                    is_final: folder.step == steps,
+                }),
+                Err(Trouble::Permanent(reason)) => {
+                    tracing::warn!(%key, reason, "a checkpoint is not whole and is passed over");
+                }
+                Err(transient @ Trouble::Transient(_)) => return Err(transient),
+            }
+        }
+        Ok(found)
+    }
+
+    async fn verify_checkpoint(&self, reported: &CheckpointCommitted) -> Result<(), Trouble> {
+        let named = layout::parse_checkpoint_commit(&reported.key);
+        let group = &reported.group;
+        if named != Some((group.stage.as_str(), reported.step, group.generation)) {
+            return Err(Trouble::Permanent(format!(
+                "{} is not where step {} of {group} belongs",
+                reported.key, reported.step
+            )));
+        }
+        let digest = self.read_checkpoint(&reported.key).await?;
+        if digest == reported.digest {
+            Ok(())
+        } else {
+            Err(Trouble::Permanent(format!(
+                "{} is not the COMMIT that was reported",
+                reported.key
+            )))
+        }
+    }
+
+    async fn read_checkpoint(&self, key: &str) -> Result<Digest, Trouble> {
+        let Some((stage, step, generation)) = layout::parse_checkpoint_commit(key) else {
+            return Err(Trouble::Permanent(format!(
+                "{key} is no key of a checkpoint"
+            )));
+        };
+        let commit = layout::commit(&layout::checkpoint(stage, step, generation));
+        let bytes = self.store.get(&commit).await.map_err(trouble)?;
+        let manifest = checkpoint::Manifest::from_bytes(key, &bytes).map_err(checkpoint_trouble)?;
+        for file in &manifest.files {
+            self.see(file).await?;
+        }
+        Ok(Digest::of(&bytes))
+    }
+
+    /// Sees that a file is there in its whole length.
+    async fn see(&self, file: &FileEntry) -> Result<(), Trouble> {
+        let found = self.store.head(&file.key).await.map_err(trouble)?.len;
+        if found == file.len {
+            Ok(())
+        } else {
+            Err(Trouble::Permanent(format!(
+                "{} has {found} bytes instead of {}",
+                file.key, file.len
+            )))
+        }
+    }
+
+    async fn seal(
+        &self,
+        at: usize,
+        commits: &BTreeMap<u64, CommitSummary>,
+    ) -> Result<Digest, Trouble> {
+        let stage = &self.plan.stages[at];
+        match &stage.work {
+            Work::Tasks(tasks) if stage.kind == Kind::Trajectories => {
+                let quarantined = (0..tasks.count)
+                    .filter(|index| !commits.contains_key(index))
+                    .collect();
+                let folder = self.dataset_folder();
+                let digest = self.dataset.digest;
+                let (_, bytes) = latents::manifest::seal(
+                    &self.store,
+                    &folder,
+                    digest,
+                    tasks.count,
+                    &quarantined,
+                )
+                .await
+                .map_err(latents_trouble)?;
+                Ok(Digest::of(&bytes))
+            }
+            Work::Tasks(_) | Work::Training(_) => {
+                let lines: String = commits
+                    .iter()
+                    .map(|(index, commit)| format!("{index} {}\n", commit.digest))
+                    .collect();
+                Ok(Digest::of(lines.as_bytes()))
+            }
+        }
+    }
+}
+
+/// The whole chain of causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn sorted_trouble(is_transient: bool, error: &dyn std::error::Error) -> Trouble {
+    if is_transient {
+        Trouble::Transient(chain(error))
+    } else {
+        Trouble::Permanent(chain(error))
+    }
+}
+
+fn trouble(error: storage::Error) -> Trouble {
+    sorted_trouble(error.is_transient(), &error)
+}
+
+fn commit_trouble(error: commit::Error) -> Trouble {
+    let is_transient = matches!(&error, commit::Error::Storage(e) if e.is_transient());
+    sorted_trouble(is_transient, &error)
+}
+
+fn checkpoint_trouble(error: checkpoint::Error) -> Trouble {
+    let is_transient = matches!(&error, checkpoint::Error::Storage(e) if e.is_transient());
+    sorted_trouble(is_transient, &error)
+}
+
+fn latents_trouble(error: latents::Error) -> Trouble {
+    let is_transient = matches!(&error, latents::Error::Storage(e) if e.is_transient());
+    sorted_trouble(is_transient, &error)
+}

@@ -1,0 +1,360 @@
+//! The thin body round the machine: reads the clock, asks the machine, makes its records durable, carries out.
+//!
+//! One task owns the machine; everybody else sends it [`Input`]s over one bounded channel. Records are durable
+//! before anything that follows them is done. Reading the clock happens here and nowhere else in this program.
+//! Must never decide anything itself.
+
+mod errands;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::journal::{self, Journal};
+use crate::plan::Plan;
+use crate::scheduler::{
+    Action, ConnectionId, Decision, Event, FromWorker, Hello, Machine, Outcome, Record, ToWorker,
+    View,
+};
+
+pub use errands::{Dataset, Errands};
+
+/// Inputs that may wait for the machine; senders wait beyond that.
+const QUEUE: usize = 1024;
+/// Messages that may wait for one worker; a worker that does not read them is cut off.
+const OUTBOUND: usize = 1024;
+/// Decisions that `status` shows.
+const DECISIONS: usize = 50;
+/// Tries to append to the journal, a second apart, before the run is given up until somebody resumes it.
+const APPENDS: u32 = 60;
+/// How long streams stay open after the end, so that workers hear of it.
+const FAREWELL: Duration = Duration::from_millis(300);
+
+/// What reaches the driver from outside.
+#[derive(Debug)]
+enum Input {
+    Connected {
+        connection: ConnectionId,
+        hello: Hello,
+        outbound: mpsc::Sender<ToWorker>,
+    },
+    Event(Event),
+    Status(oneshot::Sender<Snapshot>),
+}
+
+/// What people are shown.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Since this coordinator started.
+    pub elapsed: Duration,
+    /// The run.
+    pub view: View,
+    /// The last decisions, newest last.
+    pub decisions: Vec<String>,
+}
+
+/// The way to the driver. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    inputs: mpsc::Sender<Input>,
+}
+
+/// The driver has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the run has ended")]
+pub struct Ended;
+
+impl Handle {
+    /// A worker introduced itself on a new stream; what it is told comes out of the receiver, whose end is the
+    /// stream's end.
+    pub async fn connect(
+        &self,
+        connection: ConnectionId,
+        hello: Hello,
+    ) -> Result<mpsc::Receiver<ToWorker>, Ended> {
+        let (outbound, told) = mpsc::channel(OUTBOUND);
+        let input = Input::Connected {
+            connection,
+            hello,
+            outbound,
+        };
+        self.send(input).await.map(|()| told)
+    }
+
+    /// A worker said something.
+    pub async fn said(&self, connection: ConnectionId, message: FromWorker) -> Result<(), Ended> {
+        self.event(Event::Said {
+            connection,
+            message,
+        })
+        .await
+    }
+
+    /// A stream ended.
+    pub async fn closed(&self, connection: ConnectionId) -> Result<(), Ended> {
+        self.event(Event::Closed { connection }).await
+    }
+
+    /// Anything else that happened.
+    pub async fn event(&self, event: Event) -> Result<(), Ended> {
+        self.send(Input::Event(event)).await
+    }
+
+    /// The run at this moment.
+    pub async fn snapshot(&self) -> Result<Snapshot, Ended> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Status(reply)).await?;
+        answer.await.map_err(|_| Ended)
+    }
+
+    async fn send(&self, input: Input) -> Result<(), Ended> {
+        self.inputs.send(input).await.map_err(|_| Ended)
+    }
+}
+
+/// When this process began, for the figures that count from there.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    start: Instant,
+}
+
+impl Clock {
+    /// Starts counting.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the driver is where the clock is read"
+    )]
+    pub fn start() -> Self {
+        Self {
+            start: Instant::now(),
+        }
+    }
+
+    /// Since the start.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the driver is where the clock is read"
+    )]
+    pub fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+}
+
+/// A name for one process that writes a journal; unique because it holds time and chance.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the driver is where the clock is read"
+)]
+pub fn unique_id() -> uuid::Uuid {
+    uuid::Uuid::now_v7()
+}
+
+/// Runs one machine until it finishes.
+#[derive(Debug)]
+pub struct Driver {
+    machine: Machine,
+    journal: Journal,
+    errands: Errands,
+    clock: Clock,
+    inputs: mpsc::Receiver<Input>,
+    handle: Handle,
+    outbound: BTreeMap<ConnectionId, mpsc::Sender<ToWorker>>,
+    decisions: VecDeque<String>,
+    granted: bool,
+}
+
+impl Driver {
+    /// A driver for `machine`, which must have been made from `journal`'s records.
+    pub fn new(
+        machine: Machine,
+        journal: Journal,
+        errands: Errands,
+        clock: Clock,
+    ) -> (Self, Handle) {
+        let (sender, inputs) = mpsc::channel(QUEUE);
+        let handle = Handle { inputs: sender };
+        let driver = Self {
+            machine,
+            journal,
+            errands,
+            clock,
+            inputs,
+            handle: handle.clone(),
+            outbound: BTreeMap::new(),
+            decisions: VecDeque::new(),
+            granted: false,
+        };
+        (driver, handle)
+    }
+
+    /// Drives until the run ends.
+    ///
+    /// # Errors
+    /// When the journal can no longer be written: somebody else has the run, or the store is gone. Nothing is
+    /// lost then; the same command resumes.
+    pub async fn run(mut self) -> Result<Outcome, journal::Error> {
+        self.step(Event::Tick).await?;
+        loop {
+            if let Some(outcome) = self.machine.outcome() {
+                let outcome = outcome.clone();
+                self.outbound.clear();
+                tokio::time::sleep(FAREWELL).await;
+                return Ok(outcome);
+            }
+            let wait = self
+                .machine
+                .next_deadline()
+                .map(|deadline| deadline.saturating_sub(self.clock.now()));
+            let input = match wait {
+                Some(wait) => tokio::time::timeout(wait, self.inputs.recv()).await,
+                None => Ok(self.inputs.recv().await),
+            };
+            match input {
+                Err(_) => self.step(Event::Tick).await?,
+                Ok(Some(input)) => self.take(input).await?,
+                Ok(None) => unreachable!("the driver holds a sender of its own"),
+            }
+        }
+    }
+
+    async fn take(&mut self, input: Input) -> Result<(), journal::Error> {
+        match input {
+            Input::Connected {
+                connection,
+                hello,
+                outbound,
+            } => {
+                self.outbound.insert(connection, outbound);
+                self.step(Event::Arrived { connection, hello }).await
+            }
+            Input::Event(event) => self.step(event).await,
+            Input::Status(reply) => {
+                let elapsed = self.clock.now();
+                // Whoever asked may have gone; that is no matter.
+                let _ = reply.send(Snapshot {
+                    elapsed,
+                    view: self.machine.view(elapsed),
+                    decisions: self.decisions.iter().cloned().collect(),
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// Clock, machine, journal, act: in this order.
+    async fn step(&mut self, event: Event) -> Result<(), journal::Error> {
+        if let Event::Closed { connection } = &event {
+            self.outbound.remove(connection);
+        }
+        let now = self.clock.now();
+        let actions = self.machine.handle(now, event);
+        let mut records = Vec::new();
+        for action in actions {
+            if let Action::Journal(record) = action {
+                records.push(record);
+                continue;
+            }
+            self.append(&mut records).await?;
+            self.act(action);
+        }
+        self.append(&mut records).await
+    }
+
+    async fn append(&mut self, records: &mut Vec<Record>) -> Result<(), journal::Error> {
+        let mut tries = 0;
+        while !records.is_empty() {
+            match self.journal.append(records).await {
+                Ok(()) => records.clear(),
+                Err(error) if error.is_transient() && tries < APPENDS => {
+                    tries += 1;
+                    tracing::warn!(%error, tries, "the journal cannot be written; trying again");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Journal(_) => unreachable!("records are appended before anything is done"),
+            Action::Send(connection, message) => self.tell(connection, message),
+            Action::Close(connection) => {
+                self.outbound.remove(&connection);
+            }
+            Action::Inspect { stage, after_ms } => {
+                self.errands.inspect(stage, after_ms, self.handle.clone());
+            }
+            Action::VerifyCommit { task, after_ms } => {
+                self.errands
+                    .verify_commit(task, after_ms, self.handle.clone());
+            }
+            Action::VerifyCheckpoint {
+                checkpoint,
+                after_ms,
+            } => self
+                .errands
+                .verify_checkpoint(checkpoint, after_ms, self.handle.clone()),
+            Action::Seal {
+                stage,
+                commits,
+                after_ms,
+            } => self
+                .errands
+                .seal(stage, commits, after_ms, self.handle.clone()),
+            Action::Explain(decision) => self.explain(&decision),
+            Action::Finish(_) => {}
+        }
+    }
+
+    fn tell(&mut self, connection: ConnectionId, message: ToWorker) {
+        let Some(outbound) = self.outbound.get(&connection) else {
+            return;
+        };
+        if matches!(message, ToWorker::Grant(_)) && !self.granted {
+            self.granted = true;
+            let elapsed_ms = self.clock.now().as_millis() as u64;
+            tracing::info!(elapsed_ms, "first grant");
+        }
+        if outbound.try_send(message).is_err() {
+            tracing::warn!(
+                ?connection,
+                "a worker does not read what it is told; cut off"
+            );
+            self.outbound.remove(&connection);
+        }
+    }
+
+    fn explain(&mut self, decision: &Decision) {
+        let text = decision.to_string();
+        match decision {
+            Decision::Granted(_) => tracing::debug!("{text}"),
+            Decision::Lost { .. }
+            | Decision::Retrying { .. }
+            | Decision::Quarantined { .. }
+            | Decision::Aborted { .. }
+            | Decision::Postponed { .. } => tracing::warn!("{text}"),
+            Decision::Welcomed { .. }
+            | Decision::StageStarted { .. }
+            | Decision::StageSealed { .. }
+            | Decision::Formed { .. }
+            | Decision::Exchanged { .. }
+            | Decision::Checkpoint { .. }
+            | Decision::Ignored { .. }
+            | Decision::Stopping { .. }
+            | Decision::Finished(_) => tracing::info!("{text}"),
+        }
+        if self.decisions.len() == DECISIONS {
+            self.decisions.pop_front();
+        }
+        self.decisions.push_back(text);
+    }
+
+    /// The plan that is carried out.
+    pub fn plan(&self) -> &Plan {
+        self.errands.plan()
+    }
+}

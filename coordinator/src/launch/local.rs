@@ -1,0 +1,213 @@
+//! Workers on this host, started again when they die, gone when the coordinator is gone.
+//!
+//! Each worker's standard input is a pipe whose other end only this process holds: however the coordinator ends,
+//! the pipe closes and the worker leaves. The join string travels in an environment variable, never in an
+//! argument that other users could read.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use distillery_common::backoff::Backoff;
+
+use crate::driver::Handle;
+use crate::scheduler::Event;
+
+/// A worker that lived this long was well; its failures are counted anew.
+const WELL: Duration = Duration::from_secs(30);
+/// Deaths in a row after which a worker is not started again.
+const DEATHS: u32 = 8;
+/// Wait before a second start; doubles.
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+/// Longest wait before a start.
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// How long workers may take to end after they were told to.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// Exit code of a worker that was started wrongly; another start would not help.
+const USAGE: i32 = 64;
+/// Bytes of a worker's log that a failure shows.
+const TAIL: usize = 2000;
+
+/// What is started.
+#[derive(Debug, Clone)]
+pub struct Workers {
+    /// The worker's program.
+    pub worker: PathBuf,
+    /// The engine's program; the worker looks beside itself when none.
+    pub engine: Option<PathBuf>,
+    /// How many.
+    pub count: u32,
+    /// Threads of each engine; the worker decides when none.
+    pub threads: Option<u32>,
+    /// What admits them, with the token: for the environment only.
+    pub join: String,
+    /// Folder for their logs.
+    pub logs: PathBuf,
+}
+
+/// The started workers. Dropping it kills them.
+#[derive(Debug)]
+pub struct Launched {
+    tasks: JoinSet<()>,
+    stop: watch::Sender<bool>,
+}
+
+/// Starts workers and keeps starting them again.
+pub fn start(workers: Workers, handle: Handle) -> io::Result<Launched> {
+    std::fs::create_dir_all(&workers.logs)?;
+    let (stop, stopped) = watch::channel(false);
+    let mut tasks = JoinSet::new();
+    for index in 0..workers.count {
+        tasks.spawn(keep(
+            workers.clone(),
+            format!("local-{index}"),
+            handle.clone(),
+            stopped.clone(),
+        ));
+    }
+    Ok(Launched { tasks, stop })
+}
+
+impl Launched {
+    /// Waits until all workers have ended; those that do not are killed.
+    pub async fn finish(mut self) {
+        self.stop.send_replace(true);
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// One worker, again and again.
+async fn keep(workers: Workers, name: String, handle: Handle, mut stopped: watch::Receiver<bool>) {
+    let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+    let mut deaths = 0;
+    let log = workers.logs.join(format!("{name}.log"));
+    while !*stopped.borrow() {
+        let started = spawn(&workers, &name, &log);
+        let ended = match started {
+            Ok(child) => watch(child, &mut stopped).await,
+            Err(error) => Ended::Died(format!(
+                "{} cannot be started: {error}; say where the worker is with --worker",
+                workers.worker.display()
+            )),
+        };
+        match ended {
+            Ended::Told => return,
+            Ended::Well => {
+                deaths = 0;
+                backoff.reset();
+            }
+            Ended::Died(how) => {
+                deaths += 1;
+                tracing::warn!(worker = name, how, deaths, "a worker ended");
+                if deaths >= DEATHS || how == wrong_start() {
+                    let message = give_up(&name, &how, deaths, &log);
+                    // The driver may have ended meanwhile; then nobody needs to know.
+                    let _ = handle.event(Event::LauncherFailed { message }).await;
+                    return;
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next_delay(0.0)) => {}
+            _ = stopped.changed() => {}
+        }
+    }
+}
+
+fn give_up(name: &str, how: &str, deaths: u32, log: &Path) -> String {
+    let tail = std::fs::read(log).unwrap_or_default();
+    let from = tail.len().saturating_sub(TAIL);
+    let tail = String::from_utf8_lossy(&tail[from..]).into_owned();
+    format!(
+        "worker {name} ended {deaths} times in a row without doing anything; the last time: {how}\nThe end of {}:\n{tail}",
+        log.display()
+    )
+}
+
+fn wrong_start() -> String {
+    format!("exit code {USAGE}: it was started wrongly")
+}
+
+enum Ended {
+    /// After we told it to.
+    Told,
+    /// After a useful life.
+    Well,
+    /// Soon, and how.
+    Died(String),
+}
+
+async fn watch(mut child: Child, stopped: &mut watch::Receiver<bool>) -> Ended {
+    let mut was_well = false;
+    loop {
+        tokio::select! {
+            ended = child.wait() => {
+                return match ended {
+                    Ok(_) if was_well => Ended::Well,
+                    Ok(status) => Ended::Died(describe(status)),
+                    Err(error) => Ended::Died(error.to_string()),
+                };
+            }
+            () = tokio::time::sleep(WELL), if !was_well => was_well = true,
+            told = stopped.changed() => {
+                if told.is_err() || *stopped.borrow() {
+                    end(&mut child).await;
+                    return Ended::Told;
+                }
+            }
+        }
+    }
+}
+
+/// Closes the pipe that the worker watches, waits, and kills it if that was not enough.
+async fn end(child: &mut Child) {
+    drop(child.stdin.take());
+    if tokio::time::timeout(FAREWELL, child.wait()).await.is_err() {
+        // It may have ended just now.
+        let _ = child.kill().await;
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt as _;
+    match (status.code(), status.signal()) {
+        (Some(USAGE), _) => wrong_start(),
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("killed by signal {signal}"),
+        (None, None) => status.to_string(),
+    }
+}
+
+fn spawn(workers: &Workers, name: &str, log: &Path) -> io::Result<Child> {
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(log)?;
+    let mut command = Command::new(&workers.worker);
+    command
+        .arg("join")
+        .args(["--name", name])
+        .arg("--parent-stdin")
+        .env("DISTILLERY_JOIN", &workers.join)
+        .stdin(Stdio::piped())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        // Ctrl-C at the terminal is for the coordinator, which tells its workers what it means.
+        .process_group(0)
+        .kill_on_drop(true);
+    if let Some(engine) = &workers.engine {
+        command.arg("--engine").arg(engine);
+    }
+    if let Some(threads) = workers.threads {
+        command.args(["--threads", &threads.to_string()]);
+    }
+    command.spawn()
+}

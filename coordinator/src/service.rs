@@ -1,0 +1,348 @@
+//! The gRPC service: one bidirectional stream per worker, and two calls for people.
+//!
+//! Turns wire types into the scheduler's words and back. Everything it hears goes to the driver; it must never
+//! decide anything, and never see storage or the journal.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::{Stream, StreamExt as _};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status, Streaming};
+
+use distillery_common::ids::Incarnation;
+use distillery_common::proto::from_wire::{self, Malformed};
+use distillery_common::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
+use distillery_common::proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, to_wire, wire};
+use distillery_common::security::{Authority, RequireToken, Token};
+
+use crate::driver::{Handle, Snapshot};
+use crate::scheduler::{
+    ConnectionId, Event, FromWorker, Hello, StageView, Timings, ToWorker, WorkerView,
+};
+
+/// How long a new stream may take to say hello.
+const HELLO: Duration = Duration::from_secs(10);
+/// Between two pings of an idle connection, and how long the answer may take.
+const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+
+/// What the service says about the run it serves.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Names the run among all runs.
+    pub run_id: String,
+    /// Where its objects are.
+    pub run_uri: String,
+    /// Its name for people.
+    pub name: String,
+    /// The coordinator's life.
+    pub term: u64,
+    /// Waiting times that workers keep to.
+    pub timings: Timings,
+}
+
+/// The service could not go on.
+#[derive(Debug, thiserror::Error)]
+#[error("the gRPC service ended")]
+pub struct Error(#[from] tonic::transport::Error);
+
+/// Serves on `listener` until `shutdown` is done.
+pub async fn serve(
+    listener: TcpListener,
+    identity: Identity,
+    token: Token,
+    tls: Option<Authority>,
+    handle: Handle,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), Error> {
+    let service = Service {
+        shared: Arc::new(Shared {
+            identity,
+            handle,
+            connections: AtomicU64::new(0),
+        }),
+    };
+    let server = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let mut builder = Server::builder()
+        .http2_keepalive_interval(Some(PING.0))
+        .http2_keepalive_timeout(Some(PING.1));
+    if let Some(authority) = tls {
+        builder = builder.tls_config(authority.server_tls())?;
+    }
+    let incoming = TcpListenerStream::new(listener).inspect(|accepted| {
+        if let Ok(stream) = accepted {
+            // Small messages that somebody waits for; a failure only costs latency.
+            let _ = stream.set_nodelay(true);
+        }
+    });
+    builder
+        .add_service(InterceptedService::new(server, RequireToken::new(token)))
+        .serve_with_incoming_shutdown(incoming, shutdown)
+        .await?;
+    Ok(())
+}
+
+#[derive(Debug, Clone)]
+struct Service {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    identity: Identity,
+    handle: Handle,
+    connections: AtomicU64,
+}
+
+type Outbound = Pin<Box<dyn Stream<Item = Result<wire::CoordinatorMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type SessionStream = Outbound;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<wire::WorkerMessage>>,
+    ) -> Result<Response<Outbound>, Status> {
+        let mut inbound = request.into_inner();
+        let first = tokio::time::timeout(HELLO, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello came"))??;
+        let Some(wire::worker_message::Message::Hello(hello)) = first.and_then(|m| m.message)
+        else {
+            return Err(Status::invalid_argument("the first message is not a hello"));
+        };
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Status::failed_precondition(format!(
+                "the worker speaks protocol version {}, this coordinator {PROTOCOL_VERSION}; install the same release on every host",
+                hello.protocol_version
+            )));
+        }
+        let hello = read_hello(hello).map_err(refuse)?;
+        let connection = ConnectionId(self.shared.connections.fetch_add(1, Ordering::Relaxed));
+        let told = self
+            .shared
+            .handle
+            .connect(connection, hello)
+            .await
+            .map_err(|ended| Status::unavailable(ended.to_string()))?;
+        tokio::spawn(listen(inbound, connection, self.shared.handle.clone()));
+        let shared = Arc::clone(&self.shared);
+        let outbound = ReceiverStream::new(told).map(move |message| Ok(shared.to_wire(&message)));
+        Ok(Response::new(outbound.boxed()))
+    }
+
+    async fn status(
+        &self,
+        _: Request<wire::StatusRequest>,
+    ) -> Result<Response<wire::StatusReply>, Status> {
+        let snapshot = self
+            .shared
+            .handle
+            .snapshot()
+            .await
+            .map_err(|ended| Status::unavailable(ended.to_string()))?;
+        Ok(Response::new(status_reply(
+            &self.shared.identity,
+            &snapshot,
+        )))
+    }
+
+    async fn stop(
+        &self,
+        request: Request<wire::StopRequest>,
+    ) -> Result<Response<wire::StopReply>, Status> {
+        let now = request.into_inner().now;
+        self.shared
+            .handle
+            .event(Event::StopRequested { now })
+            .await
+            .map_err(|ended| Status::unavailable(ended.to_string()))?;
+        Ok(Response::new(wire::StopReply {}))
+    }
+}
+
+/// Passes on what a worker says until its stream ends. A message that makes no sense ends it.
+async fn listen(
+    mut inbound: Streaming<wire::WorkerMessage>,
+    connection: ConnectionId,
+    handle: Handle,
+) {
+    while let Ok(Some(message)) = inbound.message().await {
+        match read_message(message) {
+            Ok(message) => {
+                if handle.said(connection, message).await.is_err() {
+                    return;
+                }
+            }
+            Err(malformed) => {
+                tracing::warn!(?connection, %malformed, "a worker sent what no worker sends");
+                break;
+            }
+        }
+    }
+    // The driver may have ended meanwhile; then nobody needs to know.
+    let _ = handle.closed(connection).await;
+}
+
+fn refuse(malformed: Malformed) -> Status {
+    Status::invalid_argument(malformed.to_string())
+}
+
+fn read_hello(hello: wire::Hello) -> Result<Hello, Malformed> {
+    Ok(Hello {
+        name: hello.name,
+        host: hello.host,
+        slots: u32::try_from(hello.devices.len()).unwrap_or(1).max(1),
+        incarnation: (hello.incarnation != 0).then_some(Incarnation(hello.incarnation)),
+        leases: hello
+            .leases
+            .into_iter()
+            .map(|lease| from_wire::lease(Some(lease)))
+            .collect::<Result<_, _>>()?,
+        group: match hello.group {
+            Some(group) => Some(from_wire::group_id(Some(group))?),
+            None => None,
+        },
+    })
+}
+
+fn read_message(message: wire::WorkerMessage) -> Result<FromWorker, Malformed> {
+    use wire::worker_message::Message;
+    match message.message.ok_or(Malformed::Missing("message"))? {
+        Message::Hello(_) => Err(Malformed::Missing("place for a second hello")),
+        Message::Beat(beat) => Ok(FromWorker::Beat {
+            seq: beat.seq,
+            tasks: beat
+                .tasks
+                .into_iter()
+                .map(from_wire::task_progress)
+                .collect::<Result<_, _>>()?,
+            group: match beat.group {
+                Some(progress) => Some(from_wire::group_progress(progress)?),
+                None => None,
+            },
+            rss_bytes: beat.rss_bytes,
+        }),
+        Message::Report(report) => read_report(report),
+        Message::Goodbye(goodbye) => Ok(FromWorker::Goodbye {
+            reason: goodbye.reason,
+        }),
+    }
+}
+
+fn read_report(report: wire::Report) -> Result<FromWorker, Malformed> {
+    use wire::report::Report;
+    let seq = report.seq;
+    Ok(match report.report.ok_or(Malformed::Missing("report"))? {
+        Report::TaskCommitted(said) => FromWorker::TaskCommitted {
+            seq,
+            lease: from_wire::lease(said.lease)?,
+        },
+        Report::TaskFailed(said) => FromWorker::TaskFailed {
+            seq,
+            lease: from_wire::lease(said.lease)?,
+            failure: from_wire::failure(said.failure)?,
+        },
+        Report::GroupReady(said) => FromWorker::GroupReady {
+            seq,
+            group: from_wire::group_id(said.group)?,
+            rank: said.rank,
+            address: said.address,
+        },
+        Report::Checkpoint(said) => FromWorker::CheckpointCommitted {
+            seq,
+            checkpoint: from_wire::checkpoint_committed(said)?,
+        },
+        Report::GroupFailed(said) => FromWorker::GroupFailed {
+            seq,
+            group: from_wire::group_id(said.group)?,
+            rank: said.rank,
+            failure: from_wire::failure(said.failure)?,
+        },
+    })
+}
+
+impl Shared {
+    fn to_wire(&self, message: &ToWorker) -> wire::CoordinatorMessage {
+        use wire::coordinator_message::Message;
+        let identity = &self.identity;
+        let message = match message {
+            ToWorker::Welcome { incarnation } => Message::Welcome(wire::Welcome {
+                protocol_version: PROTOCOL_VERSION,
+                term: identity.term,
+                incarnation: incarnation.0,
+                run_id: identity.run_id.clone(),
+                run_uri: identity.run_uri.clone(),
+                beat_ms: identity.timings.beat.as_millis() as u64,
+                lease_ttl_ms: identity.timings.lease_ttl.as_millis() as u64,
+            }),
+            ToWorker::BeatAck { seq } => Message::BeatAck(wire::BeatAck { seq: *seq }),
+            ToWorker::Grant(lease) => Message::Grant(wire::Grant {
+                lease: Some(to_wire::lease(lease)),
+            }),
+            ToWorker::Revoke { lease, reason } => Message::Revoke(wire::Revoke {
+                lease: Some(to_wire::lease(lease)),
+                reason: reason.clone(),
+            }),
+            ToWorker::GroupJoin(membership) => Message::GroupJoin(to_wire::membership(membership)),
+            ToWorker::GroupPeers { group, addresses } => Message::GroupPeers(wire::GroupPeers {
+                group: Some(to_wire::group_id(group)),
+                addresses: addresses.clone(),
+            }),
+            ToWorker::GroupAbort { group, reason } => Message::GroupAbort(wire::GroupAbort {
+                group: Some(to_wire::group_id(group)),
+                reason: reason.clone(),
+            }),
+            ToWorker::ReportAck { seq } => Message::ReportAck(wire::ReportAck { seq: *seq }),
+            ToWorker::Drain { checkpoint, reason } => Message::Drain(wire::Drain {
+                checkpoint: *checkpoint,
+                reason: reason.clone(),
+            }),
+        };
+        wire::CoordinatorMessage {
+            message: Some(message),
+        }
+    }
+}
+
+fn status_reply(identity: &Identity, snapshot: &Snapshot) -> wire::StatusReply {
+    wire::StatusReply {
+        run_id: identity.run_id.clone(),
+        run_uri: identity.run_uri.clone(),
+        name: identity.name.clone(),
+        term: snapshot.view.term.0,
+        state: snapshot.view.state.clone(),
+        stages: snapshot.view.stages.iter().map(stage_status).collect(),
+        workers: snapshot.view.workers.iter().map(worker_status).collect(),
+        decisions: snapshot.decisions.clone(),
+    }
+}
+
+fn stage_status(stage: &StageView) -> wire::StageStatus {
+    wire::StageStatus {
+        name: stage.name.clone(),
+        kind: stage.kind.as_str().into(),
+        state: stage.state.into(),
+        done: stage.done,
+        total: stage.total,
+        group: stage.group.as_ref().map(to_wire::group_progress),
+        world: stage.world,
+    }
+}
+
+fn worker_status(worker: &WorkerView) -> wire::WorkerStatus {
+    wire::WorkerStatus {
+        name: worker.name.clone(),
+        incarnation: worker.incarnation.0,
+        state: worker.state.into(),
+        doing: worker.doing.clone(),
+        rss_bytes: worker.rss_bytes,
+        silent_ms: worker.silent.as_millis() as u64,
+    }
+}
