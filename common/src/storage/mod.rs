@@ -88,6 +88,11 @@ impl Store {
         }
     }
 
+    /// The same objects through a wrapper, such as one that fails or delays requests.
+    pub fn wrapped(&self, wrap: impl FnOnce(Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore>) -> Self {
+        Self::over(wrap(self.inner.clone()), &self.uri)
+    }
+
     /// The URI, as it may be shown.
     pub fn uri(&self) -> &str {
         &self.uri
@@ -96,6 +101,13 @@ impl Store {
     /// The file that holds `key`, where objects are files. It must be treated as read-only.
     pub fn local_file(&self, key: &Key) -> Option<PathBuf> {
         self.folder.as_ref().map(|folder| folder.join(key.as_str()))
+    }
+
+    /// The folder that holds everything below `prefix`, where objects are files. It must be treated as read-only.
+    pub fn local_folder(&self, prefix: &Prefix) -> Option<PathBuf> {
+        self.folder
+            .as_ref()
+            .map(|folder| folder.join(prefix.as_str()))
     }
 
     /// The whole object.

@@ -3,3 +3,5 @@
 pub mod frechet;
 pub mod interval;
 pub mod picture;
+pub mod scorer;
+pub mod tally;

@@ -89,6 +89,11 @@ pub fn switch(unet: &Unet, on: bool) {
     }
 }
 
+/// What every adapter of `unet` is multiplied by, `lora_alpha / lora_rank`; none without adapters.
+pub fn scale(unet: &Unet) -> Option<f64> {
+    unet.adapters.values().next().map(|adapter| adapter.scale)
+}
+
 /// The trainable tensors, `<module path>.lora_A.weight` and `<module path>.lora_B.weight`, by name. What is done to
 /// them in place is done to the network.
 pub fn parameters(unet: &Unet) -> Vec<(String, Tensor)> {
