@@ -1,3 +1,7 @@
-//! Entry.
+//! Entry of the worker.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    distillery_worker::cli::main()
+}

@@ -1,0 +1,145 @@
+//! Builds the agents, feeds them signals, and waits for them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::agent::{Agent, Ending, JoinSource, Leave};
+use crate::engine_process::Device;
+
+/// Exit code that asks whoever started this worker to start it again.
+const TRY_AGAIN: u8 = 75;
+
+/// Checked settings of this process.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// How the coordinator is found.
+    pub join: JoinSource,
+    /// Whether a coordinator on another host may do without TLS.
+    pub insecure: bool,
+    /// Name for people, logs and keys.
+    pub name: String,
+    /// The host's name.
+    pub host: String,
+    /// What is lent; each gets an agent and an engine.
+    pub devices: Vec<Device>,
+    /// The engine's program.
+    pub engine: PathBuf,
+    /// Threads of each CPU engine.
+    pub threads: Option<u32>,
+    /// Time to finish the work in hand when told to leave.
+    pub drain_grace: Duration,
+    /// Whether to end when the standard input closes.
+    pub parent_stdin: bool,
+}
+
+impl Config {
+    /// Name of the agent for `device`: this worker's, with the ordinal when there are several.
+    pub fn agent_name(&self, device: Device) -> String {
+        match device {
+            Device::Cuda(ordinal) if self.devices.len() > 1 => format!("{}.{ordinal}", self.name),
+            Device::Cpu | Device::Cuda(_) => self.name.clone(),
+        }
+    }
+}
+
+/// Runs until every agent has ended.
+pub fn run(config: Config) -> anyhow::Result<ExitCode> {
+    tracing::debug!(?config.devices, "starting");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the runtime cannot start")?;
+    let code = runtime.block_on(serve(config));
+    // A read of the standard input cannot be called back.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    code
+}
+
+async fn serve(config: Config) -> anyhow::Result<ExitCode> {
+    let config = Arc::new(config);
+    let (leave, told) = watch::channel(Leave::Stay);
+    let watching = tokio::spawn(watch_for_reasons_to_leave(config.parent_stdin, leave));
+    let agents: Vec<_> = config
+        .devices
+        .iter()
+        .map(|&device| tokio::spawn(Agent::new(Arc::clone(&config), device).run(told.clone())))
+        .collect();
+    let mut code = ExitCode::SUCCESS;
+    let mut failure = None;
+    for agent in agents {
+        match agent.await.context("an agent panicked")? {
+            Ok(Ending::Left) => {}
+            Ok(Ending::Deserted) => code = ExitCode::from(TRY_AGAIN),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    watching.abort();
+    match failure {
+        Some(error) => Err(error),
+        None => Ok(code),
+    }
+}
+
+/// The first signal drains, the second ends at once; so does a parent's end.
+async fn watch_for_reasons_to_leave(
+    parent_stdin: bool,
+    leave: watch::Sender<Leave>,
+) -> anyhow::Result<()> {
+    let kinds = [
+        (SignalKind::terminate(), "SIGTERM"),
+        (SignalKind::interrupt(), "SIGINT"),
+        (SignalKind::hangup(), "SIGHUP"),
+        (SignalKind::user_defined1(), "SIGUSR1"),
+        (SignalKind::user_defined2(), "SIGUSR2"),
+    ];
+    let (sender, mut signals) = tokio::sync::mpsc::channel(8);
+    for (kind, name) in kinds {
+        let mut stream = signal(kind).with_context(|| format!("{name} cannot be watched"))?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while stream.recv().await.is_some() {
+                let _ = sender.send(name).await;
+            }
+        });
+    }
+    let parent = async {
+        if parent_stdin {
+            parent_ended().await;
+        } else {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::pin!(parent);
+    loop {
+        tokio::select! {
+            Some(name) = signals.recv() => {
+                tracing::info!(signal = name, "told to leave");
+                leave.send_modify(|leave| {
+                    *leave = if *leave == Leave::Stay { Leave::Drain } else { Leave::Now };
+                });
+            }
+            () = &mut parent => {
+                tracing::info!("the parent process ended");
+                leave.send_replace(Leave::Now);
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Waits for the end of the standard input on a thread of its own, which nothing can call back.
+async fn parent_ended() {
+    let (ended, heard) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        let _ = ended.send(());
+    });
+    let _ = heard.await;
+}
