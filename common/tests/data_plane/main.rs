@@ -1,0 +1,5 @@
+//! Trajectories and checkpoints come back as they were written, or not at all.
+
+mod damage;
+mod fixture;
+mod trajectories;
