@@ -1,5 +1,10 @@
 //! Schedules and steps as diffusers computes them (fixtures/make.py writes schedules.safetensors).
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "the helpers of a test fail as the test itself would"
+)]
+
 use std::collections::BTreeMap;
 
 use distillery_engine::diffusion::boundary::landing;

@@ -10,29 +10,29 @@ use distillery_engine::diffusion::solver::inverse_ddim;
 use tch::{Device, Kind, Tensor};
 
 /// Mean of the data.
-pub const MU: f64 = 0.7;
+pub(crate) const MU: f64 = 0.7;
 /// Standard deviation of the data.
-pub const S: f64 = 0.5;
+pub(crate) const S: f64 = 0.5;
 /// The state that closed-form values are given for.
-pub const Z: f64 = 1.3;
+pub(crate) const Z: f64 = 1.3;
 
 /// `value` as a batch of one, `[1, 1, 1, 1]`.
-pub fn scalar(value: f64) -> Tensor {
+pub(crate) fn scalar(value: f64) -> Tensor {
     Tensor::from_slice(&[value]).view([1, 1, 1, 1])
 }
 
 /// Values as a batch `[B, 1, 1, 1]`.
-pub fn batch(values: &[f64]) -> Tensor {
+pub(crate) fn batch(values: &[f64]) -> Tensor {
     Tensor::from_slice(values).view([-1, 1, 1, 1])
 }
 
 /// The first value of a batch.
-pub fn value(x: &Tensor) -> f64 {
+pub(crate) fn value(x: &Tensor) -> f64 {
     x.double_value(&[0, 0, 0, 0])
 }
 
 /// A condition that these denoisers read as the number `c`.
-pub fn condition(c: f64, rows: i64) -> Conditioning {
+pub(crate) fn condition(c: f64, rows: i64) -> Conditioning {
     Conditioning {
         context: Tensor::full([rows, 1, 1], c, (Kind::Double, Device::Cpu)),
         pooled: None,
@@ -41,25 +41,25 @@ pub fn condition(c: f64, rows: i64) -> Conditioning {
 }
 
 /// A condition for denoisers that read none.
-pub fn unconditional(rows: i64) -> Conditioning {
+pub(crate) fn unconditional(rows: i64) -> Conditioning {
     condition(MU, rows)
 }
 
 /// The exact denoiser of N(c, s²) where c is the condition: `eps* = sigma (z - alpha c) / v`.
-pub struct Gaussian {
-    pub schedule: Schedule,
-    pub s: f64,
+pub(crate) struct Gaussian {
+    pub(crate) schedule: Schedule,
+    pub(crate) s: f64,
 }
 
 impl Gaussian {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             schedule: Schedule::stable_diffusion(),
             s: S,
         }
     }
 
-    pub fn reading(&self) -> Reading<'_> {
+    pub(crate) fn reading(&self) -> Reading<'_> {
         Reading {
             schedule: &self.schedule,
             prediction: Prediction::Epsilon,
@@ -67,18 +67,18 @@ impl Gaussian {
     }
 
     /// v_t = alpha² s² + sigma².
-    pub fn variance(&self, t: i64) -> f64 {
+    pub(crate) fn variance(&self, t: i64) -> f64 {
         self.schedule.alpha_bar(t) * self.s * self.s + self.schedule.sigma(t).powi(2)
     }
 
     /// The probability-flow ODE's exact solution from (z, t) to u.
-    pub fn flow(&self, z: f64, t: i64, u: i64) -> f64 {
+    pub(crate) fn flow(&self, z: f64, t: i64, u: i64) -> f64 {
         let centred = z - self.schedule.alpha(t) * MU;
         self.schedule.alpha(u) * MU + (self.variance(u) / self.variance(t)).sqrt() * centred
     }
 
     /// The teacher's DDIM through `times_down`.
-    pub fn ddim(&self, z: &Tensor, times_down: &[i64]) -> Tensor {
+    pub(crate) fn ddim(&self, z: &Tensor, times_down: &[i64]) -> Tensor {
         deterministic(self.reading(), times_down, z, &mut |z, t| {
             self.predict(z, t, &unconditional(z.size()[0]))
         })
@@ -95,7 +95,7 @@ impl Denoiser for Gaussian {
 }
 
 /// The times of a teacher chain from `t` to its segment's milestone in steps of `skip`.
-pub fn chain(segments: &Segments, t: i64, skip: u32) -> Vec<i64> {
+pub(crate) fn chain(segments: &Segments, t: i64, skip: u32) -> Vec<i64> {
     let target = segments.target(t);
     let next = |&t: &i64| (t > target).then(|| (t - i64::from(skip)).max(target));
     std::iter::successors(Some(t), next).collect()
@@ -103,7 +103,7 @@ pub fn chain(segments: &Segments, t: i64, skip: u32) -> Vec<i64> {
 
 /// Where a perfect student leads.
 #[derive(Clone)]
-pub enum Goal {
+pub(crate) enum Goal {
     /// The teacher's own x0 head.
     Raw,
     /// To the segment's milestone as the teacher's chain with steps of `skip`.
@@ -115,13 +115,13 @@ pub enum Goal {
 }
 
 /// A student that has learned its goal perfectly, as an epsilon predictor.
-pub struct Perfect {
-    pub teacher: Gaussian,
-    pub goal: Goal,
+pub(crate) struct Perfect {
+    pub(crate) teacher: Gaussian,
+    pub(crate) goal: Goal,
 }
 
 impl Perfect {
-    pub fn new(goal: Goal) -> Self {
+    pub(crate) fn new(goal: Goal) -> Self {
         Self {
             teacher: Gaussian::new(),
             goal,
@@ -183,9 +183,9 @@ impl Denoiser for Perfect {
 }
 
 /// A denoiser of two kinds of data, N(±1, s²): condition ±1 names the kind, 0 leaves it open.
-pub struct Mixture {
-    pub schedule: Schedule,
-    pub s: f64,
+pub(crate) struct Mixture {
+    pub(crate) schedule: Schedule,
+    pub(crate) s: f64,
 }
 
 impl Denoiser for Mixture {
@@ -201,7 +201,7 @@ impl Denoiser for Mixture {
 }
 
 /// Times `t` for a batch like `z`.
-pub fn at(t: i64, z: &Tensor) -> Tensor {
+pub(crate) fn at(t: i64, z: &Tensor) -> Tensor {
     assert!((0..=LAST_TIME).contains(&t));
     times(t, z.size()[0], z.device())
 }

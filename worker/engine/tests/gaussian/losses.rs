@@ -160,7 +160,7 @@ fn anchor_rows_cost_no_second_prediction() {
             asked: Vec::new().into(),
         };
         let objective = Mlcm::new(setting(8, 25, Loss::L2));
-        objective.losses(&rows_at(&times), &counting, None);
+        let _ = objective.losses(&rows_at(&times), &counting, None);
         assert_eq!(*counting.asked.borrow(), asked);
     }
 }
