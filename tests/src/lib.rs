@@ -1,1 +1,6 @@
-//! See ARCHITECTURE.md.
+//! What end-to-end tests share: the stand-in for the engine, and a harness that starts, kills and compares runs.
+//!
+//! Sees the other crates' programs only from outside, as processes. Must never link a tensor library.
+
+pub mod harness;
+pub mod sim;

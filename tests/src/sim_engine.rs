@@ -1,3 +1,35 @@
-//! Entry.
+//! `sim-engine`: takes the engine's place in tests of the control plane.
 
-fn main() {}
+use std::path::PathBuf;
+
+use clap::Parser;
+use distillery_common::telemetry::{self, Format};
+use distillery_tests::sim::{self, Pace};
+
+/// The engine's command line.
+#[derive(Debug, Parser)]
+#[command(name = "sim-engine", version)]
+struct Arguments {
+    /// Socket of the worker.
+    #[arg(long)]
+    socket: PathBuf,
+    /// What the engine would compute on.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Milliseconds that a task takes at least.
+    #[arg(long, env = "SIM_TASK_MS", default_value_t = 0)]
+    task_ms: u64,
+    /// Milliseconds that a training step takes at least.
+    #[arg(long, env = "SIM_STEP_MS", default_value_t = 0)]
+    step_ms: u64,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    telemetry::init("info", Format::Plain);
+    let pace = Pace {
+        task_ms: arguments.task_ms,
+        step_ms: arguments.step_ms,
+    };
+    sim::serve(&arguments.socket, &arguments.device, pace)
+}

@@ -1,0 +1,374 @@
+//! Starts the real programs, kills them, and tells whether two runs made the same things.
+//!
+//! Every process of a run inherits a mark in its environment, by which all of them are found in `/proc`, however
+//! deep they are and whoever their parent is by now.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use distillery_common::checkpoint::{self, Checkpoint, Kind};
+use distillery_common::ids::Digest;
+use distillery_common::latents::{self, Dataset, Options};
+use distillery_common::recipe::Recipe;
+use distillery_common::run::RunRecord;
+use distillery_common::storage::{Store, layout};
+use distillery_common::telemetry::Stopwatch;
+
+/// The variable that marks a run's processes.
+const MARK: &str = "DISTILLERY_TEST_RUN";
+/// Pause between two looks at something that is awaited.
+const GLANCE: Duration = Duration::from_millis(10);
+
+/// Which engine works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    /// The stand-in.
+    Sim,
+    /// The real one.
+    Real,
+}
+
+impl EngineKind {
+    /// Name of its program.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Sim => "sim-engine",
+            Self::Real => "engine",
+        }
+    }
+}
+
+/// What is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// The coordinator.
+    Coordinator,
+    /// One worker.
+    Worker,
+    /// One engine.
+    Engine,
+    /// Every process of the run.
+    All,
+}
+
+impl Target {
+    /// All targets.
+    pub const ALL: [Self; 4] = [Self::Coordinator, Self::Worker, Self::Engine, Self::All];
+
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Coordinator => "coordinator",
+            Self::Worker => "worker",
+            Self::Engine => "engine",
+            Self::All => "all",
+        }
+    }
+}
+
+/// The folder of the built programs: where this program lies, or one above when it is a test.
+pub fn programs() -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let folder = own.parent().context("a program lies in a folder")?;
+    let folder = if folder.ends_with("deps") {
+        folder.parent().context("target/release is above deps")?
+    } else {
+        folder
+    };
+    for name in ["coordinator", "worker"] {
+        let path = folder.join(name);
+        anyhow::ensure!(
+            path.is_file(),
+            "{} is not built; run `cargo build --release -p distillery-coordinator -p distillery-worker -p distillery-tests`",
+            path.display()
+        );
+    }
+    Ok(folder.to_owned())
+}
+
+/// What a run made, in digests that are equal exactly when the things are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Made {
+    /// Rows of the trajectories.
+    pub rows: Digest,
+    /// Final student of each training stage, by its name.
+    pub students: BTreeMap<String, Digest>,
+}
+
+/// One run in a folder of its own.
+#[derive(Debug)]
+pub struct Run {
+    folder: PathBuf,
+    recipe: PathBuf,
+    engine: EngineKind,
+    programs: PathBuf,
+    mark: String,
+    variables: Vec<(String, String)>,
+    child: Option<Child>,
+}
+
+impl Run {
+    /// A run of `recipe` (its text) in `folder`, which must exist and be empty. `{output}` in the text becomes the
+    /// run URI.
+    pub fn new(folder: &Path, recipe: &str, engine: EngineKind) -> anyhow::Result<Self> {
+        let programs = programs()?;
+        let engine_path = programs.join(engine.program());
+        anyhow::ensure!(
+            engine_path.is_file(),
+            "{} is not built",
+            engine_path.display()
+        );
+        let output = folder.join("run");
+        let path = folder.join("recipe.yaml");
+        std::fs::write(
+            &path,
+            recipe.replace("{output}", &output.display().to_string()),
+        )?;
+        Ok(Self {
+            recipe: path,
+            mark: format!("{}-{}", std::process::id(), folder.display()),
+            folder: folder.to_owned(),
+            engine,
+            programs,
+            variables: Vec::new(),
+            child: None,
+        })
+    }
+
+    /// Sets an environment variable of all its processes.
+    pub fn with(mut self, name: &str, value: impl ToString) -> Self {
+        self.variables.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Where its objects are.
+    pub fn output(&self) -> PathBuf {
+        self.folder.join("run")
+    }
+
+    /// The built program called `name`.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.join(name)
+    }
+
+    /// A command whose process belongs to this run.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.program(program));
+        command
+            .env(MARK, &self.mark)
+            .env("DISTILLERY_ENGINE", self.program(self.engine.program()))
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null());
+        for (name, value) in &self.variables {
+            command.env(name, value);
+        }
+        command
+    }
+
+    /// The command that starts or resumes it.
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())?;
+        let mut command = self.command("coordinator");
+        command.arg("run").arg(&self.recipe);
+        command.stdout(log.try_clone()?).stderr(log);
+        self.child = Some(command.spawn()?);
+        Ok(())
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder.join("coordinator.log")
+    }
+
+    /// What the coordinators said, the last lines of it.
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    /// How the coordinator ended, if it has.
+    pub fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        match &mut self.child {
+            Some(child) => Ok(child.try_wait()?),
+            None => Ok(None),
+        }
+    }
+
+    /// Waits for the coordinator to end.
+    pub fn wait(&mut self, patience: Duration) -> anyhow::Result<ExitStatus> {
+        let watch = Stopwatch::start();
+        loop {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            anyhow::ensure!(
+                watch.elapsed() < patience,
+                "the run did not end within {patience:?}:\n{}",
+                self.log_tail()
+            );
+            std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// Runs to the end, which must be a good one.
+    pub fn finish(&mut self, patience: Duration) -> anyhow::Result<()> {
+        if self.child.is_none() {
+            self.start()?;
+        }
+        let status = self.wait(patience)?;
+        anyhow::ensure!(
+            status.success(),
+            "the run ended with {status}:\n{}",
+            self.log_tail()
+        );
+        Ok(())
+    }
+
+    /// Its living processes with the names of their programs.
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        let mark = format!("{MARK}={}", self.mark);
+        let mut found = Vec::new();
+        let Ok(entries) = std::fs::read_dir("/proc") else {
+            return found;
+        };
+        for entry in entries.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+            // A process that has ended but was not waited for has an empty environment.
+            if environment.split(|&byte| byte == 0).any(|line| line == mark.as_bytes()) {
+                let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+                found.push((pid, name.trim().to_owned()));
+            }
+        }
+        found.sort_unstable();
+        found
+    }
+
+    /// Its living processes of one kind.
+    pub fn processes_of(&self, target: Target) -> Vec<u32> {
+        let wanted = match target {
+            Target::Coordinator => "coordinator",
+            Target::Worker => "worker",
+            Target::Engine => self.engine.program(),
+            Target::All => "",
+        };
+        let processes = self.processes().into_iter();
+        let of_kind = |name: &str| wanted.is_empty() || name == wanted;
+        processes
+            .filter(|(_, name)| of_kind(name))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+
+    /// Kills one process of a kind, chosen by `pick`, or all of them; says how many were there to be killed.
+    pub fn kill(&self, target: Target, pick: u32) -> anyhow::Result<usize> {
+        let mut pids = self.processes_of(target);
+        if target != Target::All && !pids.is_empty() {
+            pids = vec![pids[pick as usize % pids.len()]];
+        }
+        for &pid in &pids {
+            signal(pid, "KILL")?;
+        }
+        Ok(pids.len())
+    }
+
+    /// Waits until no process of it is left, as must be soon after its coordinator has ended.
+    pub fn no_orphans(&self, patience: Duration) -> anyhow::Result<()> {
+        let watch = Stopwatch::start();
+        loop {
+            let left = self.processes();
+            if left.is_empty() {
+                return Ok(());
+            }
+            anyhow::ensure!(
+                watch.elapsed() < patience,
+                "processes are left after {patience:?}: {left:?}"
+            );
+            std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// Digests of what it made.
+    pub fn made(&self) -> anyhow::Result<Made> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(self.digests())
+    }
+
+    async fn digests(&self) -> anyhow::Result<Made> {
+        let store = Store::open(&self.output().display().to_string())?;
+        let record = RunRecord::from_bytes(&store.get(&layout::run_record()).await?)?;
+        let recipe = Recipe::from_stored(&record.recipe)
+            .map_err(|faults| anyhow::anyhow!("{}", faults.render(false)))?;
+        let dataset = record.dataset_digest.context("the run names a dataset")?;
+        let folder = layout::dataset(&dataset.short());
+        let manifest = latents::manifest::find(&store, &folder)
+            .await?
+            .context("the trajectories are sealed")?;
+        let dataset = Dataset::new(store.clone(), manifest, Options::default());
+        let rows = latents::row_hash(&dataset).await?;
+        let mut students = BTreeMap::new();
+        for stage in &recipe.stages {
+            let digest = final_student(&store, &stage.name, stage.steps).await?;
+            students.insert(stage.name.clone(), digest);
+        }
+        Ok(Made { rows, students })
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // A test that failed in between must not leave anything running.
+        let _ = self.kill(Target::All, 0);
+        if let Some(child) = &mut self.child {
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Digest of the trained tensors after the last step, which every generation that got there must share.
+async fn final_student(store: &Store, stage: &str, steps: u64) -> anyhow::Result<Digest> {
+    let mut found = None;
+    for folder in checkpoint::folders(store, stage).await? {
+        if !folder.committed || folder.step != steps {
+            continue;
+        }
+        let key = layout::commit(&layout::checkpoint(stage, folder.step, folder.generation));
+        let loaded = Checkpoint::open(store, key.as_str()).await?.load().await?;
+        let mut bytes = Vec::new();
+        for (spec, values) in &loaded.tensors {
+            if matches!(spec.kind, Kind::Student | Kind::Ema) {
+                bytes.extend(spec.stored_name().into_bytes());
+                bytes.extend(values);
+            }
+        }
+        let digest = Digest::of(&bytes);
+        anyhow::ensure!(
+            found.is_none_or(|other| other == digest),
+            "two generations finished {stage} with different students"
+        );
+        found = Some(digest);
+    }
+    found.with_context(|| format!("stage {stage} has no checkpoint after step {steps}"))
+}
+
+/// Sends a signal by its name.
+pub fn signal(pid: u32, name: &str) -> io::Result<()> {
+    // A process that has just ended is no error: it is gone either way.
+    Command::new("sh")
+        .args(["-c", &format!("kill -{name} {pid}")])
+        .stderr(Stdio::null())
+        .status()
+        .map(drop)
+}
