@@ -53,11 +53,7 @@ impl Weights {
         let mut unexpected = BTreeSet::new();
         for shard in &found.shards {
             for (stored, entry) in read_header(shard)? {
-                if let Some(map) = &found.map
-                    && map.get(&stored).is_none_or(|file| !shard.ends_with(file))
-                {
-                    return Err(Error::tensor(shard, &stored, "is not where the index says"));
-                }
+                found.check_place(shard, &stored)?;
                 let Some(name) = rename(&stored) else {
                     continue;
                 };
@@ -140,6 +136,22 @@ struct Found {
     index: Option<PathBuf>,
     map: Option<BTreeMap<String, String>>,
     shards: Vec<PathBuf>,
+}
+
+impl Found {
+    /// Complains when the index puts tensor `name` elsewhere than into `shard`.
+    fn check_place(&self, shard: &Path, name: &str) -> Result<(), Error> {
+        let Some(map) = &self.map else { return Ok(()) };
+        match map.get(name) {
+            Some(file) if shard.ends_with(file) => Ok(()),
+            Some(file) => Err(Error::tensor(
+                shard,
+                name,
+                format!("is here, but the index says {file}"),
+            )),
+            None => Err(Error::tensor(shard, name, "is not in the index")),
+        }
+    }
 }
 
 fn find(

@@ -248,6 +248,23 @@ fn a_unet_with_a_guidance_embedding_is_told_its_guidance() {
     }
 }
 
+/// The reference pipeline's numbers for w = 7 in a width of 256.
+#[test]
+fn the_guidance_embedding_has_the_known_numbers() {
+    let embedding =
+        distillery_engine::models::guidance_embedding(&Tensor::from_slice(&[7f32]), 256);
+    for (index, wanted) in [
+        (0, 0.506885),
+        (1, 0.804287),
+        (127, 0.644218),
+        (128, 0.862013),
+        (255, 0.764842),
+    ] {
+        let got = embedding.double_value(&[0, index]);
+        assert!((got - wanted).abs() < 1e-6, "{index}: {got}");
+    }
+}
+
 #[test]
 fn latents_are_scaled_by_channel_when_the_autoencoder_says_so() {
     let vae =

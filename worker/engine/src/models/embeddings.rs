@@ -24,9 +24,14 @@ pub(super) fn sinusoids(x: &Tensor, width: i64, flip: bool, shift: f64) -> Tenso
 }
 
 /// The embedding of guidance scales `w` `[B]`, `[B, width]` in f32: sinusoids of `1000 w`, sines first, with the
-/// divisor `width/2 - 1` (arXiv 2310.04378, appendix).
-pub(super) fn guidance_embedding(w: &Tensor, width: i64) -> Tensor {
-    sinusoids(&(w.to_kind(Kind::Float) * 1000.0), width, false, 1.0)
+/// divisor `width/2 - 1` (arXiv 2310.04378, appendix). The angles reach thousands, where an f32 has few digits left
+/// after the point: the frequencies are rounded as the pipelines round them.
+pub fn guidance_embedding(w: &Tensor, width: i64) -> Tensor {
+    let half = width / 2;
+    let step = f64::from(MAX_PERIOD.ln() as f32 / (half - 1) as f32);
+    let frequencies = (Tensor::arange(half, (Kind::Float, w.device())) * -step).exp();
+    let angles = (w.to_kind(Kind::Float) * 1000.0).unsqueeze(-1) * frequencies.unsqueeze(0);
+    Tensor::cat(&[angles.sin(), angles.cos()], -1)
 }
 
 /// Two linear maps with a silu between.

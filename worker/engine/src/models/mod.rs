@@ -18,6 +18,7 @@ mod vae;
 pub mod weights;
 
 pub use clip::{Encoded, TextEncoder};
+pub use embeddings::guidance_embedding;
 pub use parameters::{Adapter, Parameters};
 pub use teacher::Teacher;
 pub use tokenizer::Tokenizer;
