@@ -3,6 +3,9 @@
 //! Samples are drawn a block at a time and only what they measure up to is kept. Every model starts from the
 //! same noise for the same held-out prompts, so differences between models are differences of pairs.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use distillery_common::figures::{Figure, TEACHER, UNDISTILLED, UNDISTILLED_GUIDED};
 use distillery_common::recipe::{Evaluate, Metric, Sampler, Stage};
 use distillery_common::seed::Purpose;
@@ -23,6 +26,9 @@ use crate::evaluation::scorer::{self, Rules};
 use crate::evaluation::tally::Tally;
 use crate::link::{CommitRequest, Event};
 use crate::workbench::Workbench;
+
+/// Latents by name.
+type Tensors = BTreeMap<String, Tensor>;
 
 /// Place of the scorer in a teacher's folder.
 const SCORER: &str = "scorer/scorer.json";
@@ -138,31 +144,30 @@ struct Session {
 impl Session {
     /// Draws and measures every block; false when the worker took the lease back.
     fn draw_all(&mut self, bench: &mut Workbench) -> Result<bool, Fault> {
-        let blocks = Block::count(&self.evaluate);
-        let total = blocks * self.columns.len() as u64;
-        for index in 0..blocks {
-            let block = Block::new(&self.evaluate, index).expect("blocks are counted from the samples");
-            let stored = self.stored(bench, index)?;
-            let captions = self.studio.captions(&block);
-            let conditioning = self.studio.conditioning(&block);
-            for at in 0..self.columns.len() {
-                if bench.inbox.cancelled(&self.lease) {
-                    return Ok(false);
+        let target = reference::tensor_of(reference::largest(&self.evaluate)?);
+        let total = self.evaluate.samples.div_ceil(self.evaluate.batch) * self.columns.len() as u64;
+        let mut done = 0;
+        for task in 0..Block::tasks(&self.evaluate) {
+            let stored = reference::read(bench, task)?;
+            let mut row = 0;
+            for block in Block::of_task(&self.evaluate, task) {
+                let own = row..row + block.count as i64;
+                row = own.end;
+                let stored = Stored { tensors: rows(&stored, own)?, target: target.clone() };
+                let captions = self.studio.captions(&block);
+                let conditioning = self.studio.conditioning(&block);
+                for at in 0..self.columns.len() {
+                    if bench.inbox.cancelled(&self.lease) {
+                        return Ok(false);
+                    }
+                    let latents = self.latents(at, &block, &stored, &conditioning)?;
+                    self.measure(at, &latents, &stored, &captions)?;
+                    done += 1;
+                    bench.link.send(Event::Progress { lease: self.lease.clone(), done, total });
                 }
-                let latents = self.latents(at, &block, &stored, &conditioning)?;
-                self.measure(at, &latents, &stored, &captions)?;
-                let done = index * self.columns.len() as u64 + at as u64 + 1;
-                bench.link.send(Event::Progress { lease: self.lease.clone(), done, total });
             }
         }
         Ok(true)
-    }
-
-    /// The teacher's samples of block `index`.
-    fn stored(&self, bench: &Workbench, index: u64) -> Result<Stored, Fault> {
-        let tensors = reference::read(bench, index)?;
-        let target = reference::tensor_of(reference::largest(&self.evaluate)?);
-        Ok(Stored { tensors, target })
     }
 
     fn latents(
@@ -229,10 +234,10 @@ impl Session {
         if self.evaluate.samples < 2 {
             return Ok(None);
         }
-        let rows = (0..Block::count(&self.evaluate))
-            .map(|index| {
-                let block = reference::read(bench, index)?;
-                Ok(features(reference::pick(&block, reference::INDEPENDENT)?))
+        let rows = (0..Block::tasks(&self.evaluate))
+            .map(|task| {
+                let stored = reference::read(bench, task)?;
+                Ok(features(reference::pick(&stored, reference::INDEPENDENT)?))
             })
             .collect::<Result<Vec<_>, Fault>>()?;
         Ok(Some(Reference::new(GaussianFit::new(&Tensor::cat(&rows, 0)))))
@@ -241,8 +246,23 @@ impl Session {
 
 /// The teacher's samples of a block, and the name of those that others are compared with.
 struct Stored {
-    tensors: std::collections::BTreeMap<String, Tensor>,
+    tensors: Tensors,
     target: String,
+}
+
+/// Rows `own` of every tensor.
+fn rows(stored: &Tensors, own: Range<i64>) -> Result<Tensors, Fault> {
+    let cut = |(name, tensor): (&String, &Tensor)| {
+        let found = tensor.size()[0];
+        if found < own.end {
+            return Err(Fault::new(
+                FailureClass::Schema,
+                format!("the teacher's samples {name} have {found} rows, expected at least {}", own.end),
+            ));
+        }
+        Ok((name.clone(), tensor.narrow(0, own.start, own.end - own.start)))
+    };
+    stored.iter().map(cut).collect()
 }
 
 /// An unbounded interval says nothing, and JSON has no word for it.

@@ -139,7 +139,7 @@ impl Copy {
 }
 
 /// Writes a file and the folders that it lies in.
-pub(super) fn put_file(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
+pub(crate) fn put_file(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
     let write = || {
         std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
         std::fs::write(path, bytes)

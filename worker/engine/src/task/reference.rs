@@ -1,4 +1,4 @@
-//! Draws what students are compared with: the teacher's own samples, one block in one task.
+//! Draws what students are compared with: the teacher's own samples, some whole blocks in one task.
 //!
 //! For each step count its guided DDIM from the noise that students also start from, and once more, at the
 //! largest count, from noise of its own: the reference of the Fréchet distance, which must not share samples
@@ -25,7 +25,7 @@ use crate::workbench::Workbench;
 
 /// Name of the stage in the plan.
 const STAGE: &str = "reference";
-/// The file of a block.
+/// The file of a task.
 const FILE: &str = "latents.safetensors";
 /// The tensor of the set with noise of its own.
 pub const INDEPENDENT: &str = "independent";
@@ -41,51 +41,61 @@ pub fn largest(evaluate: &Evaluate) -> Result<u32, Fault> {
     steps.copied().ok_or_else(|| Fault::config("evaluate.teacher_steps is empty"))
 }
 
-/// Draws the block that `lease` names, and gives the request that makes it count; none when the worker took the
+/// Draws the blocks that `lease` names, and gives the request that makes it count; none when the worker took the
 /// lease back in between.
 pub fn draw(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitRequest>, Fault> {
     let evaluate = evaluate_section(&bench.recipe)?;
-    let block = Block::new(&evaluate, lease.task.index).ok_or_else(|| {
-        Fault::config(format!("block {} of {} samples does not exist", lease.task.index, evaluate.samples))
-    })?;
+    let blocks = Block::of_task(&evaluate, lease.task.index);
+    let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else {
+        return Err(Fault::config(format!(
+            "task {} of {} reference samples does not exist",
+            lease.task.index, evaluate.samples
+        )));
+    };
+    let ordinals = first.ordinals[0]..last.ordinals[0] + last.count;
     let mut studio = Studio::open(bench, bench.recipe.teacher.dtype)?;
-    let conditioning = studio.conditioning(&block);
     let mut wanted: Vec<(String, u32, Purpose)> = evaluate
         .teacher_steps
         .iter()
         .map(|&steps| (tensor_of(steps), steps, Purpose::EvaluationNoise))
         .collect();
     wanted.push((INDEPENDENT.to_owned(), largest(&evaluate)?, Purpose::ReferenceNoise));
-    let total = wanted.len() as u64;
-    let mut tensors = Vec::with_capacity(wanted.len());
-    for (done, (name, steps, purpose)) in (1..).zip(wanted) {
-        if bench.inbox.cancelled(lease) {
-            return Ok(None);
+    let total = (wanted.len() * blocks.len()) as u64;
+    let mut done = 0;
+    let mut drawn: Vec<Vec<Tensor>> = wanted.iter().map(|_| Vec::new()).collect();
+    for block in &blocks {
+        let conditioning = studio.conditioning(block);
+        for ((_, steps, purpose), drawn) in wanted.iter().zip(&mut drawn) {
+            if bench.inbox.cancelled(lease) {
+                return Ok(None);
+            }
+            let way = Way { sampler: Sampler::Ddim, steps: *steps };
+            let unet = &studio.teacher.parts.unet;
+            let latents = studio.draw(unet, studio.guidance, way, *purpose, block, &conditioning)?;
+            drawn.push(latents.to_kind(Kind::Float).to_device(Device::Cpu));
+            done += 1;
+            bench.link.send(Event::Progress { lease: lease.clone(), done, total });
         }
-        let way = Way { sampler: Sampler::Ddim, steps };
-        let unet = &studio.teacher.parts.unet;
-        let latents = studio.draw(unet, studio.guidance, way, purpose, &block, &conditioning)?;
-        tensors.push((name, latents.to_kind(Kind::Float)));
-        bench.link.send(Event::Progress { lease: lease.clone(), done, total });
     }
+    let names = wanted.into_iter().map(|(name, ..)| name);
+    let tensors: Vec<(String, Tensor)> =
+        names.zip(&drawn).map(|(name, blocks)| (name, Tensor::cat(blocks, 0))).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let file = Bytes::from(to_safetensors(&tensors, &metadata).or_fault(FailureClass::Unknown)?);
     let key = layout::task_file(&layout::task(STAGE, lease.task.index), lease, FILE);
     let files = vec![FileEntry::of(&key, &file)];
     bench.io.wait(bench.store.put(&key, file))?;
-    let first = block.ordinals[0];
-    let result = serde_json::Value::Null;
-    Ok(Some(finished(bench, lease, files, first..first + block.count, result)))
+    Ok(Some(finished(bench, lease, files, ordinals, serde_json::Value::Null)))
 }
 
-/// The latents of a committed block, by name, in f32 on the CPU.
-pub fn read(bench: &Workbench, block: u64) -> Result<BTreeMap<String, Tensor>, Fault> {
-    let folder = layout::task(STAGE, block);
+/// The latents of a committed task, by name, in f32 on the CPU.
+pub fn read(bench: &Workbench, task: u64) -> Result<BTreeMap<String, Tensor>, Fault> {
+    let folder = layout::task(STAGE, task);
     let commit = bench.io.wait(bench.store.get(&layout::commit(&folder)))?;
     let commit = TaskCommit::from_bytes(&folder, &commit).or_fault(FailureClass::Schema)?;
     let [file] = &commit.files[..] else {
         let found = commit.files.len();
-        return Err(Fault::new(FailureClass::Schema, format!("block {block} has {found} files instead of one")));
+        return Err(Fault::new(FailureClass::Schema, format!("task {task} of the reference has {found} files instead of one")));
     };
     let bytes = bench.io.wait(get_verified(&bench.store, file)).or_fault(FailureClass::Io)?;
     parse(&bytes).or_fault(FailureClass::Schema)
@@ -102,9 +112,9 @@ fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<String, Tensor>> {
     tensors.iter().map(tensor).collect()
 }
 
-/// The latents called `name` of a block that was read.
-pub fn pick<'a>(block: &'a BTreeMap<String, Tensor>, name: &str) -> Result<&'a Tensor, Fault> {
-    block.get(name).ok_or_else(|| {
+/// The latents called `name` of a task that was read.
+pub fn pick<'a>(task: &'a BTreeMap<String, Tensor>, name: &str) -> Result<&'a Tensor, Fault> {
+    task.get(name).ok_or_else(|| {
         Fault::new(FailureClass::Schema, format!("the teacher's samples lack {name}; they were drawn for other steps"))
     })
 }

@@ -47,6 +47,13 @@ pub fn name_of(sampler: Sampler) -> &'static str {
     }
 }
 
+/// The sampler with this name.
+pub fn parse(name: &str) -> Option<Sampler> {
+    [Sampler::Ddim, Sampler::Tlcm9, Sampler::Lcm, Sampler::Segments]
+        .into_iter()
+        .find(|&sampler| name_of(sampler) == name)
+}
+
 /// The times that `way` visits, from the noisiest down; deterministic ways end at 0.
 pub fn times_of(way: Way, lcm_original_steps: u32) -> Result<Vec<i64>, Fault> {
     let Way { sampler, steps } = way;

@@ -38,9 +38,16 @@ impl Block {
         Some(Self { ordinals: (first..first + evaluate.batch).collect(), count })
     }
 
-    /// All blocks of an evaluation.
-    pub fn count(evaluate: &Evaluate) -> u64 {
-        evaluate.samples.div_ceil(evaluate.batch)
+    /// The blocks of task `index` of the stage `reference`, which has whole ones; none beyond the last sample.
+    pub fn of_task(evaluate: &Evaluate, index: u64) -> Vec<Self> {
+        let at_a_time = evaluate.reference_block() / evaluate.batch;
+        let Some(first) = index.checked_mul(at_a_time) else { return vec![] };
+        (first..first.saturating_add(at_a_time)).map_while(|at| Self::new(evaluate, at)).collect()
+    }
+
+    /// Tasks of the stage `reference`.
+    pub fn tasks(evaluate: &Evaluate) -> u64 {
+        evaluate.samples.div_ceil(evaluate.reference_block())
     }
 
     /// The rows of `[B, …]` that count.
@@ -73,16 +80,30 @@ impl Studio {
         if holdout.is_empty() {
             return Err(Fault::config("no prompt is held out: raise prompts.holdout, or name a file there"));
         }
-        Ok(Self {
+        let guidance = bench.recipe.teacher.guidance;
+        let original_steps = lcm_original_steps(&bench.recipe);
+        let studio = Self::over(teacher, guidance, original_steps, bench.recipe.seed, bench.device);
+        Ok(Self { holdout, ..studio })
+    }
+
+    /// A studio without prompts of its own.
+    pub fn over(
+        teacher: Rc<TeacherModel>,
+        guidance: f64,
+        lcm_original_steps: u32,
+        seed: u64,
+        device: Device,
+    ) -> Self {
+        Self {
             null: tch::no_grad(|| teacher.parts.null_conditioning(1)),
             teacher,
-            holdout,
-            guidance: bench.recipe.teacher.guidance,
+            holdout: vec![],
+            guidance,
             texts: Texts::default(),
-            seed: bench.recipe.seed,
-            device: bench.device,
-            lcm_original_steps: lcm_original_steps(&bench.recipe),
-        })
+            seed,
+            device,
+            lcm_original_steps,
+        }
     }
 
     /// The texts of a block's samples.
@@ -216,12 +237,19 @@ mod tests {
             metrics: vec![],
             batch: 4,
         };
-        assert_eq!(Block::count(&evaluate), 3);
+        assert_eq!(Block::tasks(&evaluate), 3);
+        assert_eq!(Block::of_task(&evaluate, 1), [Block { ordinals: vec![4, 5, 6, 7], count: 4 }]);
         let last = Block::new(&evaluate, 2).expect("the last block");
         assert_eq!((last.ordinals, last.count), (vec![8, 9, 10, 11], 2));
         let counts: u64 = (0..3).filter_map(|i| Block::new(&evaluate, i)).map(|b| b.count).sum();
         assert_eq!(counts, 10);
         assert_eq!(Block::new(&evaluate, 3), None);
+        let many = Evaluate { samples: 200, ..evaluate };
+        let tasks: Vec<Vec<Block>> = (0..Block::tasks(&many)).map(|i| Block::of_task(&many, i)).collect();
+        let ordinals: Vec<u64> = tasks.iter().flatten().flat_map(|b| b.ordinals.clone()).collect();
+        assert_eq!(ordinals, (0..200).collect::<Vec<u64>>());
+        assert!(tasks.iter().all(|blocks| !blocks.is_empty()) && tasks.len() <= 16);
+        let evaluate = many;
         assert_eq!(Block::new(&evaluate, u64::MAX), None);
     }
 }
