@@ -45,7 +45,8 @@ impl Weights {
         let mut weights = Self {
             files: found
                 .index
-                .into_iter()
+                .iter()
+                .cloned()
                 .chain(found.shards.clone())
                 .collect(),
             tensors: BTreeMap::new(),
