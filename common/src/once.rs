@@ -143,12 +143,21 @@ mod tests {
             formats: vec!["diffusers".into()],
             dtype: "f16".into(),
             out: "there".into(),
-            host: Host { device: "cpu".into(), threads: Some(1) },
+            host: Host {
+                device: "cpu".into(),
+                threads: Some(1),
+            },
         });
         let text = serde_json::to_string(&request).expect("JSON");
         assert!(text.starts_with("{\"request\":\"export\""), "{text}");
-        assert_eq!(serde_json::from_str::<Request>(&text).expect("our own"), request);
+        assert_eq!(
+            serde_json::from_str::<Request>(&text).expect("our own"),
+            request
+        );
         let more = text.replacen('{', "{\"surprise\":1,", 1);
-        assert!(serde_json::from_str::<Request>(&more).is_err(), "unknown keys are refused");
+        assert!(
+            serde_json::from_str::<Request>(&more).is_err(),
+            "unknown keys are refused"
+        );
     }
 }

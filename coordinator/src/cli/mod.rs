@@ -1,8 +1,11 @@
 //! The command line: one file for each command, one way to end.
 
 mod check;
+mod export;
+mod one_shot;
 mod plan;
 mod run;
+mod sample;
 mod schema;
 mod status;
 
@@ -52,6 +55,10 @@ enum Command {
     Schema,
     /// Shows how a run is.
     Status(status::Arguments),
+    /// Draws pictures from a teacher, an export or a run's student.
+    Sample(sample::Arguments),
+    /// Writes a run's student in forms that other programs read.
+    Export(export::Arguments),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -95,6 +102,8 @@ pub fn main() -> ExitCode {
         Command::Plan(own) => plan::run(&own, context),
         Command::Schema => schema::run(),
         Command::Status(own) => status::run(&own, context),
+        Command::Sample(own) => sample::run(own, context),
+        Command::Export(own) => export::run(own, context),
     };
     ended.unwrap_or_else(|error| fail(&error, context))
 }

@@ -45,7 +45,7 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
 }
 
 /// A program of ours: where it was said to be, or beside this one.
-fn program(given: Option<PathBuf>, name: &str, how: &str) -> anyhow::Result<PathBuf> {
+pub(super) fn program(given: Option<PathBuf>, name: &str, how: &str) -> anyhow::Result<PathBuf> {
     let path = match given {
         Some(path) => path,
         None => std::env::current_exe()

@@ -42,7 +42,10 @@ pub fn main() -> ExitCode {
 /// Writes a line at once. When who started us has gone, nobody needs the rest.
 fn say(line: Line) {
     let mut out = std::io::stdout().lock();
-    if writeln!(out, "{}", line.to_json()).and_then(|()| out.flush()).is_err() {
+    if writeln!(out, "{}", line.to_json())
+        .and_then(|()| out.flush())
+        .is_err()
+    {
         std::process::exit(1);
     }
 }
@@ -54,7 +57,9 @@ fn read_request() -> Result<Request, Fault> {
         .read_to_end(&mut text)
         .or_fault(FailureClass::Io)?;
     if text.len() as u64 > MAX_REQUEST_BYTES {
-        return Err(Fault::config(format!("the request has more than {MAX_REQUEST_BYTES} bytes")));
+        return Err(Fault::config(format!(
+            "the request has more than {MAX_REQUEST_BYTES} bytes"
+        )));
     }
     serde_json::from_slice(&text)
         .map_err(|error| Fault::config(format!("the request is not readable: {error}")))
@@ -76,7 +81,9 @@ fn parse_dtype(name: &str) -> Result<Dtype, Fault> {
         "f32" => Ok(Dtype::F32),
         "f16" => Ok(Dtype::F16),
         "bf16" => Ok(Dtype::Bf16),
-        other => Err(Fault::config(format!("the number format {other:?} is none of f32, f16, bf16"))),
+        other => Err(Fault::config(format!(
+            "the number format {other:?} is none of f32, f16, bf16"
+        ))),
     }
 }
 
@@ -97,7 +104,12 @@ impl Run {
             .ok_or_else(|| Fault::config(format!("there is no run at {}", store.uri())))?;
         let record = RunRecord::from_bytes(&bytes).or_fault(FailureClass::Schema)?;
         let recipe = Recipe::from_stored(&record.recipe).or_fault(FailureClass::Schema)?;
-        Ok(Self { io, store, record, recipe })
+        Ok(Self {
+            io,
+            store,
+            record,
+            recipe,
+        })
     }
 
     fn stage(&self, name: Option<&str>) -> Result<&Stage, Fault> {

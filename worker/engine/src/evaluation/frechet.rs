@@ -20,7 +20,10 @@ impl GaussianFit {
     /// Fits `features` `[N, D]`, N ≥ 2.
     pub fn new(features: &Tensor) -> Self {
         let (n, _) = features.size2().expect("features are a matrix");
-        assert!(n >= 2, "a covariance needs at least two samples, there are {n}");
+        assert!(
+            n >= 2,
+            "a covariance needs at least two samples, there are {n}"
+        );
         let features = features.to_kind(Kind::Double);
         let mean = features.mean_dim(0, false, Kind::Double);
         let centred = &features - &mean;
@@ -119,7 +122,10 @@ mod tests {
     fn a_fit_has_the_moments_of_its_sample() {
         let sample = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 6.0, 5.0, 4.0]).reshape([3, 2]);
         let fit = GaussianFit::new(&sample);
-        assert_eq!(Vec::<f64>::try_from(&fit.mean).expect("a vector"), [3.0, 4.0]);
+        assert_eq!(
+            Vec::<f64>::try_from(&fit.mean).expect("a vector"),
+            [3.0, 4.0]
+        );
         let covariance: Vec<f64> = Vec::try_from(fit.covariance.reshape([-1])).expect("a vector");
         assert_eq!(covariance, [4.0, 2.0, 2.0, 4.0]);
     }

@@ -25,7 +25,10 @@ pub fn mean(values: &[f64], run_seed: u64) -> Option<Estimate> {
         })
         .collect();
     means.sort_by(f64::total_cmp);
-    Some(Estimate { value: average(values.iter().sum()), interval: quantiles(&means) })
+    Some(Estimate {
+        value: average(values.iter().sum()),
+        interval: quantiles(&means),
+    })
 }
 
 /// A figure of a whole set, with an interval from its values when one of `without.len()` equal parts is left
@@ -34,12 +37,18 @@ pub fn mean(values: &[f64], run_seed: u64) -> Option<Estimate> {
 pub fn jackknife(value: f64, without: &[f64]) -> Estimate {
     let groups = without.len() as f64;
     if without.len() < 2 {
-        return Estimate { value, interval: (f64::NEG_INFINITY, f64::INFINITY) };
+        return Estimate {
+            value,
+            interval: (f64::NEG_INFINITY, f64::INFINITY),
+        };
     }
     let mean = without.iter().sum::<f64>() / groups;
     let spread: f64 = without.iter().map(|v| (v - mean).powi(2)).sum();
     let half = 1.96 * (spread * (groups - 1.0) / groups).sqrt();
-    Estimate { value, interval: (value - half, value + half) }
+    Estimate {
+        value,
+        interval: (value - half, value + half),
+    }
 }
 
 fn quantiles(sorted: &[f64]) -> (f64, f64) {
@@ -72,8 +81,7 @@ mod tests {
     #[test]
     fn the_jackknife_of_a_mean_is_its_standard_error() {
         let values = [1.0, 2.0, 4.0, 9.0];
-        let without: Vec<f64> =
-            (0..4).map(|i| (16.0 - values[i]) / 3.0).collect();
+        let without: Vec<f64> = (0..4).map(|i| (16.0 - values[i]) / 3.0).collect();
         let estimate = jackknife(4.0, &without);
         // Sample variance 38 / 3, standard error sqrt(38 / 12).
         let half = 1.96 * (38.0f64 / 12.0).sqrt();

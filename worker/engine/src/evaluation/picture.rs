@@ -31,20 +31,36 @@ impl Picture {
         let (height, width) = (height as usize, width as usize);
         bytes
             .chunks_exact(height * width * 3)
-            .map(|rgb| Self { width, height, rgb: rgb.to_vec() })
+            .map(|rgb| Self {
+                width,
+                height,
+                rgb: rgb.to_vec(),
+            })
             .collect()
     }
 
     /// Lays out `rows` of equally large pictures, with a white gap, each pixel enlarged `scale` times.
     pub fn grid(rows: &[Vec<Self>], scale: usize) -> Self {
         let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-        let cell = rows.iter().flatten().next().map_or((1, 1), |p| (p.width, p.height));
+        let cell = rows
+            .iter()
+            .flatten()
+            .next()
+            .map_or((1, 1), |p| (p.width, p.height));
         let pitch = (cell.0 * scale + GAP, cell.1 * scale + GAP);
         let (width, height) = (columns * pitch.0 + GAP, rows.len() * pitch.1 + GAP);
-        let mut grid = Self { width, height, rgb: vec![255; width * height * 3] };
+        let mut grid = Self {
+            width,
+            height,
+            rgb: vec![255; width * height * 3],
+        };
         for (r, row) in rows.iter().enumerate() {
             for (c, picture) in row.iter().enumerate() {
-                assert_eq!((picture.width, picture.height), cell, "cells of a grid are alike");
+                assert_eq!(
+                    (picture.width, picture.height),
+                    cell,
+                    "cells of a grid are alike"
+                );
                 grid.paint(picture, scale, GAP + c * pitch.0, GAP + r * pitch.1);
             }
         }
@@ -86,19 +102,35 @@ mod tests {
 
     #[test]
     fn a_grid_places_each_cell() {
-        let cell = |v| Picture { width: 1, height: 1, rgb: vec![v; 3] };
+        let cell = |v| Picture {
+            width: 1,
+            height: 1,
+            rgb: vec![v; 3],
+        };
         let grid = Picture::grid(&[vec![cell(1), cell(2)], vec![cell(3)]], 2);
-        assert_eq!((grid.width, grid.height), (2 * (2 + GAP) + GAP, 2 * (2 + GAP) + GAP));
+        assert_eq!(
+            (grid.width, grid.height),
+            (2 * (2 + GAP) + GAP, 2 * (2 + GAP) + GAP)
+        );
         let at = |x: usize, y: usize| grid.rgb[(y * grid.width + x) * 3];
-        assert_eq!((at(GAP, GAP), at(2 * GAP + 2, GAP), at(GAP, 2 * GAP + 2)), (1, 2, 3));
+        assert_eq!(
+            (at(GAP, GAP), at(2 * GAP + 2, GAP), at(GAP, 2 * GAP + 2)),
+            (1, 2, 3)
+        );
         assert_eq!((at(0, 0), at(2 * GAP + 2, 2 * GAP + 2)), (255, 255));
     }
 
     #[test]
     fn a_png_reads_back_equal() {
-        let picture = Picture { width: 2, height: 1, rgb: vec![1, 2, 3, 4, 5, 6] };
+        let picture = Picture {
+            width: 2,
+            height: 1,
+            rgb: vec![1, 2, 3, 4, 5, 6],
+        };
         let file = picture.to_png().expect("encodes");
-        let mut reader = png::Decoder::new(std::io::Cursor::new(file)).read_info().expect("header");
+        let mut reader = png::Decoder::new(std::io::Cursor::new(file))
+            .read_info()
+            .expect("header");
         let mut rgb = vec![0; reader.output_buffer_size().expect("small")];
         reader.next_frame(&mut rgb).expect("pixels");
         assert_eq!(rgb, picture.rgb);

@@ -23,7 +23,8 @@ impl Tally {
     /// Takes in final latents `[B, C, H, W]` and, where there are any, what the teacher drew from the same noise.
     pub fn add_latents(&mut self, latents: &Tensor, teacher: Option<&Tensor>) {
         self.samples += latents.size()[0] as u64;
-        self.features.push(features(latents).to_device(tch::Device::Cpu));
+        self.features
+            .push(features(latents).to_device(tch::Device::Cpu));
         if let Some(teacher) = teacher {
             self.distances.extend(squared_distances(latents, teacher));
         }
@@ -32,7 +33,8 @@ impl Tally {
     /// Takes in how many attributes of a caption came true; a caption that states nothing says nothing.
     pub fn add_score(&mut self, score: Score) {
         if score.total > 0 {
-            self.adherences.push(f64::from(score.right) / f64::from(score.total));
+            self.adherences
+                .push(f64::from(score.right) / f64::from(score.total));
         }
     }
 
@@ -75,15 +77,25 @@ impl Tally {
                 reference.distance(&GaussianFit::new(&all.index_select(0, &kept)))
             })
             .collect();
-        let Estimate { value, interval: (low, high) } = jackknife(value, &without);
+        let Estimate {
+            value,
+            interval: (low, high),
+        } = jackknife(value, &without);
         // A squared distance is never negative, whatever the normal approximation says.
-        Some(Estimate { value, interval: (low.max(0.0), high) })
+        Some(Estimate {
+            value,
+            interval: (low.max(0.0), high),
+        })
     }
 }
 
 /// The mean over elements of `(a - b)^2`, for each row of `[B, …]`.
 fn squared_distances(a: &Tensor, b: &Tensor) -> Vec<f64> {
-    assert_eq!(a.size(), b.size(), "latents of the same noise have the same shape");
+    assert_eq!(
+        a.size(),
+        b.size(),
+        "latents of the same noise have the same shape"
+    );
     let squares = (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).square();
     let means = squares.flatten(1, -1).mean_dim(1, false, Kind::Double);
     Vec::try_from(means.to_device(tch::Device::Cpu)).expect("f64 on the host")
@@ -120,7 +132,12 @@ mod tests {
         assert_eq!(tally.distances, [4.5, 1.0]);
         assert_eq!(tally.teacher_distance(1).expect("two samples").value, 2.75);
         assert_eq!(tally.samples(), 2);
-        assert_eq!(tally.frechet(&reference(&[0.0, 0.0, 2.0, 2.0])).map(|e| e.interval.1), Some(f64::INFINITY));
+        assert_eq!(
+            tally
+                .frechet(&reference(&[0.0, 0.0, 2.0, 2.0]))
+                .map(|e| e.interval.1),
+            Some(f64::INFINITY)
+        );
     }
 
     fn reference(values: &[f32]) -> Reference {
@@ -131,8 +148,10 @@ mod tests {
     #[test]
     fn a_shifted_set_is_as_far_as_its_shift() {
         let base: Vec<f32> = (0..64).map(|i| ((i * 37) % 29) as f32 / 7.0).collect();
-        let shifted: Vec<f32> =
-            base.chunks(2).flat_map(|pair| [pair[0] + 3.0, pair[1] - 1.0]).collect();
+        let shifted: Vec<f32> = base
+            .chunks(2)
+            .flat_map(|pair| [pair[0] + 3.0, pair[1] - 1.0])
+            .collect();
         let reference = reference(&base);
         let mut tally = Tally::default();
         for block in shifted.chunks(16) {
@@ -140,7 +159,10 @@ mod tests {
         }
         let estimate = tally.frechet(&reference).expect("32 samples");
         assert!((estimate.value - 10.0).abs() < 1e-5, "{estimate:?}");
-        assert!(estimate.interval.0 < 10.0 && estimate.interval.1 > 10.0, "{estimate:?}");
+        assert!(
+            estimate.interval.0 < 10.0 && estimate.interval.1 > 10.0,
+            "{estimate:?}"
+        );
         assert_eq!(tally.teacher_distance(1), None);
     }
 
@@ -152,6 +174,9 @@ mod tests {
         tally.add_latents(&own, Some(&own));
         let reference = Reference::new(GaussianFit::new(&features(&own)));
         assert!(tally.frechet(&reference).expect("16 samples").value < 1e-6);
-        assert_eq!(tally.teacher_distance(1).map(|e| e.interval), Some((0.0, 0.0)));
+        assert_eq!(
+            tally.teacher_distance(1).map(|e| e.interval),
+            Some((0.0, 0.0))
+        );
     }
 }

@@ -17,13 +17,22 @@ use crate::task::{Fault, OrFault as _};
 
 /// Writes what is wanted.
 pub(super) fn write(wanted: &Export, say: &mut dyn FnMut(Line)) -> Result<Value, Fault> {
-    let formats = wanted.formats.iter().map(|name| parse_format(name)).collect::<Result<Vec<_>, _>>()?;
+    let formats = wanted
+        .formats
+        .iter()
+        .map(|name| parse_format(name))
+        .collect::<Result<Vec<_>, _>>()?;
     if formats.is_empty() {
-        return Err(Fault::config("no format is named; diffusers and lora_universal can be written"));
+        return Err(Fault::config(
+            "no format is named; diffusers and lora_universal can be written",
+        ));
     }
     let dtype = parse_dtype(&wanted.dtype)?;
     if wanted.out.exists() {
-        return Err(Fault::config(format!("{} exists; name a folder that does not", wanted.out.display())));
+        return Err(Fault::config(format!(
+            "{} exists; name a folder that does not",
+            wanted.out.display()
+        )));
     }
     let device = open_host(&wanted.host)?;
     let run = Run::open(&wanted.run)?;
@@ -39,7 +48,11 @@ pub(super) fn write(wanted: &Export, say: &mut dyn FnMut(Line)) -> Result<Value,
         teacher: &teacher,
         device,
     };
-    let parent = wanted.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = wanted
+        .out
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).or_fault(FailureClass::Io)?;
     let staged = tempfile::Builder::new()
         .prefix(".export-")
@@ -55,7 +68,10 @@ pub(super) fn write(wanted: &Export, say: &mut dyn FnMut(Line)) -> Result<Value,
             put_file(&staged.path().join(path), &bytes)
         })?;
         verified.push(expected.verify(&student, staged.path())?);
-        say(Line::Progress { done, total: formats.len() as u64 });
+        say(Line::Progress {
+            done,
+            total: formats.len() as u64,
+        });
     }
     let whole = staged.keep();
     std::fs::rename(&whole, &wanted.out).or_fault(FailureClass::Io)?;
@@ -76,6 +92,8 @@ fn parse_format(name: &str) -> Result<ExportFormat, Fault> {
     match name {
         "diffusers" => Ok(ExportFormat::Diffusers),
         "lora_universal" => Ok(ExportFormat::LoraUniversal),
-        other => Err(Fault::config(format!("the format {other:?} is none of diffusers, lora_universal"))),
+        other => Err(Fault::config(format!(
+            "the format {other:?} is none of diffusers, lora_universal"
+        ))),
     }
 }

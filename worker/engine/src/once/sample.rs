@@ -40,8 +40,14 @@ pub(super) fn draw(wanted: &Sample, say: &mut dyn FnMut(Line)) -> Result<Value, 
         )));
     }
     let source = Source::open(wanted)?;
-    let ways: Vec<Way> =
-        wanted.steps.iter().map(|&steps| Way { sampler: source.sampler, steps }).collect();
+    let ways: Vec<Way> = wanted
+        .steps
+        .iter()
+        .map(|&steps| Way {
+            sampler: source.sampler,
+            steps,
+        })
+        .collect();
     // Every list of times is known before anything is drawn.
     for &way in &ways {
         times_of(way, source.lcm_original_steps)?;
@@ -49,7 +55,9 @@ pub(super) fn draw(wanted: &Sample, say: &mut dyn FnMut(Line)) -> Result<Value, 
     let side = source.teacher.parts.image_side();
     let pixels = pictures_wanted as i64 * side * side;
     if wanted.grid.is_some() && pixels > MAX_GRID_PIXELS {
-        return Err(Fault::config(format!("a grid of {pictures_wanted} pictures is too large; ask for fewer")));
+        return Err(Fault::config(format!(
+            "a grid of {pictures_wanted} pictures is too large; ask for fewer"
+        )));
     }
     let (cells, files) = source.draw_all(wanted, &ways, say)?;
     if let Some(path) = &wanted.grid {
@@ -84,7 +92,9 @@ impl Source {
         let kind = kind_of(parse_dtype(&wanted.dtype)?);
         let asked = match wanted.sampler.as_deref() {
             Some(name) => Some(samples::parse(name).ok_or_else(|| {
-                Fault::config(format!("the sampler {name:?} is none of ddim, tlcm9, lcm, segments"))
+                Fault::config(format!(
+                    "the sampler {name:?} is none of ddim, tlcm9, lcm, segments"
+                ))
             })?),
             None => None,
         };
@@ -120,7 +130,11 @@ impl Source {
         Ok(Self {
             teacher: Rc::new(TeacherModel::load(&folder, kind, device)?),
             student: None,
-            sampler: asked.unwrap_or(if is_student { Sampler::Lcm } else { Sampler::Ddim }),
+            sampler: asked.unwrap_or(if is_student {
+                Sampler::Lcm
+            } else {
+                Sampler::Ddim
+            }),
             guidance,
             lcm_original_steps: original.unwrap_or(LCM_ORIGINAL_STEPS),
             device,
@@ -164,8 +178,13 @@ impl Source {
     ) -> Result<(Vec<Vec<Picture>>, Vec<Value>), Fault> {
         let teacher = Rc::clone(&self.teacher);
         let unet = self.student.as_ref().unwrap_or(&self.teacher.parts.unet);
-        let mut studio =
-            Studio::over(teacher, self.guidance, self.lcm_original_steps, 0, self.device);
+        let mut studio = Studio::over(
+            teacher,
+            self.guidance,
+            self.lcm_original_steps,
+            0,
+            self.device,
+        );
         let total = (wanted.prompts.len() * wanted.seeds.len() * ways.len()) as u64;
         let (mut cells, mut files, mut done) = (Vec::new(), Vec::new(), 0);
         for (at, prompt) in wanted.prompts.iter().enumerate() {

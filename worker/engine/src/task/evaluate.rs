@@ -38,7 +38,10 @@ const SCORER: &str = "scorer/scorer.json";
 pub fn judge(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitRequest>, Fault> {
     let evaluate = evaluate_section(&bench.recipe)?;
     let subject = Subject::of(bench, lease.task.index)?;
-    let dtype = subject.stage.as_ref().map_or(bench.recipe.teacher.dtype, |s| s.compute.dtype);
+    let dtype = subject
+        .stage
+        .as_ref()
+        .map_or(bench.recipe.teacher.dtype, |s| s.compute.dtype);
     let studio = Studio::open(bench, dtype)?;
     let student = match &subject.stage {
         Some(stage) => {
@@ -65,7 +68,13 @@ pub fn judge(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitReques
     let mut result = json!({"figures": figures});
     let mut files = vec![];
     if let (Some(stage), Some(student)) = (&subject.stage, &session.student) {
-        let grid = preview::grid(bench, lease, &mut session.studio, &student.unet, &stage.name)?;
+        let grid = preview::grid(
+            bench,
+            lease,
+            &mut session.studio,
+            &student.unet,
+            &stage.name,
+        )?;
         let Some(grid) = grid else { return Ok(None) };
         result["grid"] = grid.described;
         files.push(grid.file);
@@ -86,7 +95,9 @@ impl Subject {
         let stage = match index.checked_sub(2) {
             None => None,
             Some(at) => {
-                let stage = usize::try_from(at).ok().and_then(|at| bench.recipe.stages.get(at));
+                let stage = usize::try_from(at)
+                    .ok()
+                    .and_then(|at| bench.recipe.stages.get(at));
                 let missing = || Fault::config(format!("there is no student {at} to evaluate"));
                 Some(stage.ok_or_else(missing)?.clone())
             }
@@ -96,11 +107,19 @@ impl Subject {
 
     fn columns(&self, evaluate: &Evaluate, guidance: f64) -> Vec<Column> {
         let under_samplers = |model: &str, guidance: f64| -> Vec<Column> {
-            let pairs = evaluate
-                .samplers
-                .iter()
-                .flat_map(|&sampler| evaluate.steps.iter().map(move |&steps| Way { sampler, steps }));
-            pairs.map(|way| Column { model: model.to_owned(), way, guidance }).collect()
+            let pairs = evaluate.samplers.iter().flat_map(|&sampler| {
+                evaluate
+                    .steps
+                    .iter()
+                    .map(move |&steps| Way { sampler, steps })
+            });
+            pairs
+                .map(|way| Column {
+                    model: model.to_owned(),
+                    way,
+                    guidance,
+                })
+                .collect()
         };
         match (&self.stage, self.index) {
             (Some(stage), _) => under_samplers(&stage.name, 1.0),
@@ -109,7 +128,10 @@ impl Subject {
                 .iter()
                 .map(|&steps| Column {
                     model: TEACHER.to_owned(),
-                    way: Way { sampler: Sampler::Ddim, steps },
+                    way: Way {
+                        sampler: Sampler::Ddim,
+                        steps,
+                    },
                     guidance,
                 })
                 .collect(),
@@ -153,7 +175,10 @@ impl Session {
             for block in Block::of_task(&self.evaluate, task) {
                 let own = row..row + block.count as i64;
                 row = own.end;
-                let stored = Stored { tensors: rows(&stored, own)?, target: target.clone() };
+                let stored = Stored {
+                    tensors: rows(&stored, own)?,
+                    target: target.clone(),
+                };
                 let captions = self.studio.captions(&block);
                 let conditioning = self.studio.conditioning(&block);
                 for at in 0..self.columns.len() {
@@ -163,7 +188,11 @@ impl Session {
                     let latents = self.latents(at, &block, &stored, &conditioning)?;
                     self.measure(at, &latents, &stored, &captions)?;
                     done += 1;
-                    bench.link.send(Event::Progress { lease: self.lease.clone(), done, total });
+                    bench.link.send(Event::Progress {
+                        lease: self.lease.clone(),
+                        done,
+                        total,
+                    });
                 }
             }
         }
@@ -177,7 +206,11 @@ impl Session {
         stored: &Stored,
         conditioning: &Conditioning,
     ) -> Result<Tensor, Fault> {
-        let Column { model, way, guidance } = &self.columns[at];
+        let Column {
+            model,
+            way,
+            guidance,
+        } = &self.columns[at];
         if model == TEACHER {
             let latents = reference::pick(&stored.tensors, &reference::tensor_of(way.steps))?;
             return Ok(latents.to_device(self.studio.device()));
@@ -186,7 +219,14 @@ impl Session {
             Some(student) => &student.unet,
             None => &self.studio.teacher.parts.unet,
         };
-        self.studio.draw(denoiser, *guidance, *way, Purpose::EvaluationNoise, block, conditioning)
+        self.studio.draw(
+            denoiser,
+            *guidance,
+            *way,
+            Purpose::EvaluationNoise,
+            block,
+            conditioning,
+        )
     }
 
     fn measure(
@@ -198,7 +238,9 @@ impl Session {
     ) -> Result<(), Fault> {
         let target = reference::pick(&stored.tensors, &stored.target)?;
         self.tallies[at].add_latents(&latents.to_device(tch::Device::Cpu), Some(target));
-        let Some(rules) = &self.rules else { return Ok(()) };
+        let Some(rules) = &self.rules else {
+            return Ok(());
+        };
         for (picture, caption) in pictures(&self.studio.teacher, latents).iter().zip(captions) {
             let score = scorer::score(rules, caption, picture).or_fault(FailureClass::Config)?;
             self.tallies[at].add_score(score);
@@ -210,7 +252,11 @@ impl Session {
     fn figures(&self, bench: &Workbench) -> Result<Vec<Figure>, Fault> {
         let seed = bench.recipe.seed;
         let wants = |metric| self.evaluate.metrics.contains(&metric);
-        let reference = if wants(Metric::LatentFrechet) { self.reference(bench)? } else { None };
+        let reference = if wants(Metric::LatentFrechet) {
+            self.reference(bench)?
+        } else {
+            None
+        };
         let mut figures = Vec::new();
         for (column, tally) in self.columns.iter().zip(&self.tallies) {
             let mut add = |metric: &str, estimate: Option<Estimate>, samples: u64| {
@@ -223,7 +269,11 @@ impl Session {
                 add("latent_frechet", tally.frechet(reference), tally.samples());
             }
             if wants(Metric::TeacherDistance) {
-                add("teacher_distance", tally.teacher_distance(seed), tally.samples());
+                add(
+                    "teacher_distance",
+                    tally.teacher_distance(seed),
+                    tally.samples(),
+                );
             }
         }
         Ok(figures)
@@ -240,7 +290,9 @@ impl Session {
                 Ok(features(reference::pick(&stored, reference::INDEPENDENT)?))
             })
             .collect::<Result<Vec<_>, Fault>>()?;
-        Ok(Some(Reference::new(GaussianFit::new(&Tensor::cat(&rows, 0)))))
+        Ok(Some(Reference::new(GaussianFit::new(&Tensor::cat(
+            &rows, 0,
+        )))))
     }
 }
 
@@ -257,10 +309,16 @@ fn rows(stored: &Tensors, own: Range<i64>) -> Result<Tensors, Fault> {
         if found < own.end {
             return Err(Fault::new(
                 FailureClass::Schema,
-                format!("the teacher's samples {name} have {found} rows, expected at least {}", own.end),
+                format!(
+                    "the teacher's samples {name} have {found} rows, expected at least {}",
+                    own.end
+                ),
             ));
         }
-        Ok((name.clone(), tensor.narrow(0, own.start, own.end - own.start)))
+        Ok((
+            name.clone(),
+            tensor.narrow(0, own.start, own.end - own.start),
+        ))
     };
     stored.iter().map(cut).collect()
 }
@@ -292,7 +350,9 @@ fn rules(bench: &Workbench, evaluate: &Evaluate) -> Result<Option<Rules>, Fault>
             path.display()
         ))
     })?;
-    Rules::from_json(&text).or_fault(FailureClass::Config).map(Some)
+    Rules::from_json(&text)
+        .or_fault(FailureClass::Config)
+        .map(Some)
 }
 
 #[cfg(test)]
@@ -313,7 +373,13 @@ mod tests {
     fn columns(index: u64, guidance: f64) -> Vec<String> {
         let columns = Subject { index, stage: None }.columns(&evaluate(), guidance);
         let text = |c: &Column| {
-            format!("{} {} {} w{}", c.model, name_of(c.way.sampler), c.way.steps, c.guidance)
+            format!(
+                "{} {} {} w{}",
+                c.model,
+                name_of(c.way.sampler),
+                c.way.steps,
+                c.guidance
+            )
         };
         columns.iter().map(text).collect()
     }
@@ -329,21 +395,37 @@ mod tests {
         assert_eq!(both.len(), 8);
         assert_eq!(both[0], "undistilled tlcm9 1 w1");
         assert_eq!(both[7], "undistilled_guided lcm 2 w3");
-        assert_eq!(columns(1, 1.0).len(), 4, "without guidance both are the same");
+        assert_eq!(
+            columns(1, 1.0).len(),
+            4,
+            "without guidance both are the same"
+        );
     }
 
     #[test]
     fn an_interval_that_says_nothing_is_none() {
         let column = Column {
             model: "seg2".into(),
-            way: Way { sampler: Sampler::Tlcm9, steps: 2 },
+            way: Way {
+                sampler: Sampler::Tlcm9,
+                steps: 2,
+            },
             guidance: 1.0,
         };
-        let open = Estimate { value: 1.5, interval: (0.0, f64::INFINITY) };
+        let open = Estimate {
+            value: 1.5,
+            interval: (0.0, f64::INFINITY),
+        };
         assert_eq!(figure(&column, "latent_frechet", open, 3).interval, None);
-        let closed = Estimate { value: 1.5, interval: (1.0, 2.0) };
+        let closed = Estimate {
+            value: 1.5,
+            interval: (1.0, 2.0),
+        };
         let figure = figure(&column, "latent_frechet", closed, 64);
         assert_eq!(figure.interval, Some((1.0, 2.0)));
-        assert_eq!((figure.steps, figure.sampler.as_str(), figure.samples), (2, "tlcm9", 64));
+        assert_eq!(
+            (figure.steps, figure.sampler.as_str(), figure.samples),
+            (2, "tlcm9", 64)
+        );
     }
 }

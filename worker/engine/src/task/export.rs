@@ -47,7 +47,10 @@ pub fn write(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitReques
         .export
         .clone()
         .ok_or_else(|| Fault::config("the recipe says export: false, yet it is asked for"))?;
-    let stage = recipe.stages.last().ok_or_else(|| Fault::config("there is no stage to export"))?;
+    let stage = recipe
+        .stages
+        .last()
+        .ok_or_else(|| Fault::config("there is no stage to export"))?;
     let teacher = bench.teacher(Dtype::F32)?;
     let student = Finished {
         record: &bench.record,
@@ -65,7 +68,11 @@ pub fn write(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitReques
         if bench.inbox.cancelled(lease) {
             return Ok(None);
         }
-        bench.link.send(Event::Progress { lease: lease.clone(), done, total });
+        bench.link.send(Event::Progress {
+            lease: lease.clone(),
+            done,
+            total,
+        });
         let mut written = Vec::new();
         let expected = student.export(&bench.io, format, wanted.dtype, &mut |path, bytes| {
             written.push(upload(&bench.io, &bench.store, &place, path, bytes)?);
@@ -86,14 +93,24 @@ pub fn write(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitReques
     });
     // The export's own keys carry no attempt, so that people find them; the list of them does, and is committed.
     let list = Bytes::from(format!("{result:#}\n"));
-    let key = layout::task_file(&layout::task(&lease.task.stage, lease.task.index), lease, "files.json");
+    let key = layout::task_file(
+        &layout::task(&lease.task.stage, lease.task.index),
+        lease,
+        "files.json",
+    );
     let entry = FileEntry::of(&key, &list);
     bench.io.wait(bench.store.put(&key, list))?;
     Ok(Some(finished(bench, lease, vec![entry], 0..1, result)))
 }
 
 /// Puts one file of the export at `place`.
-fn upload(io: &Io, store: &Store, place: &Prefix, path: &str, bytes: Vec<u8>) -> Result<FileEntry, Fault> {
+fn upload(
+    io: &Io,
+    store: &Store,
+    place: &Prefix,
+    path: &str,
+    bytes: Vec<u8>,
+) -> Result<FileEntry, Fault> {
     let key = layout::export_file(place, path);
     let mut upload = store.upload(&key);
     io.wait(async {
@@ -117,14 +134,21 @@ impl Copy {
     fn of(io: &Io, store: &Store, place: &Prefix, files: &[FileEntry]) -> Result<Self, Fault> {
         if let Some(folder) = store.local_folder(place) {
             for file in files {
-                io.wait(storage::verify(store, file)).or_fault(FailureClass::Io)?;
+                io.wait(storage::verify(store, file))
+                    .or_fault(FailureClass::Io)?;
             }
             return Ok(Self::InPlace(folder));
         }
         let folder = tempfile::tempdir().or_fault(FailureClass::Io)?;
         for file in files {
-            let bytes = io.wait(get_verified(store, file)).or_fault(FailureClass::Io)?;
-            let below = file.key.as_str().strip_prefix(place.as_str()).unwrap_or(file.key.as_str());
+            let bytes = io
+                .wait(get_verified(store, file))
+                .or_fault(FailureClass::Io)?;
+            let below = file
+                .key
+                .as_str()
+                .strip_prefix(place.as_str())
+                .unwrap_or(file.key.as_str());
             put_file(&folder.path().join(below.trim_start_matches('/')), &bytes)?;
         }
         Ok(Self::Temporary(folder))
@@ -145,7 +169,10 @@ pub(crate) fn put_file(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
         std::fs::write(path, bytes)
     };
     write().map_err(|error| {
-        Fault::new(FailureClass::Io, format!("cannot write {}: {error}", path.display()))
+        Fault::new(
+            FailureClass::Io,
+            format!("cannot write {}: {error}", path.display()),
+        )
     })
 }
 
@@ -190,7 +217,8 @@ impl Finished<'_> {
         self.check(format)?;
         let seed = self.recipe.seed;
         let mut student =
-            self.found.load(io, self.teacher, self.stage, Dtype::F32, seed, self.device)?;
+            self.found
+                .load(io, self.teacher, self.stage, Dtype::F32, seed, self.device)?;
         student.unet.set_trainable(false);
         let probe = Probe::new(&self.teacher.parts, seed, self.device);
         let plain = probe.predict(&student.unet);
@@ -212,7 +240,12 @@ impl Finished<'_> {
             }
         }
         let rounded = probe.predict(&student.unet);
-        Ok(Expected { format, probe, plain, rounded })
+        Ok(Expected {
+            format,
+            probe,
+            plain,
+            rounded,
+        })
     }
 
     fn teacher_folder(&self) -> Result<Folder, Fault> {
@@ -237,7 +270,8 @@ impl Finished<'_> {
                 "stage {} trains every weight, so it has no adapters to write as lora_universal; use diffusers",
                 self.stage.name
             ))),
-            (ExportFormat::LoraUniversal, StudentKind::Lora { .. }) | (ExportFormat::Diffusers, _) => Ok(()),
+            (ExportFormat::LoraUniversal, StudentKind::Lora { .. })
+            | (ExportFormat::Diffusers, _) => Ok(()),
         }
     }
 }
@@ -265,7 +299,10 @@ impl Expected {
         let (name, found) = match self.format {
             ExportFormat::Diffusers => {
                 let folder = copy.join(PIPELINE);
-                (PIPELINE.to_owned(), pipeline::read_back(student, &folder, &self.probe)?)
+                (
+                    PIPELINE.to_owned(),
+                    pipeline::read_back(student, &folder, &self.probe)?,
+                )
             }
             ExportFormat::LoraUniversal => {
                 let name = lora_file::name(student.stage);

@@ -24,7 +24,10 @@ impl Found {
         let checkpoint = newest.or_fault(FailureClass::Io)?.ok_or_else(|| {
             Fault::new(
                 FailureClass::Io,
-                format!("stage {stage} has no whole checkpoint at step {step} in {}", store.uri()),
+                format!(
+                    "stage {stage} has no whole checkpoint at step {step} in {}",
+                    store.uri()
+                ),
             )
         })?;
         Ok(Self { checkpoint })
@@ -58,7 +61,13 @@ impl Found {
         run_seed: u64,
         device: Device,
     ) -> Result<Student, Fault> {
-        let stage = Stage { compute: Compute { dtype, ..stage.compute }, ..stage.clone() };
+        let stage = Stage {
+            compute: Compute {
+                dtype,
+                ..stage.compute
+            },
+            ..stage.clone()
+        };
         let student = Student::fresh(teacher, &stage, run_seed, device)?;
         let loaded = io.wait(self.checkpoint.load()).or_fault(FailureClass::Io)?;
         student.load_published(&loaded)?;

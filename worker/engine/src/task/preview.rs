@@ -40,7 +40,9 @@ pub fn grid(
 ) -> Result<Option<Grid>, Fault> {
     let preview = bench.recipe.preview.clone();
     let texts: Vec<String> = match read_prompts(bench, PromptList::Preview)? {
-        Some(prompts) if !prompts.is_empty() => prompts.iter().map(|p| p.text().to_owned()).collect(),
+        Some(prompts) if !prompts.is_empty() => {
+            prompts.iter().map(|p| p.text().to_owned()).collect()
+        }
         Some(_) | None => studio.holdout.iter().map(|p| p.text().to_owned()).collect(),
     };
     let rows = rows_of(&texts, &preview.seeds);
@@ -50,31 +52,62 @@ pub fn grid(
         if bench.inbox.cancelled(lease) {
             return Ok(None);
         }
-        pixels.push(row(studio, unet, teacher_steps, &preview.steps, preview.sampler, text, *seed)?);
+        pixels.push(row(
+            studio,
+            unet,
+            teacher_steps,
+            &preview.steps,
+            preview.sampler,
+            text,
+            *seed,
+        )?);
     }
     let scale = (CELL / studio.teacher.parts.image_side().max(1)).max(1) as usize;
-    let png = Picture::grid(&pixels, scale).to_png().or_fault(FailureClass::Unknown)?;
-    let key = layout::task_file(&layout::task(&lease.task.stage, lease.task.index), lease, "grid.png");
+    let png = Picture::grid(&pixels, scale)
+        .to_png()
+        .or_fault(FailureClass::Unknown)?;
+    let key = layout::task_file(
+        &layout::task(&lease.task.stage, lease.task.index),
+        lease,
+        "grid.png",
+    );
     let file = FileEntry::of(&key, &png);
     bench.io.wait(bench.store.put(&key, Bytes::from(png)))?;
     let mut columns = vec![format!("teacher, {teacher_steps} steps")];
     let sampler = name_of(preview.sampler);
-    columns.extend(preview.steps.iter().map(|steps| format!("{stage}, {steps} ({sampler})")));
-    let rows: Vec<String> = rows.iter().map(|(text, seed)| format!("{text} (seed {seed})")).collect();
+    columns.extend(
+        preview
+            .steps
+            .iter()
+            .map(|steps| format!("{stage}, {steps} ({sampler})")),
+    );
+    let rows: Vec<String> = rows
+        .iter()
+        .map(|(text, seed)| format!("{text} (seed {seed})"))
+        .collect();
     let described = json!({"model": stage, "file": key.as_str(), "columns": columns, "rows": rows});
     Ok(Some(Grid { file, described }))
 }
 
 /// Prompts by seeds, at most [`MAX_ROWS`]: every seed of the first prompts.
 fn rows_of<'a>(texts: &'a [String], seeds: &[u64]) -> Vec<(&'a str, u64)> {
-    let pairs = texts.iter().flat_map(|text| seeds.iter().map(move |&seed| (text.as_str(), seed)));
+    let pairs = texts
+        .iter()
+        .flat_map(|text| seeds.iter().map(move |&seed| (text.as_str(), seed)));
     pairs.take(MAX_ROWS).collect()
 }
 
 fn teacher_steps(bench: &Workbench) -> u32 {
-    let steps = bench.recipe.evaluate.as_ref().map_or(&[][..], |e| &e.teacher_steps);
+    let steps = bench
+        .recipe
+        .evaluate
+        .as_ref()
+        .map_or(&[][..], |e| &e.teacher_steps);
     let within = steps.iter().filter(|&&n| n <= TEACHER_STEPS).max();
-    within.or(steps.iter().max()).copied().unwrap_or(TEACHER_STEPS)
+    within
+        .or(steps.iter().max())
+        .copied()
+        .unwrap_or(TEACHER_STEPS)
 }
 
 fn row(
@@ -87,10 +120,15 @@ fn row(
     seed: u64,
 ) -> Result<Vec<Picture>, Fault> {
     let teacher = std::rc::Rc::clone(&studio.teacher);
-    let own = Way { sampler: Sampler::Ddim, steps: teacher_steps };
+    let own = Way {
+        sampler: Sampler::Ddim,
+        steps: teacher_steps,
+    };
     let guidance = studio.guidance;
-    let mut cells =
-        pictures(&teacher, &studio.draw_one(&teacher.parts.unet, guidance, own, text, seed)?);
+    let mut cells = pictures(
+        &teacher,
+        &studio.draw_one(&teacher.parts.unet, guidance, own, text, seed)?,
+    );
     for &steps in steps {
         let latents = studio.draw_one(unet, 1.0, Way { sampler, steps }, text, seed)?;
         cells.extend(pictures(&teacher, &latents));
@@ -107,7 +145,10 @@ mod tests {
         let texts: Vec<String> = (0..9).map(|i| format!("prompt {i}")).collect();
         let rows = rows_of(&texts, &[4, 7]);
         assert_eq!(rows.len(), 16);
-        assert_eq!(rows[..3], [("prompt 0", 4), ("prompt 0", 7), ("prompt 1", 4)]);
+        assert_eq!(
+            rows[..3],
+            [("prompt 0", 4), ("prompt 0", 7), ("prompt 1", 4)]
+        );
         assert!(rows_of(&texts, &[]).is_empty());
     }
 }

@@ -38,7 +38,9 @@ pub fn tensor_of(steps: u32) -> String {
 /// The step count that others are compared with.
 pub fn largest(evaluate: &Evaluate) -> Result<u32, Fault> {
     let steps = evaluate.teacher_steps.iter().max();
-    steps.copied().ok_or_else(|| Fault::config("evaluate.teacher_steps is empty"))
+    steps
+        .copied()
+        .ok_or_else(|| Fault::config("evaluate.teacher_steps is empty"))
 }
 
 /// Draws the blocks that `lease` names, and gives the request that makes it count; none when the worker took the
@@ -59,7 +61,11 @@ pub fn draw(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitRequest
         .iter()
         .map(|&steps| (tensor_of(steps), steps, Purpose::EvaluationNoise))
         .collect();
-    wanted.push((INDEPENDENT.to_owned(), largest(&evaluate)?, Purpose::ReferenceNoise));
+    wanted.push((
+        INDEPENDENT.to_owned(),
+        largest(&evaluate)?,
+        Purpose::ReferenceNoise,
+    ));
     let total = (wanted.len() * blocks.len()) as u64;
     let mut done = 0;
     let mut drawn: Vec<Vec<Tensor>> = wanted.iter().map(|_| Vec::new()).collect();
@@ -69,23 +75,39 @@ pub fn draw(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitRequest
             if bench.inbox.cancelled(lease) {
                 return Ok(None);
             }
-            let way = Way { sampler: Sampler::Ddim, steps: *steps };
+            let way = Way {
+                sampler: Sampler::Ddim,
+                steps: *steps,
+            };
             let unet = &studio.teacher.parts.unet;
-            let latents = studio.draw(unet, studio.guidance, way, *purpose, block, &conditioning)?;
+            let latents =
+                studio.draw(unet, studio.guidance, way, *purpose, block, &conditioning)?;
             drawn.push(latents.to_kind(Kind::Float).to_device(Device::Cpu));
             done += 1;
-            bench.link.send(Event::Progress { lease: lease.clone(), done, total });
+            bench.link.send(Event::Progress {
+                lease: lease.clone(),
+                done,
+                total,
+            });
         }
     }
     let names = wanted.into_iter().map(|(name, ..)| name);
-    let tensors: Vec<(String, Tensor)> =
-        names.zip(&drawn).map(|(name, blocks)| (name, Tensor::cat(blocks, 0))).collect();
+    let tensors: Vec<(String, Tensor)> = names
+        .zip(&drawn)
+        .map(|(name, blocks)| (name, Tensor::cat(blocks, 0)))
+        .collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let file = Bytes::from(to_safetensors(&tensors, &metadata).or_fault(FailureClass::Unknown)?);
     let key = layout::task_file(&layout::task(STAGE, lease.task.index), lease, FILE);
     let files = vec![FileEntry::of(&key, &file)];
     bench.io.wait(bench.store.put(&key, file))?;
-    Ok(Some(finished(bench, lease, files, ordinals, serde_json::Value::Null)))
+    Ok(Some(finished(
+        bench,
+        lease,
+        files,
+        ordinals,
+        serde_json::Value::Null,
+    )))
 }
 
 /// The latents of a committed task, by name, in f32 on the CPU.
@@ -95,9 +117,15 @@ pub fn read(bench: &Workbench, task: u64) -> Result<BTreeMap<String, Tensor>, Fa
     let commit = TaskCommit::from_bytes(&folder, &commit).or_fault(FailureClass::Schema)?;
     let [file] = &commit.files[..] else {
         let found = commit.files.len();
-        return Err(Fault::new(FailureClass::Schema, format!("task {task} of the reference has {found} files instead of one")));
+        return Err(Fault::new(
+            FailureClass::Schema,
+            format!("task {task} of the reference has {found} files instead of one"),
+        ));
     };
-    let bytes = bench.io.wait(get_verified(&bench.store, file)).or_fault(FailureClass::Io)?;
+    let bytes = bench
+        .io
+        .wait(get_verified(&bench.store, file))
+        .or_fault(FailureClass::Io)?;
     parse(&bytes).or_fault(FailureClass::Schema)
 }
 
@@ -115,7 +143,10 @@ fn parse(bytes: &[u8]) -> anyhow::Result<BTreeMap<String, Tensor>> {
 /// The latents called `name` of a task that was read.
 pub fn pick<'a>(task: &'a BTreeMap<String, Tensor>, name: &str) -> Result<&'a Tensor, Fault> {
     task.get(name).ok_or_else(|| {
-        Fault::new(FailureClass::Schema, format!("the teacher's samples lack {name}; they were drawn for other steps"))
+        Fault::new(
+            FailureClass::Schema,
+            format!("the teacher's samples lack {name}; they were drawn for other steps"),
+        )
     })
 }
 
@@ -126,7 +157,10 @@ mod tests {
     #[test]
     fn latents_come_back_as_they_were_written() {
         let latents = Tensor::from_slice(&[0.5f32, -1.25, 3.0, 1e-7]).view([2, 1, 1, 2]);
-        let file = to_safetensors(&[(tensor_of(50), latents.shallow_clone())], &BTreeMap::new());
+        let file = to_safetensors(
+            &[(tensor_of(50), latents.shallow_clone())],
+            &BTreeMap::new(),
+        );
         let read = parse(&file.expect("f32 is written")).expect("it is readable");
         assert!(pick(&read, "ddim_50").expect("it is there").equal(&latents));
         let fault = pick(&read, "ddim_25").expect_err("it is not there");

@@ -49,9 +49,14 @@ pub fn name_of(sampler: Sampler) -> &'static str {
 
 /// The sampler with this name.
 pub fn parse(name: &str) -> Option<Sampler> {
-    [Sampler::Ddim, Sampler::Tlcm9, Sampler::Lcm, Sampler::Segments]
-        .into_iter()
-        .find(|&sampler| name_of(sampler) == name)
+    [
+        Sampler::Ddim,
+        Sampler::Tlcm9,
+        Sampler::Lcm,
+        Sampler::Segments,
+    ]
+    .into_iter()
+    .find(|&sampler| name_of(sampler) == name)
 }
 
 /// The times that `way` visits, from the noisiest down; deterministic ways end at 0.
@@ -99,13 +104,27 @@ pub struct Noise<'a> {
 impl Noise<'_> {
     /// z_T, `[B, C, H, W]`.
     fn first(&self) -> Tensor {
-        noise(&self.shape, self.purpose, self.seed, self.ordinals, 0, self.device)
+        noise(
+            &self.shape,
+            self.purpose,
+            self.seed,
+            self.ordinals,
+            0,
+            self.device,
+        )
     }
 
     /// What a stochastic sampler adds after its step `j`, `[B, C, H, W]`.
     fn again(&self, j: usize) -> Tensor {
         let draw = u16::try_from(j).expect("samplers have at most 999 steps");
-        noise(&self.shape, Purpose::Renoise, self.seed, self.ordinals, draw, self.device)
+        noise(
+            &self.shape,
+            Purpose::Renoise,
+            self.seed,
+            self.ordinals,
+            draw,
+            self.device,
+        )
     }
 }
 
@@ -118,17 +137,21 @@ impl Drawer<'_> {
         conditioning: &Conditioning,
     ) -> Result<Tensor, Fault> {
         let times = times_of(way, self.lcm_original_steps)?;
-        let guided =
-            Guided { denoiser: self.denoiser, null: self.null, scale: self.guidance };
-        let reading = Reading { schedule: self.schedule, prediction: self.prediction };
+        let guided = Guided {
+            denoiser: self.denoiser,
+            null: self.null,
+            scale: self.guidance,
+        };
+        let reading = Reading {
+            schedule: self.schedule,
+            prediction: self.prediction,
+        };
         let z = noise.first();
         let mut predict = |z: &Tensor, t: &Tensor| guided.predict(z, t, conditioning);
         let mut again = |j: usize| noise.again(j);
         Ok(tch::no_grad(|| match way.sampler {
             Sampler::Ddim | Sampler::Segments => deterministic(reading, &times, &z, &mut predict),
-            Sampler::Tlcm9 => {
-                stochastic(reading, Output::X0, &times, &z, &mut predict, &mut again)
-            }
+            Sampler::Tlcm9 => stochastic(reading, Output::X0, &times, &z, &mut predict, &mut again),
             Sampler::Lcm => stochastic(reading, Output::Lcm, &times, &z, &mut predict, &mut again),
         }))
     }
@@ -148,7 +171,8 @@ impl Texts {
         }
         for &text in texts {
             if !self.known.contains_key(text) {
-                self.known.insert(text.to_owned(), teacher.encode_prompts(&[text]));
+                self.known
+                    .insert(text.to_owned(), teacher.encode_prompts(&[text]));
             }
         }
         let rows: Vec<&Conditioning> = texts.iter().map(|&text| &self.known[text]).collect();
@@ -168,7 +192,9 @@ pub fn pictures(teacher: &TeacherModel, latents: &Tensor) -> Vec<Picture> {
     let blocks = latents.split(at_a_time, 0);
     tch::no_grad(|| {
         let decoded = blocks.iter().map(|block| teacher.parts.vae.decode(block));
-        decoded.flat_map(|images| Picture::from_decoded(&images)).collect()
+        decoded
+            .flat_map(|images| Picture::from_decoded(&images))
+            .collect()
     })
 }
 
@@ -189,7 +215,11 @@ mod tests {
 
     fn nothing() -> Conditioning {
         let context = Tensor::zeros([1, 1, 1], (tch::Kind::Float, Device::Cpu));
-        Conditioning { context, pooled: None, time_ids: None }
+        Conditioning {
+            context,
+            pooled: None,
+            time_ids: None,
+        }
     }
 
     fn draw(way: Way, ordinals: &[u64], seed: u64) -> Tensor {
@@ -210,7 +240,9 @@ mod tests {
             shape: [1, 2, 2],
             device: Device::Cpu,
         };
-        drawer.draw(way, noise, &null.expand(ordinals.len() as i64)).expect("a known way")
+        drawer
+            .draw(way, noise, &null.expand(ordinals.len() as i64))
+            .expect("a known way")
     }
 
     #[test]
@@ -228,8 +260,16 @@ mod tests {
     #[test]
     fn deterministic_samplers_keep_the_first_noise() {
         let schedule = Schedule::stable_diffusion();
-        let first = noise(&[1, 2, 2], Purpose::EvaluationNoise, 3, &[5], 0, Device::Cpu);
-        let eps = (first - schedule.alpha(TRAIN_TIMES - 1) * 0.75) / schedule.sigma(TRAIN_TIMES - 1);
+        let first = noise(
+            &[1, 2, 2],
+            Purpose::EvaluationNoise,
+            3,
+            &[5],
+            0,
+            Device::Cpu,
+        );
+        let eps =
+            (first - schedule.alpha(TRAIN_TIMES - 1) * 0.75) / schedule.sigma(TRAIN_TIMES - 1);
         let expected = eps * schedule.sigma(0) + schedule.alpha(0) * 0.75;
         for sampler in [Sampler::Ddim, Sampler::Segments] {
             let end = draw(Way { sampler, steps: 4 }, &[5], 3);
@@ -240,15 +280,35 @@ mod tests {
 
     #[test]
     fn a_sample_does_not_depend_on_its_neighbours() {
-        let way = Way { sampler: Sampler::Tlcm9, steps: 4 };
+        let way = Way {
+            sampler: Sampler::Tlcm9,
+            steps: 4,
+        };
         let (alone, among) = (draw(way, &[7], 1), draw(way, &[6, 7, 8], 1));
         assert!(alone.equal(&among.narrow(0, 1, 1)));
     }
 
     #[test]
     fn unknown_step_counts_are_faults_with_words() {
-        let fault = times_of(Way { sampler: Sampler::Tlcm9, steps: 9 }, 40).expect_err("no list");
+        let fault = times_of(
+            Way {
+                sampler: Sampler::Tlcm9,
+                steps: 9,
+            },
+            40,
+        )
+        .expect_err("no list");
         assert!(fault.to_string().contains("1 to 8"), "{fault}");
-        assert_eq!(times_of(Way { sampler: Sampler::Lcm, steps: 4 }, 40).ok(), Some(vec![999, 749, 499, 249]));
+        assert_eq!(
+            times_of(
+                Way {
+                    sampler: Sampler::Lcm,
+                    steps: 4
+                },
+                40
+            )
+            .ok(),
+            Some(vec![999, 749, 499, 249])
+        );
     }
 }

@@ -10,8 +10,8 @@ use distillery_common::commit::TaskCommit;
 use distillery_common::prompts::{self, Prompt};
 use distillery_common::recipe::{Dtype, Evaluate, Recipe};
 use distillery_common::seed::Purpose;
-use distillery_common::storage::layout::{self, PromptList};
 use distillery_common::storage::FileEntry;
+use distillery_common::storage::layout::{self, PromptList};
 use distillery_common::task::{FailureClass, Lease};
 use tch::{Device, Tensor};
 
@@ -34,15 +34,26 @@ impl Block {
     /// Block `index`; none beyond the last sample.
     pub fn new(evaluate: &Evaluate, index: u64) -> Option<Self> {
         let first = index.checked_mul(evaluate.batch)?;
-        let count = evaluate.samples.checked_sub(first).filter(|&left| left > 0)?.min(evaluate.batch);
-        Some(Self { ordinals: (first..first + evaluate.batch).collect(), count })
+        let count = evaluate
+            .samples
+            .checked_sub(first)
+            .filter(|&left| left > 0)?
+            .min(evaluate.batch);
+        Some(Self {
+            ordinals: (first..first + evaluate.batch).collect(),
+            count,
+        })
     }
 
     /// The blocks of task `index` of the stage `reference`, which has whole ones; none beyond the last sample.
     pub fn of_task(evaluate: &Evaluate, index: u64) -> Vec<Self> {
         let at_a_time = evaluate.reference_block() / evaluate.batch;
-        let Some(first) = index.checked_mul(at_a_time) else { return vec![] };
-        (first..first.saturating_add(at_a_time)).map_while(|at| Self::new(evaluate, at)).collect()
+        let Some(first) = index.checked_mul(at_a_time) else {
+            return vec![];
+        };
+        (first..first.saturating_add(at_a_time))
+            .map_while(|at| Self::new(evaluate, at))
+            .collect()
     }
 
     /// Tasks of the stage `reference`.
@@ -75,14 +86,26 @@ impl Studio {
     /// Loads the teacher, computing in `dtype`, and the held-out prompts.
     pub fn open(bench: &mut Workbench, dtype: Dtype) -> Result<Self, Fault> {
         let teacher = bench.teacher(dtype)?;
-        let holdout = read_prompts(bench, PromptList::Holdout)?
-            .ok_or_else(|| Fault::new(FailureClass::Schema, "the run has no list of held-out prompts"))?;
+        let holdout = read_prompts(bench, PromptList::Holdout)?.ok_or_else(|| {
+            Fault::new(
+                FailureClass::Schema,
+                "the run has no list of held-out prompts",
+            )
+        })?;
         if holdout.is_empty() {
-            return Err(Fault::config("no prompt is held out: raise prompts.holdout, or name a file there"));
+            return Err(Fault::config(
+                "no prompt is held out: raise prompts.holdout, or name a file there",
+            ));
         }
         let guidance = bench.recipe.teacher.guidance;
         let original_steps = lcm_original_steps(&bench.recipe);
-        let studio = Self::over(teacher, guidance, original_steps, bench.recipe.seed, bench.device);
+        let studio = Self::over(
+            teacher,
+            guidance,
+            original_steps,
+            bench.recipe.seed,
+            bench.device,
+        );
         Ok(Self { holdout, ..studio })
     }
 
@@ -108,7 +131,11 @@ impl Studio {
 
     /// The texts of a block's samples.
     pub fn captions(&self, block: &Block) -> Vec<String> {
-        block.ordinals.iter().map(|&o| text_of(&self.holdout, o).to_owned()).collect()
+        block
+            .ordinals
+            .iter()
+            .map(|&o| text_of(&self.holdout, o).to_owned())
+            .collect()
     }
 
     /// The text states of a block's samples.
@@ -133,8 +160,13 @@ impl Studio {
         block: &Block,
         conditioning: &Conditioning,
     ) -> Result<Tensor, Fault> {
-        let noise = Noise { purpose, ..self.noise(self.seed, &block.ordinals) };
-        let drawn = self.drawer(denoiser, guidance).draw(way, noise, conditioning)?;
+        let noise = Noise {
+            purpose,
+            ..self.noise(self.seed, &block.ordinals)
+        };
+        let drawn = self
+            .drawer(denoiser, guidance)
+            .draw(way, noise, conditioning)?;
         Ok(block.trim(&drawn))
     }
 
@@ -149,7 +181,8 @@ impl Studio {
     ) -> Result<Tensor, Fault> {
         let conditioning = self.conditioning_of(&[text]);
         let noise = self.noise(seed, &[0]);
-        self.drawer(denoiser, guidance).draw(way, noise, &conditioning)
+        self.drawer(denoiser, guidance)
+            .draw(way, noise, &conditioning)
     }
 
     /// Where tensors live.
@@ -189,12 +222,17 @@ pub fn read_prompts(bench: &Workbench, list: PromptList) -> Result<Option<Vec<Pr
     let Some(bytes) = bench.io.wait(bench.store.find(&layout::prompts(list)))? else {
         return Ok(None);
     };
-    prompts::from_parquet(&bytes).or_fault(FailureClass::Schema).map(Some)
+    prompts::from_parquet(&bytes)
+        .or_fault(FailureClass::Schema)
+        .map(Some)
 }
 
 /// The section that evaluation tasks work by.
 pub fn evaluate_section(recipe: &Recipe) -> Result<Evaluate, Fault> {
-    recipe.evaluate.clone().ok_or_else(|| Fault::config("the recipe says evaluate: false, yet it is asked for"))
+    recipe
+        .evaluate
+        .clone()
+        .ok_or_else(|| Fault::config("the recipe says evaluate: false, yet it is asked for"))
 }
 
 /// The request that makes a task's files count. They lie below the task's folder.
@@ -238,15 +276,33 @@ mod tests {
             batch: 4,
         };
         assert_eq!(Block::tasks(&evaluate), 3);
-        assert_eq!(Block::of_task(&evaluate, 1), [Block { ordinals: vec![4, 5, 6, 7], count: 4 }]);
+        assert_eq!(
+            Block::of_task(&evaluate, 1),
+            [Block {
+                ordinals: vec![4, 5, 6, 7],
+                count: 4
+            }]
+        );
         let last = Block::new(&evaluate, 2).expect("the last block");
         assert_eq!((last.ordinals, last.count), (vec![8, 9, 10, 11], 2));
-        let counts: u64 = (0..3).filter_map(|i| Block::new(&evaluate, i)).map(|b| b.count).sum();
+        let counts: u64 = (0..3)
+            .filter_map(|i| Block::new(&evaluate, i))
+            .map(|b| b.count)
+            .sum();
         assert_eq!(counts, 10);
         assert_eq!(Block::new(&evaluate, 3), None);
-        let many = Evaluate { samples: 200, ..evaluate };
-        let tasks: Vec<Vec<Block>> = (0..Block::tasks(&many)).map(|i| Block::of_task(&many, i)).collect();
-        let ordinals: Vec<u64> = tasks.iter().flatten().flat_map(|b| b.ordinals.clone()).collect();
+        let many = Evaluate {
+            samples: 200,
+            ..evaluate
+        };
+        let tasks: Vec<Vec<Block>> = (0..Block::tasks(&many))
+            .map(|i| Block::of_task(&many, i))
+            .collect();
+        let ordinals: Vec<u64> = tasks
+            .iter()
+            .flatten()
+            .flat_map(|b| b.ordinals.clone())
+            .collect();
         assert_eq!(ordinals, (0..200).collect::<Vec<u64>>());
         assert!(tasks.iter().all(|blocks| !blocks.is_empty()) && tasks.len() <= 16);
         let evaluate = many;

@@ -38,10 +38,18 @@ pub(super) fn read(rules: &Rules, caption: &str) -> Statement {
             colour = Some(value.clone());
         } else if let Some(value) = words.shape.get(word) {
             let colour = colour.take();
-            statement.clauses.push(Clause { count, colour, shape: value.clone() });
+            statement.clauses.push(Clause {
+                count,
+                colour,
+                shape: value.clone(),
+            });
             count = 1;
         } else if let Some(value) = words.relation.get(word) {
-            let relation = if value == "left" { Relation::Left } else { Relation::Above };
+            let relation = if value == "left" {
+                Relation::Left
+            } else {
+                Relation::Above
+            };
             statement.relation = Some(relation);
         } else if let Some(value) = words.background.get(word) {
             statement.background = Some(value.clone());

@@ -23,7 +23,10 @@ pub(super) fn read(rules: &Rules, picture: &Picture, bright: &[bool]) -> Option<
         .map(|at| distance(picture, at, &family.light) < distance(picture, at, &family.dark))
         .collect();
     let pattern = pattern(rules, picture, &clear, &light, pixels);
-    Some(Ground { family: family.name.clone(), pattern })
+    Some(Ground {
+        family: family.name.clone(),
+        pattern,
+    })
 }
 
 /// Pixels with nothing bright in the nine around them.
@@ -45,19 +48,30 @@ fn family(rules: &Rules, picture: &Picture, clear: &[bool]) -> usize {
     let mut votes = vec![0u32; rules.families.len()];
     for at in (0..clear.len()).filter(|&at| clear[at]) {
         let tones = rules.families.iter().enumerate().flat_map(|(i, family)| {
-            [(i, distance(picture, at, &family.dark)), (i, distance(picture, at, &family.light))]
+            [
+                (i, distance(picture, at, &family.dark)),
+                (i, distance(picture, at, &family.light)),
+            ]
         });
         // `min_by_key` keeps the first of equals.
-        let (nearest, _) = tones.min_by_key(|&(_, d)| d).expect("a palette is never empty");
+        let (nearest, _) = tones
+            .min_by_key(|&(_, d)| d)
+            .expect("a palette is never empty");
         votes[nearest] += 1;
     }
     // `max_by_key` keeps the last of equals, so it runs backwards.
-    (0..votes.len()).rev().max_by_key(|&i| votes[i]).expect("a palette is never empty")
+    (0..votes.len())
+        .rev()
+        .max_by_key(|&i| votes[i])
+        .expect("a palette is never empty")
 }
 
 fn distance(picture: &Picture, at: usize, tone: &[i64; 3]) -> i64 {
     let rgb = &picture.rgb[at * 3..at * 3 + 3];
-    rgb.iter().zip(tone).map(|(&byte, value)| (i64::from(byte) - value).pow(2)).sum()
+    rgb.iter()
+        .zip(tone)
+        .map(|(&byte, value)| (i64::from(byte) - value).pow(2))
+        .sum()
 }
 
 fn pattern(
@@ -68,18 +82,26 @@ fn pattern(
     pixels: usize,
 ) -> &'static str {
     let n = pixels as f64;
-    let lit = (0..clear.len()).filter(|&at| clear[at] && light[at]).count() as f64;
+    let lit = (0..clear.len())
+        .filter(|&at| clear[at] && light[at])
+        .count() as f64;
     if lit < rules.pattern.plain_max_light * n {
         return "plain";
     }
     let width = picture.width;
-    let across = (0..clear.len()).filter(|at| at % width + 1 < width).map(|at| (at, at + 1));
+    let across = (0..clear.len())
+        .filter(|at| at % width + 1 < width)
+        .map(|at| (at, at + 1));
     let down = (0..clear.len() - width).map(|at| (at, at + width));
     let (x, y) = (rate(clear, light, across), rate(clear, light, down));
     if x.min(y) < rules.pattern.striped_max_ratio * x.max(y) {
         return "striped";
     }
-    if lit >= rules.pattern.checkered_min_light * n { "checkered" } else { "spotted" }
+    if lit >= rules.pattern.checkered_min_light * n {
+        "checkered"
+    } else {
+        "spotted"
+    }
 }
 
 /// The share of clear neighbours of which exactly one is light.

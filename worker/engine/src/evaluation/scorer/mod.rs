@@ -29,7 +29,10 @@ pub fn score(rules: &Rules, caption: &str, picture: &Picture) -> Result<Score, E
     rules.check_size(picture.width, picture.height)?;
     let verdicts = verdicts(rules, &caption::read(rules, caption), picture);
     let right = verdicts.iter().filter(|&&verdict| verdict).count();
-    Ok(Score { right: right as u32, total: verdicts.len() as u32 })
+    Ok(Score {
+        right: right as u32,
+        total: verdicts.len() as u32,
+    })
 }
 
 /// The truth of every stated attribute, in the order of the specification (§4).
@@ -38,11 +41,16 @@ fn verdicts(rules: &Rules, statement: &Statement, picture: &Picture) -> Vec<bool
     let objects = objects::find(rules, picture, &bright);
     let clauses = &statement.clauses;
     let meant = |colour: Option<&str>| -> Vec<&Object> {
-        objects.iter().filter(|o| colour.is_none_or(|c| o.colour == c)).collect()
+        objects
+            .iter()
+            .filter(|o| colour.is_none_or(|c| o.colour == c))
+            .collect()
     };
     let stray = clauses.iter().all(|c| c.colour.is_some())
         && objects.iter().any(|o| {
-            clauses.iter().all(|c| c.colour.as_deref() != Some(o.colour.as_str()))
+            clauses
+                .iter()
+                .all(|c| c.colour.as_deref() != Some(o.colour.as_str()))
         });
     let mut verdicts = Vec::new();
     for clause in clauses {
@@ -56,7 +64,9 @@ fn verdicts(rules: &Rules, statement: &Statement, picture: &Picture) -> Vec<bool
     if let Some(relation) = statement.relation {
         let largest = |i: usize| {
             let found = meant(clauses.get(i)?.colour.as_deref());
-            found.into_iter().reduce(|best, o| if o.area > best.area { o } else { best })
+            found
+                .into_iter()
+                .reduce(|best, o| if o.area > best.area { o } else { best })
         };
         verdicts.push(match (largest(0), largest(1)) {
             (Some(first), Some(second)) => {

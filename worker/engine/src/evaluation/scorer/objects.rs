@@ -81,16 +81,28 @@ fn colour(rules: &Rules, picture: &Picture, region: &[(i64, i64)]) -> String {
         }
     }
     let distance = |rgb: &[i64; 3]| -> i64 {
-        sums.iter().zip(rgb).map(|(sum, value)| (sum - n * value).pow(2)).sum()
+        sums.iter()
+            .zip(rgb)
+            .map(|(sum, value)| (sum - n * value).pow(2))
+            .sum()
     };
-    let nearest = rules.object_colours.iter().min_by_key(|(_, rgb)| distance(rgb));
+    let nearest = rules
+        .object_colours
+        .iter()
+        .min_by_key(|(_, rgb)| distance(rgb));
     nearest.expect("a palette is never empty").0.clone()
 }
 
 fn shape(rules: &Rules, region: &[(i64, i64)], (sx, sy): (i64, i64)) -> &'static str {
     let n = region.len() as i64;
-    let (cx, cy) = ((2 * sx + n).div_euclid(2 * n), (2 * sy + n).div_euclid(2 * n));
-    let near = region.iter().filter(|(x, y)| (x - cx).abs() <= 1 && (y - cy).abs() <= 1).count();
+    let (cx, cy) = (
+        (2 * sx + n).div_euclid(2 * n),
+        (2 * sy + n).div_euclid(2 * n),
+    );
+    let near = region
+        .iter()
+        .filter(|(x, y)| (x - cx).abs() <= 1 && (y - cy).abs() <= 1)
+        .count();
     if 9 - near >= rules.shape.ring_min_empty {
         return "ring";
     }
@@ -104,7 +116,10 @@ fn shape(rules: &Rules, region: &[(i64, i64)], (sx, sy): (i64, i64)) -> &'static
         m3i += 3 * u * u * v - v * v * v;
     }
     let (cube, fourth) = (n.pow(3) as f64, n.pow(4) as f64);
-    let (xx, yy) = (mxx as f64 / cube + 1.0 / 12.0, myy as f64 / cube + 1.0 / 12.0);
+    let (xx, yy) = (
+        mxx as f64 / cube + 1.0 / 12.0,
+        myy as f64 / cube + 1.0 / 12.0,
+    );
     let xy = mxy as f64 / cube;
     let root = ((xx - yy) * (xx - yy) + 4.0 * xy * xy).sqrt();
     if (xx + yy + root) / (xx + yy - root) >= rules.shape.bar_min_elongation {

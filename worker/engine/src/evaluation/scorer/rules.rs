@@ -16,7 +16,9 @@ pub enum Error {
     #[error("the scorer's rules are not readable")]
     Malformed(#[from] serde_json::Error),
     /// Another format or version.
-    #[error("the scorer has format {format:?} version {version}; this program reads {FORMAT:?} version {VERSION}")]
+    #[error(
+        "the scorer has format {format:?} version {version}; this program reads {FORMAT:?} version {VERSION}"
+    )]
     Format {
         /// Its format.
         format: String,
@@ -142,19 +144,29 @@ impl Rules {
     pub fn from_json(text: &[u8]) -> Result<Self, Error> {
         let head: Head = serde_json::from_slice(text)?;
         if head.format != FORMAT || head.version != VERSION {
-            return Err(Error::Format { format: head.format, version: head.version });
+            return Err(Error::Format {
+                format: head.format,
+                version: head.version,
+            });
         }
         let file: File = serde_json::from_slice(text)?;
         let size = (file.image.width, file.image.height);
         if !(1..=MAX_SIDE).contains(&size.0) || !(1..=MAX_SIDE).contains(&size.1) {
-            return Err(Error::Rule(format!("pictures of {size:?} pixels; at most {MAX_SIDE} a side")));
+            return Err(Error::Rule(format!(
+                "pictures of {size:?} pixels; at most {MAX_SIDE} a side"
+            )));
         }
         if file.palette.objects.is_empty() || file.palette.backgrounds.is_empty() {
             return Err(Error::Rule("an empty palette".into()));
         }
         let relations = file.words.relation.values();
-        if let Some(other) = relations.clone().find(|r| !["left", "above"].contains(&r.as_str())) {
-            return Err(Error::Rule(format!("the relation {other:?} is none of left, above")));
+        if let Some(other) = relations
+            .clone()
+            .find(|r| !["left", "above"].contains(&r.as_str()))
+        {
+            return Err(Error::Rule(format!(
+                "the relation {other:?} is none of left, above"
+            )));
         }
         let object_colours = file
             .palette
@@ -168,7 +180,11 @@ impl Rules {
             .into_iter()
             .map(|(name, tones)| {
                 let Tones { dark, light } = serde_json::from_value(tones)?;
-                Ok(Family { name, dark: dark.map(i64::from), light: light.map(i64::from) })
+                Ok(Family {
+                    name,
+                    dark: dark.map(i64::from),
+                    light: light.map(i64::from),
+                })
             })
             .collect::<Result<_, Error>>()?;
         Ok(Self {
@@ -189,7 +205,10 @@ impl Rules {
         if self.size == (width, height) {
             Ok(())
         } else {
-            Err(Error::Size { expected: self.size, found: (width, height) })
+            Err(Error::Size {
+                expected: self.size,
+                found: (width, height),
+            })
         }
     }
 }

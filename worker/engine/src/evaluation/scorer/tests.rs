@@ -1,6 +1,9 @@
 use super::*;
 
-const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/teachers/scenes/scorer");
+const FOLDER: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../../configs/teachers/scenes/scorer"
+);
 
 fn file(name: &str) -> Vec<u8> {
     std::fs::read(format!("{FOLDER}/{name}")).expect("the bundled teacher's scorer is there")
@@ -52,29 +55,51 @@ fn every_verdict_agrees_with_the_reference() {
             .iter()
             .map(|v| v[1].as_bool().expect("a truth"))
             .collect();
-        assert_eq!(verdicts(&rules, &caption::read(&rules, caption), &picture), expected, "{caption}");
+        assert_eq!(
+            verdicts(&rules, &caption::read(&rules, caption), &picture),
+            expected,
+            "{caption}"
+        );
         let score = score(&rules, caption, &picture).expect("the right size");
         let number = |name: &str| case[name].as_u64().expect("a number") as u32;
-        assert_eq!((score.right, score.total), (number("right"), number("total")), "{caption}");
+        assert_eq!(
+            (score.right, score.total),
+            (number("right"), number("total")),
+            "{caption}"
+        );
     }
 }
 
 #[test]
 fn a_caption_that_states_nothing_has_no_total() {
-    let picture = Picture { width: 32, height: 32, rgb: vec![0; 32 * 32 * 3] };
+    let picture = Picture {
+        width: 32,
+        height: 32,
+        rgb: vec![0; 32 * 32 * 3],
+    };
     let score = score(&rules(), "something else", &picture).expect("the right size");
     assert_eq!(score, Score { right: 0, total: 0 });
 }
 
 #[test]
 fn what_cannot_be_scored_is_refused_by_name() {
-    let picture = Picture { width: 16, height: 16, rgb: vec![0; 16 * 16 * 3] };
+    let picture = Picture {
+        width: 16,
+        height: 16,
+        rgb: vec![0; 16 * 16 * 3],
+    };
     let error = score(&rules(), "a red disc", &picture).expect_err("too small");
     assert!(error.to_string().contains("(16, 16)"), "{error}");
     let text = String::from_utf8(file("scorer.json")).expect("text");
     let later = text.replacen("\"version\": 1", "\"version\": 2", 1);
-    assert!(matches!(Rules::from_json(later.as_bytes()), Err(Error::Format { version: 2, .. })));
+    assert!(matches!(
+        Rules::from_json(later.as_bytes()),
+        Err(Error::Format { version: 2, .. })
+    ));
     assert!(matches!(Rules::from_json(b"{}"), Err(Error::Malformed(_))));
     let wide = text.replacen("\"width\": 32", "\"width\": 4096", 1);
-    assert!(matches!(Rules::from_json(wide.as_bytes()), Err(Error::Rule(_))));
+    assert!(matches!(
+        Rules::from_json(wide.as_bytes()),
+        Err(Error::Rule(_))
+    ));
 }

@@ -7,8 +7,17 @@ use super::pipeline::{natural_steps, shown_times};
 
 /// The card, as Markdown.
 pub(super) fn text(student: &Finished<'_>, is_xl: bool) -> String {
-    let Finished { recipe, record, stage, .. } = student;
-    let class = if is_xl { "StableDiffusionXLPipeline" } else { "StableDiffusionPipeline" };
+    let Finished {
+        recipe,
+        record,
+        stage,
+        ..
+    } = student;
+    let class = if is_xl {
+        "StableDiffusionXLPipeline"
+    } else {
+        "StableDiffusionPipeline"
+    };
     let original = student.original_steps();
     let steps = natural_steps(stage);
     let method = match stage.method {

@@ -25,19 +25,30 @@ pub(super) fn bytes(student: &Finished<'_>, unet: &Unet, kind: Kind) -> Result<V
     let tensors = lora::universal_tensors(unet, kind);
     let bare = to_safetensors(&tensors, &BTreeMap::new()).or_fault(FailureClass::Unknown)?;
     let mut metadata = metadata(student);
-    metadata.insert("modelspec.hash_sha256".into(), format!("0x{}", digest_of_tensors(&bare)));
+    metadata.insert(
+        "modelspec.hash_sha256".into(),
+        format!("0x{}", digest_of_tensors(&bare)),
+    );
     to_safetensors(&tensors, &metadata).or_fault(FailureClass::Unknown)
 }
 
 /// SHA-256 of what follows a safetensors header.
 fn digest_of_tensors(file: &[u8]) -> Digest {
-    let length = file.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    let length = file
+        .first_chunk::<8>()
+        .map_or(0, |bytes| u64::from_le_bytes(*bytes));
     Digest::of(&file[8 + length as usize..])
 }
 
 /// How to use the file, as tools read it, and how it was made.
 fn metadata(student: &Finished<'_>) -> BTreeMap<String, String> {
-    let Finished { stage, record, recipe, teacher, .. } = student;
+    let Finished {
+        stage,
+        record,
+        recipe,
+        teacher,
+        ..
+    } = student;
     let is_xl = teacher.parts.text_2.is_some();
     let (architecture, base) = match is_xl {
         true => ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
@@ -84,16 +95,30 @@ fn metadata(student: &Finished<'_>) -> BTreeMap<String, String> {
         ("distill.guidance", recipe.teacher.guidance.to_string()),
         ("distill.run_id", record.run_id.to_string()),
         ("distill.config_sha256", record.recipe_digest.to_string()),
-        ("distill.teacher_sha256", student.teacher_digest().to_string()),
+        (
+            "distill.teacher_sha256",
+            student.teacher_digest().to_string(),
+        ),
         ("distill.stage", stage.name.clone()),
     ];
-    entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    entries
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect()
 }
 
 /// What the teacher predicts with the file at `path` put on it, as a reader of such files would.
-pub(super) fn read_back(student: &Finished<'_>, path: &Path, probe: &Probe) -> Result<Tensor, Fault> {
+pub(super) fn read_back(
+    student: &Finished<'_>,
+    path: &Path,
+    probe: &Probe,
+) -> Result<Tensor, Fault> {
     let file = read_safetensors(path).or_fault(FailureClass::Schema)?;
-    let unet = student.teacher.parts.unet.duplicate(Kind::Float, student.device);
+    let unet = student
+        .teacher
+        .parts
+        .unet
+        .duplicate(Kind::Float, student.device);
     apply(&unet, &file)?;
     Ok(probe.predict(&unet))
 }
@@ -102,9 +127,12 @@ pub(super) fn read_back(student: &Finished<'_>, path: &Path, probe: &Probe) -> R
 fn apply(unet: &Unet, file: &BTreeMap<String, Tensor>) -> Result<(), Fault> {
     let mut unused: BTreeSet<&str> = file.keys().map(String::as_str).collect();
     for (name, mut weight) in unet.parameters() {
-        let Some(path) = name.strip_suffix(".weight") else { continue };
+        let Some(path) = name.strip_suffix(".weight") else {
+            continue;
+        };
         let stem = lora::universal_key(path);
-        let keys = [".lora_down.weight", ".lora_up.weight", ".alpha"].map(|end| format!("{stem}{end}"));
+        let keys =
+            [".lora_down.weight", ".lora_up.weight", ".alpha"].map(|end| format!("{stem}{end}"));
         let [Some(down), Some(up), Some(alpha)] = keys.each_ref().map(|key| file.get(key)) else {
             continue;
         };

@@ -45,11 +45,24 @@ pub(super) fn write(
 ) -> Result<(), Fault> {
     let mut put = |path: &str, bytes: Vec<u8>| put(&format!("{PIPELINE}/{path}"), bytes);
     let index = read_json(&teacher.path.join("model_index.json"))?;
-    put("model_index.json", pretty(&model_index(&index, teacher.text_2.is_some())))?;
-    let scheduler = scheduler_config(&teacher.schedule, student.original_steps(), &version(&index));
+    put(
+        "model_index.json",
+        pretty(&model_index(&index, teacher.text_2.is_some())),
+    )?;
+    let scheduler = scheduler_config(
+        &teacher.schedule,
+        student.original_steps(),
+        &version(&index),
+    );
     put("scheduler/scheduler_config.json", pretty(&scheduler))?;
-    put("README.md", card::text(student, teacher.text_2.is_some()).into_bytes())?;
-    put("unet/config.json", unet_config(&teacher.path.join("unet/config.json"))?)?;
+    put(
+        "README.md",
+        card::text(student, teacher.text_2.is_some()).into_bytes(),
+    )?;
+    put(
+        "unet/config.json",
+        unet_config(&teacher.path.join("unet/config.json"))?,
+    )?;
     let tensors: Vec<(String, Tensor)> = unet
         .parameters()
         .into_iter()
@@ -59,7 +72,13 @@ pub(super) fn write(
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let weights = to_safetensors(&tensors, &metadata).or_fault(FailureClass::Unknown)?;
     put("unet/diffusion_pytorch_model.safetensors", weights)?;
-    component("vae", &teacher.path, &teacher.vae.weights, student, &mut put)?;
+    component(
+        "vae",
+        &teacher.path,
+        &teacher.vae.weights,
+        student,
+        &mut put,
+    )?;
     text("", &teacher.path, &teacher.text, student, &mut put)?;
     if let Some(text_2) = &teacher.text_2 {
         text("_2", &teacher.path, text_2, student, &mut put)?;
@@ -75,7 +94,13 @@ fn text(
     student: &Finished<'_>,
     put: &mut Put<'_>,
 ) -> Result<(), Fault> {
-    component(&format!("text_encoder{suffix}"), root, &from.encoder.weights, student, put)?;
+    component(
+        &format!("text_encoder{suffix}"),
+        root,
+        &from.encoder.weights,
+        student,
+        put,
+    )?;
     for name in TOKENIZER_FILES {
         let path = from.tokenizer.join(name);
         if path.is_file() {
@@ -94,10 +119,19 @@ fn component(
     student: &Finished<'_>,
     put: &mut Put<'_>,
 ) -> Result<(), Fault> {
-    put(&format!("{name}/config.json"), read(&root.join(name).join("config.json"))?)?;
+    put(
+        &format!("{name}/config.json"),
+        read(&root.join(name).join("config.json"))?,
+    )?;
     for path in &weights.files {
         let stored = file_name(path);
-        put(&format!("{name}/{}", plain_name(&stored, student.recipe.teacher.variant.as_deref())), read(path)?)?;
+        put(
+            &format!(
+                "{name}/{}",
+                plain_name(&stored, student.recipe.teacher.variant.as_deref())
+            ),
+            read(path)?,
+        )?;
     }
     Ok(())
 }
@@ -111,7 +145,9 @@ fn plain_name(name: &str, variant: Option<&str>) -> String {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
 /// The teacher's index with our scheduler, and without the parts that are not copied.
@@ -119,7 +155,10 @@ fn model_index(teacher: &Value, is_xl: bool) -> BTreeMap<String, Value> {
     let pair = |library: &str, class: &str| json!([library, class]);
     let none = json!([null, null]);
     let mut index = BTreeMap::from([
-        ("_diffusers_version".to_owned(), Value::String(version(teacher))),
+        (
+            "_diffusers_version".to_owned(),
+            Value::String(version(teacher)),
+        ),
         ("unet".to_owned(), pair("diffusers", "UNet2DConditionModel")),
         ("vae".to_owned(), pair("diffusers", "AutoencoderKL")),
         ("scheduler".to_owned(), pair("diffusers", "LCMScheduler")),
@@ -128,7 +167,12 @@ fn model_index(teacher: &Value, is_xl: bool) -> BTreeMap<String, Value> {
     ]);
     let mut as_teacher = vec!["text_encoder", "tokenizer"];
     if is_xl {
-        as_teacher.extend(["text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt", "add_watermarker"]);
+        as_teacher.extend([
+            "text_encoder_2",
+            "tokenizer_2",
+            "force_zeros_for_empty_prompt",
+            "add_watermarker",
+        ]);
         index.insert("_class_name".into(), json!("StableDiffusionXLPipeline"));
     } else {
         index.insert("_class_name".into(), json!("StableDiffusionPipeline"));
@@ -145,7 +189,11 @@ fn model_index(teacher: &Value, is_xl: bool) -> BTreeMap<String, Value> {
 
 /// The version that the teacher's folder names.
 fn version(index: &Value) -> String {
-    index.get("_diffusers_version").and_then(Value::as_str).unwrap_or(DIFFUSERS).to_owned()
+    index
+        .get("_diffusers_version")
+        .and_then(Value::as_str)
+        .unwrap_or(DIFFUSERS)
+        .to_owned()
 }
 
 /// An LCMScheduler on the teacher's noise schedule, with the student's grid of times.
@@ -185,7 +233,9 @@ fn scheduler_config(
         "timestep_spacing": spacing,
         "trained_betas": teacher.trained_betas,
     });
-    let Value::Object(keys) = keys else { unreachable!("the literal above is an object") };
+    let Value::Object(keys) = keys else {
+        unreachable!("the literal above is an object")
+    };
     keys.into_iter().collect()
 }
 
@@ -201,7 +251,9 @@ fn prediction_type(prediction: Prediction) -> &'static str {
 fn unet_config(path: &Path) -> Result<Vec<u8>, Fault> {
     let bytes = read(path)?;
     let config = read_json(path)?;
-    let Value::Object(mut keys) = config else { return Ok(bytes) };
+    let Value::Object(mut keys) = config else {
+        return Ok(bytes);
+    };
     if keys.get(GUIDANCE_KEY).is_none_or(Value::is_null) {
         return Ok(bytes);
     }
@@ -217,13 +269,21 @@ fn pretty(keys: &BTreeMap<String, Value>) -> Vec<u8> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Fault> {
-    std::fs::read(path)
-        .map_err(|error| Fault::new(FailureClass::Io, format!("cannot read {}: {error}", path.display())))
+    std::fs::read(path).map_err(|error| {
+        Fault::new(
+            FailureClass::Io,
+            format!("cannot read {}: {error}", path.display()),
+        )
+    })
 }
 
 fn read_json(path: &Path) -> Result<Value, Fault> {
-    serde_json::from_slice(&read(path)?)
-        .map_err(|error| Fault::new(FailureClass::Schema, format!("{} is no JSON: {error}", path.display())))
+    serde_json::from_slice(&read(path)?).map_err(|error| {
+        Fault::new(
+            FailureClass::Schema,
+            format!("{} is no JSON: {error}", path.display()),
+        )
+    })
 }
 
 /// The number of steps that a student of `stage` is best at: one for each segment, at least two.
@@ -234,11 +294,19 @@ pub(super) fn natural_steps(stage: &Stage) -> u32 {
 /// The times of an LCMScheduler, for people.
 pub(super) fn shown_times(steps: u32, original_steps: u32) -> String {
     let times = lcm_times(steps, original_steps).unwrap_or_default();
-    times.iter().map(i64::to_string).collect::<Vec<_>>().join(" ")
+    times
+        .iter()
+        .map(i64::to_string)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Opens the pipeline in `folder` as anybody would, and asks it the question of `probe` in its own words.
-pub(super) fn read_back(student: &Finished<'_>, folder: &Path, probe: &Probe) -> Result<Tensor, Fault> {
+pub(super) fn read_back(
+    student: &Finished<'_>,
+    folder: &Path,
+    probe: &Probe,
+) -> Result<Tensor, Fault> {
     let opened = Folder::open(folder, None).or_fault(FailureClass::Unknown)?;
     let teacher = &student.teacher.parts.schedule;
     let original = i64::from(student.original_steps());
@@ -251,7 +319,10 @@ pub(super) fn read_back(student: &Finished<'_>, folder: &Path, probe: &Probe) ->
     if opened.schedule != expected {
         return Err(Fault::new(
             FailureClass::Unknown,
-            format!("the exported scheduler is {:?}, expected {expected:?}", opened.schedule),
+            format!(
+                "the exported scheduler is {:?}, expected {expected:?}",
+                opened.schedule
+            ),
         ));
     }
     same_bytes(&opened, student)?;
@@ -267,7 +338,11 @@ fn same_bytes(opened: &Folder, student: &Finished<'_>) -> Result<(), Fault> {
         if read(copy)? != read(&original)? {
             return Err(Fault::new(
                 FailureClass::Unknown,
-                format!("{} is not what {} holds", copy.display(), original.display()),
+                format!(
+                    "{} is not what {} holds",
+                    copy.display(),
+                    original.display()
+                ),
             ));
         }
     }
@@ -340,9 +415,18 @@ mod tests {
     fn variants_lose_their_name() {
         let plain = |name: &str| plain_name(name, Some("fp16"));
         assert_eq!(plain("model.fp16.safetensors"), "model.safetensors");
-        assert_eq!(plain("model.safetensors.index.fp16.json"), "model.safetensors.index.json");
-        assert_eq!(plain("model.fp16-00001-of-00002.safetensors"), "model.fp16-00001-of-00002.safetensors");
-        assert_eq!(plain_name("model.fp16.safetensors", None), "model.fp16.safetensors");
+        assert_eq!(
+            plain("model.safetensors.index.fp16.json"),
+            "model.safetensors.index.json"
+        );
+        assert_eq!(
+            plain("model.fp16-00001-of-00002.safetensors"),
+            "model.fp16-00001-of-00002.safetensors"
+        );
+        assert_eq!(
+            plain_name("model.fp16.safetensors", None),
+            "model.fp16.safetensors"
+        );
     }
 
     #[test]

@@ -26,7 +26,14 @@ impl Probe {
     /// The question, in the words of `teacher`.
     pub(super) fn new(teacher: &Teacher, seed: u64, device: Device) -> Self {
         Self {
-            z: noise(&teacher.latent_shape(), Purpose::EvaluationNoise, seed, &[0, 1], 0, device),
+            z: noise(
+                &teacher.latent_shape(),
+                Purpose::EvaluationNoise,
+                seed,
+                &[0, 1],
+                0,
+                device,
+            ),
             t: Tensor::from_slice(&TIMES).to_device(device),
             conditioning: teacher.encode_prompts(&TEXTS),
         }
@@ -49,7 +56,12 @@ impl Probe {
 }
 
 /// The largest difference relative to the largest value; a fault beyond `most`.
-pub(super) fn check_close(name: &str, found: &Tensor, expected: &Tensor, most: f64) -> Result<f64, Fault> {
+pub(super) fn check_close(
+    name: &str,
+    found: &Tensor,
+    expected: &Tensor,
+    most: f64,
+) -> Result<f64, Fault> {
     let largest = |x: &Tensor| x.abs().max().double_value(&[]);
     let difference = largest(&(found - expected)) / largest(expected).max(f64::MIN_POSITIVE);
     // Written so that a NaN is refused too.
