@@ -3,6 +3,9 @@
 //! The checker and the JSON Schema both read this table, so they cannot say different things. What relates
 //! two keys to each other is in `check::cross`. This module must never know where a value came from.
 
+mod learning;
+mod results;
+
 /// A group of keys.
 #[derive(Debug)]
 pub(super) struct Section {
@@ -108,10 +111,11 @@ const fn later(name: &'static str) -> Word {
     Word { name, built: false }
 }
 
+use learning::{BATCH, COMPUTE, LOSS, OPTIMIZER, STAGE, STUDENT};
+use results::{CHECKPOINT, EVALUATE, EXPORT, PREVIEW};
+
 use Fallback::{Open, Required, Yaml};
-use Kind::{
-    Bool, List, Name, Or, Pair, Path, Real, Secret, ShareOrPath, Switch, Targets, Text, Uri, Whole,
-};
+use Kind::{List, Name, Or, Path, Real, Secret, ShareOrPath, Switch, Text, Uri, Whole};
 
 const POSITIVE: Kind = Real {
     min: 0.0,
@@ -123,9 +127,11 @@ const NOT_NEGATIVE: Kind = Real {
     max: 1e6,
     closed: true,
 };
+/// The largest number allowed where 1 is not.
+pub(super) const ALMOST_ONE: f64 = 1.0 - f64::EPSILON / 2.0;
 const BELOW_ONE: Kind = Real {
     min: 0.0,
-    max: 0.999_999_999,
+    max: ALMOST_ONE,
     closed: true,
 };
 const DTYPE: Kind = Kind::Word(&[word("f32"), word("f16"), word("bf16")]);
@@ -305,55 +311,6 @@ static PROMPTS: Section = Section {
     ],
 };
 
-static STUDENT: Section = Section {
-    name: "student",
-    fields: &[
-        field(
-            "kind",
-            Kind::Word(&[word("lora"), word("full")]),
-            Yaml("lora"),
-            "adapters, or every weight",
-        ),
-        field(
-            "lora_rank",
-            Whole(1, 4096),
-            Yaml("64"),
-            "inner width of the adapters",
-        )
-        .only("kind", "lora"),
-        field(
-            "lora_alpha",
-            POSITIVE,
-            Yaml("8"),
-            "the delta is multiplied by lora_alpha / lora_rank",
-        )
-        .only("kind", "lora"),
-        field(
-            "targets",
-            Targets,
-            Yaml("lcm"),
-            "modules with adapters: preset lcm, or a list of last path components",
-        )
-        .only("kind", "lora"),
-        field(
-            "ema",
-            Switch(&EMA),
-            Yaml("false"),
-            "a moving average that is sampled and exported instead",
-        ),
-    ],
-};
-
-static EMA: Section = Section {
-    name: "ema",
-    fields: &[field(
-        "decay",
-        BELOW_ONE,
-        Yaml("0.95"),
-        "share of the average that stays at each step",
-    )],
-};
-
 static TRAJECTORIES: Section = Section {
     name: "trajectories",
     fields: &[
@@ -410,319 +367,6 @@ static TRAJECTORIES: Section = Section {
             Or("none", &Uri),
             Yaml("none"),
             "an earlier set to reuse",
-        ),
-    ],
-};
-
-static OPTIMIZER: Section = Section {
-    name: "optimizer",
-    fields: &[
-        field("kind", Kind::Word(&[word("adamw")]), Yaml("adamw"), "AdamW"),
-        field("lr", POSITIVE, Yaml("1.0e-4"), "peak learning rate"),
-        field(
-            "betas",
-            Pair(&BELOW_ONE),
-            Yaml("[0.9, 0.999]"),
-            "decay rates of the two moments",
-        ),
-        field(
-            "epsilon",
-            POSITIVE,
-            Yaml("1.0e-8"),
-            "added to the root of the second moment",
-        ),
-        field(
-            "weight_decay",
-            NOT_NEGATIVE,
-            Yaml("0"),
-            "decoupled weight decay",
-        ),
-        field(
-            "grad_clip",
-            Or("none", &POSITIVE),
-            Yaml("1.0"),
-            "largest global gradient norm",
-        ),
-        field(
-            "schedule",
-            Kind::Section(&SCHEDULE),
-            Open,
-            "shape of the learning rate",
-        ),
-        field(
-            "max_skipped",
-            Whole(0, 1_000_000),
-            Yaml("10"),
-            "steps in a row that a non-finite gradient may cost",
-        ),
-    ],
-};
-
-static SCHEDULE: Section = Section {
-    name: "schedule",
-    fields: &[
-        field(
-            "kind",
-            Kind::Word(&[word("constant"), word("cosine"), word("linear")]),
-            Yaml("constant"),
-            "after warm-up",
-        ),
-        field(
-            "warmup",
-            Or("auto", &Whole(0, 1 << 40)),
-            Yaml("auto"),
-            "steps of linear warm-up; auto = a tenth of the steps, at most 100",
-        ),
-    ],
-};
-
-static BATCH: Section = Section {
-    name: "batch",
-    fields: &[
-        field(
-            "global",
-            Whole(1, 1 << 20),
-            Yaml("16"),
-            "rows in one step over all engines",
-        ),
-        field(
-            "micro",
-            Or("auto", &Whole(1, 1 << 20)),
-            Yaml("auto"),
-            "rows in one forward pass; auto = an engine's whole share",
-        ),
-        field(
-            "reproducible",
-            Kind::Word(&[word("false"), later("true")]),
-            Yaml("false"),
-            "bits that do not depend on the number of workers",
-        ),
-    ],
-};
-
-static LOSS: Section = Section {
-    name: "loss",
-    fields: &[
-        field(
-            "kind",
-            Kind::Word(&[word("l2"), word("huber")]),
-            Yaml("l2"),
-            "squared L2 or pseudo-Huber",
-        ),
-        field(
-            "c",
-            POSITIVE,
-            Yaml("0.001"),
-            "where huber turns from square to linear",
-        )
-        .only("kind", "huber"),
-    ],
-};
-
-static COMPUTE: Section = Section {
-    name: "compute",
-    fields: &[
-        field(
-            "dtype",
-            Kind::Word(&[word("f32"), word("bf16")]),
-            Yaml("f32"),
-            "forward and backward passes; masters stay f32",
-        ),
-        field(
-            "threads",
-            Or("auto", &Whole(1, 1024)),
-            Yaml("auto"),
-            "CPU threads of one engine; auto = cores divided by engines",
-        ),
-    ],
-};
-
-static STAGE: Section = Section {
-    name: "a stage",
-    fields: &[
-        field(
-            "name",
-            Name,
-            Required,
-            "unique; names its checkpoints and exports",
-        ),
-        field(
-            "method",
-            Kind::Word(&[word("mlcm"), word("lcm"), word("mcd")]),
-            Yaml("mlcm"),
-            "what is minimised",
-        ),
-        field(
-            "segments",
-            Or("auto", &Whole(1, 500)),
-            Open,
-            "number of segments; lcm has 1",
-        ),
-        field(
-            "skip",
-            Or("auto", &Whole(1, 999)),
-            Yaml("auto"),
-            "timesteps of one teacher step; auto = one grid step, 20 without a grid",
-        ),
-        field("steps", Whole(1, 1 << 40), Required, "optimizer steps"),
-        field(
-            "teacher_step",
-            Kind::Word(&[word("stored"), word("online")]),
-            Yaml("stored"),
-            "from the rows, or two teacher passes for each batch",
-        ),
-        field(
-            "student",
-            Kind::Section(&STUDENT),
-            Open,
-            "overrides of student",
-        ),
-        field(
-            "optimizer",
-            Kind::Section(&OPTIMIZER),
-            Open,
-            "overrides of optimizer",
-        ),
-        field("batch", Kind::Section(&BATCH), Open, "overrides of batch"),
-        field("loss", Kind::Section(&LOSS), Open, "overrides of loss"),
-        field(
-            "compute",
-            Kind::Section(&COMPUTE),
-            Open,
-            "overrides of compute",
-        ),
-        not_built("on_error"),
-    ],
-};
-
-static CHECKPOINT: Section = Section {
-    name: "checkpoint",
-    fields: &[
-        field(
-            "every_steps",
-            Whole(1, 1 << 40),
-            Yaml("250"),
-            "steps between checkpoints; the last step always has one",
-        ),
-        field("keep", Kind::Section(&KEEP), Open, "what stays"),
-    ],
-};
-
-static KEEP: Section = Section {
-    name: "keep",
-    fields: &[
-        field(
-            "last",
-            Whole(1, 10_000),
-            Yaml("3"),
-            "newest checkpoints of each stage",
-        ),
-        field(
-            "every_stage",
-            Bool,
-            Yaml("true"),
-            "whether each stage's last one stays",
-        ),
-    ],
-};
-
-static PREVIEW: Section = Section {
-    name: "preview",
-    fields: &[
-        not_built("every_steps"),
-        field(
-            "steps",
-            STEPS,
-            Yaml("[1, 2, 4, 8]"),
-            "step counts, one column each",
-        ),
-        field(
-            "sampler",
-            SAMPLER,
-            Yaml("tlcm9"),
-            "how students are sampled",
-        ),
-        field(
-            "seeds",
-            List(&Whole(0, u64::MAX)),
-            Yaml("[0, 1, 2, 3]"),
-            "one row for each prompt and seed",
-        ),
-    ],
-};
-
-static EVALUATE: Section = Section {
-    name: "evaluate",
-    fields: &[
-        field(
-            "samples",
-            Whole(2, 10_000_000),
-            Yaml("2000"),
-            "samples for each model, sampler and step count",
-        ),
-        field(
-            "steps",
-            STEPS,
-            Yaml("[1, 2, 4, 8]"),
-            "step counts of students",
-        ),
-        field(
-            "teacher_steps",
-            STEPS,
-            Yaml("[2, 4, 8, 25, 50]"),
-            "step counts of the teacher; the largest is the reference",
-        ),
-        field(
-            "samplers",
-            List(&SAMPLER),
-            Yaml("[tlcm9, segments]"),
-            "samplers of students; the first is the headline",
-        ),
-        field(
-            "metrics",
-            List(&Kind::Word(&[
-                word("latent_frechet"),
-                word("teacher_distance"),
-                word("prompt_adherence"),
-            ])),
-            Open,
-            "what is measured; all that can be, unless said",
-        ),
-        field(
-            "scorer",
-            Kind::Word(&[word("teacher"), later("command")]),
-            Yaml("teacher"),
-            "who reads attributes from images",
-        ),
-        field(
-            "batch",
-            Whole(1, 4096),
-            Yaml("16"),
-            "samples computed together",
-        ),
-    ],
-};
-
-static EXPORT: Section = Section {
-    name: "export",
-    fields: &[
-        field(
-            "formats",
-            List(&Kind::Word(&[
-                word("diffusers"),
-                word("lora_universal"),
-                later("lora_peft"),
-                later("single_file"),
-            ])),
-            Open,
-            "forms; diffusers, and lora_universal for adapters, unless said",
-        ),
-        field("dtype", DTYPE, Yaml("f16"), "format of the written weights"),
-        field(
-            "verify",
-            Bool,
-            Yaml("true"),
-            "load again what was written and compare",
         ),
     ],
 };

@@ -10,12 +10,11 @@ use super::super::table::RESERVED_STAGES;
 use super::super::{
     Evaluate, ExportFormat, Method, Optimizer, Recipe, Sampler, Stage, StudentKind,
 };
+use super::numbers::{divisors, first_off_grid, lcm, near_divisors};
 use super::resolve::{Checked, Resolved};
 use super::scalar::either;
 use super::sections::TIMES;
 
-/// The last training time; milestones are cut from it (algorithm.md §2.2).
-const LAST_TIME: u64 = TIMES - 1;
 /// Step counts that the official lists of sampler tlcm9 know (algorithm.md §6.1).
 const TLCM9_STEPS: u32 = 8;
 /// Entries of the grid that sampler lcm picks from (formats.md §6).
@@ -78,13 +77,24 @@ impl Rules<'_> {
         if paths.iter().any(|path| self.is_faulty(path)) {
             return;
         }
+        // A default stands nowhere: then the value it does not go with is the place to look at.
+        let own = |path: &&str| self.top_at(path).and_then(|value| value.span);
+        let span = paths
+            .iter()
+            .find_map(own)
+            .or_else(|| super::place(self.top, paths[0]));
+        // What stages inherit is told once.
+        let told = |f: &Fault| f.code == code && f.message == message && f.span == span;
+        if self.faults.iter().any(told) {
+            return;
+        }
         self.faults.push(Fault {
             code,
             path: paths[0].into(),
             message,
             label,
             help: help.into(),
-            span: super::place(self.top, paths[0]),
+            span,
         });
     }
 
@@ -347,8 +357,9 @@ impl Rules<'_> {
             } else {
                 format!("{min} to {max}")
             };
-            let label =
-                format!("must divide by every number of workers allowed ({range}), stage {stage}");
+            let label = format!(
+                "{global} must divide by every number of workers allowed ({range}), stage {stage}"
+            );
             let step = (u64::from(min)..=u64::from(max)).fold(1u64, lcm);
             let help = match step {
                 1..=1_000_000 => format!("use a multiple of {step}, or other cluster.workers"),
@@ -356,7 +367,7 @@ impl Rules<'_> {
             };
             self.refuse(
                 Code::Batch,
-                &[&path, bounds[0], bounds[1]],
+                &[&path, bounds[1], bounds[0]],
                 message,
                 label,
                 help,
@@ -374,7 +385,7 @@ impl Rules<'_> {
             let help = "use auto, or a divisor of every share".to_owned();
             self.refuse(
                 Code::Batch,
-                &[&path, bounds[0], bounds[1]],
+                &[&path, bounds[1], bounds[0]],
                 message,
                 label,
                 help,
@@ -483,44 +494,4 @@ impl Rules<'_> {
     fn top_at(&self, path: &str) -> Option<&Resolved> {
         path.split('.').try_fold(self.top, Resolved::child)
     }
-}
-
-/// The first milestone of `segments` that a grid of `grid` times lacks.
-fn first_off_grid(grid: u64, segments: u64) -> Option<u64> {
-    let spacing = TIMES / grid;
-    (1..=segments)
-        .map(|k| k * LAST_TIME / segments)
-        .find(|tau| (tau + 1) % spacing != 0)
-}
-
-fn divisors(n: u32) -> String {
-    let all: Vec<String> = (1..=n)
-        .rev()
-        .filter(|d| n % d == 0 && *d < n)
-        .map(|d| d.to_string())
-        .collect();
-    match all.as_slice() {
-        [] => "1".into(),
-        all => either(&all.iter().map(String::as_str).collect::<Vec<_>>()),
-    }
-}
-
-fn near_divisors(n: u64) -> String {
-    let below = (1..=n).rev().find(|d| TIMES % d == 0);
-    let above = (n..=TIMES).find(|d| TIMES % d == 0);
-    let both: Vec<String> = [below, above]
-        .iter()
-        .flatten()
-        .map(u64::to_string)
-        .collect();
-    either(&both.iter().map(String::as_str).collect::<Vec<_>>())
-}
-
-/// The least common multiple, or the largest number when that is too large.
-fn lcm(a: u64, b: u64) -> u64 {
-    let (mut x, mut y) = (a, b);
-    while y != 0 {
-        (x, y) = (y, x % y);
-    }
-    (a / x).saturating_mul(b)
 }

@@ -6,11 +6,13 @@
 
 mod cross;
 mod files;
+mod numbers;
 mod resolve;
 mod scalar;
 mod sections;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::path::Path;
 

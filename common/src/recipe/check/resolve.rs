@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::super::fault::{Code, Fault};
-use super::super::nearest;
 use super::super::raw::{self, Entry, Node, Origin, Span, Value};
-use super::super::table::{Fallback, Field, Kind, RECIPE, Section, Word};
+use super::super::table::{Fallback, Field, Kind, Section};
 use super::scalar;
+use super::words::{describe, is_text, join, same_scalar, unknown_key_help, unplaced};
 
 /// A checked value.
 #[derive(Debug, Clone)]
@@ -420,7 +420,10 @@ impl Resolver<'_> {
         let message = format!("{} lacks {}", section.name, field.key);
         let help = format!("{}: {}", field.key, field.about);
         let label = format!("{} is missing", field.key);
-        let span = around.map(|s| Span { width: 1, ..s });
+        // Of the whole recipe no line is the right one.
+        let span = around
+            .filter(|_| path.contains('.'))
+            .map(|s| Span { width: 1, ..s });
         self.fault(Code::Missing, path, span, &message, &label, Some(help));
     }
 
@@ -460,88 +463,4 @@ impl Resolver<'_> {
             span,
         });
     }
-}
-
-/// `path.key`, or `key` at the top.
-pub(super) fn join(path: &str, key: &str) -> String {
-    if path.is_empty() {
-        key.to_owned()
-    } else {
-        format!("{path}.{key}")
-    }
-}
-
-/// A value as a message names it.
-pub(super) fn describe(node: &Node) -> String {
-    let short = |text: &str| match text.char_indices().nth(40) {
-        Some((cut, _)) => format!("{}…", &text[..cut]),
-        None => text.to_owned(),
-    };
-    match &node.value {
-        Value::Null => "empty".into(),
-        Value::Scalar { text, plain: true } => short(text),
-        Value::Scalar { text, plain: false } => format!("the text {:?}", short(text)),
-        Value::List(items) => format!("a list of {}", items.len()),
-        Value::Map(_) => "a section".into(),
-    }
-}
-
-/// The words of `words` that may be used, for messages.
-pub(super) fn built(words: &[Word]) -> Vec<&'static str> {
-    words.iter().filter(|w| w.built).map(|w| w.name).collect()
-}
-
-fn is_text(resolved: &Resolved, word: &str) -> bool {
-    matches!(&resolved.value, Checked::Text(text) if text == word)
-}
-
-fn same_scalar(a: &Node, b: &Node) -> bool {
-    match (&a.value, &b.value) {
-        (Value::Scalar { text: a, .. }, Value::Scalar { text: b, .. }) => a == b,
-        _ => false,
-    }
-}
-
-/// A default has no place in the text.
-fn unplaced(mut resolved: Resolved) -> Resolved {
-    resolved.span = None;
-    if let Checked::List(items) = &mut resolved.value {
-        items.iter_mut().for_each(|item| item.span = None);
-    }
-    resolved
-}
-
-fn unknown_key_help(section: &'static Section, key: &str) -> String {
-    if key == "<<" {
-        return "merge keys are not read: stages inherit the sections above them by themselves"
-            .into();
-    }
-    let keys = || section.fields.iter().map(|f| f.key);
-    if let Some(near) = nearest::of(key, keys()) {
-        return format!("did you mean {near}?");
-    }
-    if let Some(home) = home_of(&RECIPE, "", key) {
-        return format!("{key} is a key of {home}");
-    }
-    let known: Vec<&str> = keys().collect();
-    format!("the keys of {} are {}", section.name, known.join(", "))
-}
-
-/// The path of the first section that has `key`.
-fn home_of(section: &'static Section, path: &str, key: &str) -> Option<String> {
-    for field in section.fields {
-        let here = join(path, field.key);
-        match &field.kind {
-            Kind::Section(inner) | Kind::Switch(inner) | Kind::List(Kind::Section(inner)) => {
-                if inner.fields.iter().any(|f| f.key == key) {
-                    return Some(here);
-                }
-                if let Some(home) = home_of(inner, &here, key) {
-                    return Some(home);
-                }
-            }
-            _ => {}
-        }
-    }
-    None
 }

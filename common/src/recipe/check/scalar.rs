@@ -5,9 +5,13 @@ use std::path::{Component, Path, PathBuf};
 use super::super::fault::Code;
 use super::super::nearest;
 use super::super::raw::Value;
-use super::super::table::{Kind, Word};
-use super::resolve::{At, Checked, Resolved, Resolver, built, describe};
+use super::super::table::{ALMOST_ONE, Kind, Word};
+use super::resolve::{At, Checked, Resolved, Resolver};
+use super::words::{built, describe};
 use crate::storage::layout::is_segment;
+
+/// Bounds from here on are only there to keep numbers sane: nobody is told.
+const LARGE: u64 = 1 << 40;
 
 /// Schemes a run URI may have; what each is called elsewhere is the store's business.
 const SCHEMES: [&str; 10] = [
@@ -131,10 +135,10 @@ fn whole(
         Some(value) => Some(Checked::Whole(value)),
         None => {
             let message = format!("{} is {}", at.path, describe(at.node));
-            let label = if min == max {
-                format!("must be {min}")
-            } else {
-                format!("must be {min} to {max}")
+            let label = match max {
+                _ if min == max => format!("must be {min}"),
+                LARGE.. => format!("must be at least {min}"),
+                _ => format!("must be {min} to {max}"),
             };
             resolver.fault(Code::OutOfRange, at.path, at.span, &message, &label, None);
             None
@@ -156,8 +160,13 @@ fn real(
     let fits = value.is_finite() && value <= max && (value > min || (closed && value == min));
     if !fits {
         let message = format!("{} is {}", at.path, describe(at.node));
-        let from = if closed { "from" } else { "above" };
-        let label = format!("must be {from} {min}, at most {max}");
+        let from = if closed { "at least" } else { "above" };
+        let to = if max == ALMOST_ONE {
+            "below 1".into()
+        } else {
+            format!("at most {max}")
+        };
+        let label = format!("must be {from} {min} and {to}");
         resolver.fault(Code::OutOfRange, at.path, at.span, &message, &label, None);
         return None;
     }
