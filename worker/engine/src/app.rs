@@ -16,6 +16,16 @@ use crate::task::distill::{self, Current, Outcome};
 use crate::task::{Fault, contained, evaluate, export, reference, trajectories};
 use crate::workbench::{LIBTORCH_VERSION, Workbench};
 
+/// Prints what computes here, so that a coordinator, which knows no tensor library, can record it.
+pub fn describe() -> anyhow::Result<ExitCode> {
+    let software = serde_json::json!({
+        "libtorch": LIBTORCH_VERSION,
+        "cpu_capability": device::cpu_capability(),
+    });
+    println!("{software}");
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Serves the worker that listens at `socket` until it says drain or closes.
 pub fn serve(args: &Serve, socket: &Path) -> anyhow::Result<ExitCode> {
     let device = device::open(&args.device)?;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser};
+use clap::{Args, Parser, Subcommand};
 
 /// Computes for a Distillery worker: one process per device.
 #[derive(Debug, Parser)]
@@ -12,6 +12,18 @@ pub struct Cli {
     /// How to serve a worker.
     #[command(flatten)]
     pub serve: Serve,
+    /// What to do instead.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What else an engine does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answers one request: JSON on standard input, lines of JSON on standard output.
+    Once,
+    /// Prints in JSON what computes here.
+    Describe,
 }
 
 /// How to serve a worker.

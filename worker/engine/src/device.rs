@@ -74,6 +74,16 @@ pub fn hardware(device: Device) -> String {
     }
 }
 
+/// The instruction set that workers pin CPU engines to, so that hosts agree on every bit: AVX2 where there is
+/// AVX2 with FMA, else what every x86-64 has. Hosts with more compute as if they had not.
+pub fn cpu_capability() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        return "avx2";
+    }
+    "default"
+}
+
 /// Where libtorch was linked from, or what the environment says now.
 fn libtorch_folder() -> Option<PathBuf> {
     let named = std::env::var_os("LIBTORCH").map(|root| PathBuf::from(root).join("lib"));

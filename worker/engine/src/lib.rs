@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod app;
+pub mod once;
 pub mod workbench;
 pub mod task;
 pub mod inbox;

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use distillery_common::telemetry::{self, Format};
-use distillery_engine::app;
-use distillery_engine::cli::Cli;
+use distillery_engine::cli::{Cli, Command};
+use distillery_engine::{app, once};
 
 /// EX_USAGE of sysexits.
 const USAGE: u8 = 64;
@@ -19,9 +19,11 @@ fn main() -> ExitCode {
         }
     };
     telemetry::init("info", Format::Plain);
-    let done = match &cli.serve.socket {
-        Some(socket) => app::serve(&cli.serve, socket),
-        None => {
+    let done = match (&cli.command, &cli.serve.socket) {
+        (Some(Command::Once), _) => return once::main(),
+        (Some(Command::Describe), _) => app::describe(),
+        (None, Some(socket)) => app::serve(&cli.serve, socket),
+        (None, None) => {
             eprintln!("error: engine serves a worker: --socket PATH is missing");
             return ExitCode::from(USAGE);
         }

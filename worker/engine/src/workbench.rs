@@ -10,6 +10,7 @@ use distillery_common::task::FailureClass;
 use distillery_common::teacher::{self, BetaSchedule, Folder, ScheduleConfig};
 use tch::{Device, Kind};
 
+use crate::device;
 use crate::diffusion::prediction::Prediction;
 use crate::diffusion::schedule::{Betas, Schedule};
 use crate::inbox::Inbox;
@@ -74,6 +75,14 @@ impl Workbench {
                 "the run was begun for libtorch {}, this engine has {LIBTORCH_VERSION}; results would \
                  differ: use the engine that began it, or a new output",
                 record.software.libtorch
+            )));
+        }
+        let capability = device::cpu_capability();
+        if device == Device::Cpu && record.software.cpu_capability != capability {
+            return Err(Fault::config(format!(
+                "the run was begun on CPUs with {}, this host has {capability}; results would differ: use \
+                 hosts of one kind, or a new output",
+                record.software.cpu_capability
             )));
         }
         Ok(Self { io, store, record, recipe, link, inbox, device, setup, teacher: None })
