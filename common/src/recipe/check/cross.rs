@@ -136,7 +136,7 @@ impl Rules<'_> {
             return;
         };
         let path = "trajectories.time_grid";
-        if TIMES % grid != 0 {
+        if !TIMES.is_multiple_of(grid) {
             let message = format!("a grid of {grid} times does not divide {TIMES}");
             let help = format!("use {}", near_divisors(grid));
             self.refuse(
@@ -153,7 +153,7 @@ impl Rules<'_> {
             return;
         };
         let fitting: Vec<String> = (1..=TIMES)
-            .filter(|n| TIMES % n == 0 && first_off_grid(*n, segments).is_none())
+            .filter(|n| TIMES.is_multiple_of(*n) && first_off_grid(*n, segments).is_none())
             .take(3)
             .map(|n| n.to_string())
             .collect();
@@ -176,7 +176,7 @@ impl Rules<'_> {
 
     fn shards(&mut self, recipe: &Recipe) {
         let t = &recipe.trajectories;
-        if t.shard_trajectories % t.batch == 0 {
+        if t.shard_trajectories.is_multiple_of(t.batch) {
             return;
         }
         let path = "trajectories.shard_trajectories";
@@ -229,7 +229,7 @@ impl Rules<'_> {
             .filter(|s| s.method == Method::Mlcm && at.stage.method == Method::Mlcm);
         let earlier = format!("stages.{}.segments", i.saturating_sub(1));
         match before {
-            Some(before) if before.segments % segments != 0 => {
+            Some(before) if !before.segments.is_multiple_of(segments) => {
                 let mut whose = format!("stage {}", before.name);
                 if before.segments == stored {
                     whose.push_str(", trajectories.segments");
@@ -239,7 +239,7 @@ impl Rules<'_> {
                 let help = format!("use {}", divisors(before.segments));
                 self.refuse(Code::Segments, &[&path, &earlier], message, label, help);
             }
-            Some(_) | None if stored % segments != 0 => {
+            Some(_) | None if !stored.is_multiple_of(segments) => {
                 let message = format!("stage {name} cannot use rows of {stored} segments");
                 let label = format!("{segments} does not divide {stored} (trajectories.segments)");
                 let help = format!("use {}, or other trajectories.segments", divisors(stored));
@@ -259,12 +259,12 @@ impl Rules<'_> {
         let Some(grid) = recipe.trajectories.time_grid.map(u64::from) else {
             return;
         };
-        if TIMES % grid != 0 {
+        if !TIMES.is_multiple_of(grid) {
             return;
         }
         let spacing = TIMES / grid;
         let skip = u64::from(at.stage.skip);
-        if skip % spacing != 0 {
+        if !skip.is_multiple_of(spacing) {
             let message = format!("a skip of {skip} leaves the grid of {grid} times");
             let label = format!("not a multiple of {spacing}");
             let near = skip.next_multiple_of(spacing).min(TIMES - spacing);
@@ -343,7 +343,7 @@ impl Rules<'_> {
         let global = at.stage.batch.global;
         let bounds = ["cluster.workers.min", "cluster.workers.max"];
         let stage = &at.stage.name;
-        let odd = (min..=max).find(|w| global % u64::from(*w) != 0);
+        let odd = (min..=max).find(|w| !global.is_multiple_of(u64::from(*w)));
         if global < u64::from(max) {
             let message = format!("a batch of {global} cannot feed {max} workers");
             let label = format!("less than cluster.workers.max ({max}), stage {stage}");
@@ -375,7 +375,7 @@ impl Rules<'_> {
         }
         let share = global / u64::from(max);
         if let Some(micro) = at.stage.batch.micro
-            && (min..=max).any(|w| (global / u64::from(w)) % micro != 0)
+            && (min..=max).any(|w| !(global / u64::from(w)).is_multiple_of(micro))
             && odd.is_none()
         {
             let path = at.of("batch.micro");

@@ -11,14 +11,14 @@ pub(super) fn first_off_grid(grid: u64, segments: u64) -> Option<u64> {
     let spacing = TIMES / grid;
     (1..=segments)
         .map(|k| k * LAST_TIME / segments)
-        .find(|tau| (tau + 1) % spacing != 0)
+        .find(|tau| !(tau + 1).is_multiple_of(spacing))
 }
 
 /// The divisors of `n` below it, in words, largest first.
 pub(super) fn divisors(n: u32) -> String {
     let all: Vec<String> = (1..=n)
         .rev()
-        .filter(|d| n % d == 0 && *d < n)
+        .filter(|d| n.is_multiple_of(*d) && *d < n)
         .map(|d| d.to_string())
         .collect();
     match all.as_slice() {
@@ -29,8 +29,8 @@ pub(super) fn divisors(n: u32) -> String {
 
 /// The divisors of the number of training times nearest to `n`, in words.
 pub(super) fn near_divisors(n: u64) -> String {
-    let below = (1..=n).rev().find(|d| TIMES % d == 0);
-    let above = (n..=TIMES).find(|d| TIMES % d == 0);
+    let below = (1..=n).rev().find(|d| TIMES.is_multiple_of(*d));
+    let above = (n..=TIMES).find(|d| TIMES.is_multiple_of(*d));
     let both: Vec<String> = [below, above]
         .iter()
         .flatten()

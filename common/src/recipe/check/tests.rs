@@ -2,6 +2,7 @@ use std::path::Path;
 
 use serde_json::json;
 
+use super::super::table::{Kind, RECIPE, Section};
 use super::super::{Code, Faults, Holdout, Method, Recipe, StudentKind, TeacherStep, Tls, parse};
 use super::LCM_TARGETS;
 use crate::ids::Digest;
@@ -428,16 +429,34 @@ fn the_schema_knows_every_key_of_a_resolved_recipe() {
     );
 }
 
+/// The paths of every key of the table, as `--set` writes them.
+fn paths(section: &'static Section, above: &str, out: &mut Vec<String>) {
+    for field in section.fields {
+        let path = format!("{above}{}", field.key);
+        match &field.kind {
+            Kind::Section(inner) | Kind::Switch(inner) => paths(inner, &format!("{path}."), out),
+            Kind::List(Kind::Section(inner)) => paths(inner, &format!("{path}.0."), out),
+            _ => {}
+        }
+        out.push(path);
+    }
+}
+
 /// Whatever stands in a recipe, reading it ends in a recipe or in faults.
 #[test]
 fn no_single_edit_makes_the_check_panic() {
-    for value in [
+    let mut keys = Vec::new();
+    paths(&RECIPE, "", &mut keys);
+    assert!(keys.len() > 90, "{}", keys.len());
+    let values = [
         "",
         "~",
         "[]",
         "{}",
         "[[]]",
         "-1",
+        "0",
+        "7",
         "1e999",
         "nan",
         "true",
@@ -446,72 +465,15 @@ fn no_single_edit_makes_the_check_panic() {
         "999999999999999999999",
         "{a: {b: c}}",
         "[1, 1]",
-    ] {
-        for key in [
-            "version",
-            "name",
-            "seed",
-            "output",
-            "teacher",
-            "teacher.model",
-            "teacher.variant",
-            "prompts",
-            "prompts.train",
-            "prompts.holdout",
-            "student",
-            "student.kind",
-            "student.targets",
-            "student.ema",
-            "student.ema.decay",
-            "student.lora_rank",
-            "trajectories",
-            "trajectories.time_grid",
-            "trajectories.batch",
-            "trajectories.segments",
-            "trajectories.uri",
-            "optimizer",
-            "optimizer.betas",
-            "optimizer.schedule",
-            "optimizer.schedule.kind",
-            "batch",
-            "batch.global",
-            "batch.micro",
-            "loss",
-            "loss.kind",
-            "loss.c",
-            "compute",
-            "compute.threads",
-            "stages",
-            "stages.0",
-            "stages.0.name",
-            "stages.0.segments",
-            "stages.0.steps",
-            "stages.0.method",
-            "stages.0.skip",
-            "stages.0.optimizer",
-            "checkpoint",
-            "checkpoint.keep",
-            "preview",
-            "preview.steps",
-            "preview.seeds",
-            "evaluate",
-            "evaluate.metrics",
-            "evaluate.steps",
-            "export",
-            "export.formats",
-            "cluster",
-            "cluster.workers",
-            "cluster.workers.max",
-            "cluster.listen",
-            "cluster.token",
-        ] {
-            let set = format!("{key}={value}");
-            if let Err(faults) = try_read(SMALL, &[&set]) {
-                assert!(
-                    !faults.list().is_empty() && faults.render(true).contains("error["),
-                    "{set}"
-                );
-            }
+        "[{}]",
+        "none",
+        "auto",
+    ];
+    for (key, value) in keys.iter().flat_map(|k| values.map(|v| (k, v))) {
+        let set = format!("{key}={value}");
+        if let Err(faults) = try_read(SMALL, &[&set]) {
+            assert!(!faults.list().is_empty(), "{set}");
+            assert!(faults.render(true).contains("error["), "{set}");
         }
     }
 }
