@@ -28,7 +28,7 @@ pub use header::{Entry, StoredDtype, read_header};
 pub use schedule::{BetaSchedule, Prediction, ScheduleConfig, Spacing};
 pub use text::{Activation, TextConfig};
 pub use unet::{Level, TextTime, UnetConfig};
-pub use vae::VaeConfig;
+pub use vae::{MeanStd, VaeConfig};
 pub use weights::Weights;
 
 use keys::Keys;
@@ -295,9 +295,9 @@ fn text(
         warnings,
     )?;
     let tokenizer = path.join(format!("tokenizer{suffix}"));
-    let whole = tokenizer.join("tokenizer.json").is_file();
-    if !whole && !(tokenizer.join("vocab.json").is_file() && tokenizer.join("merges.txt").is_file())
-    {
+    let is_there = |name: &str| tokenizer.join(name).is_file();
+    let found = is_there("tokenizer.json") || (is_there("vocab.json") && is_there("merges.txt"));
+    if !found {
         return Err(Error::file(
             &tokenizer,
             "has neither tokenizer.json nor vocab.json with merges.txt",

@@ -4,6 +4,9 @@ use serde_json::{Value, json};
 
 use super::{Error, keys::Keys};
 
+/// Mean and standard deviation of each latent channel.
+pub type MeanStd = (Vec<f64>, Vec<f64>);
+
 /// A checked `AutoencoderKL` configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VaeConfig {
@@ -30,7 +33,7 @@ pub struct VaeConfig {
     /// Subtracted from latents before scaling.
     pub shift_factor: f64,
     /// Mean and standard deviation of each latent channel, instead of the shift.
-    pub latents_mean_std: Option<(Vec<f64>, Vec<f64>)>,
+    pub latents_mean_std: Option<MeanStd>,
     /// Whether f16 overflows, so that f32 is used instead.
     pub force_upcast: bool,
 }
@@ -108,7 +111,7 @@ fn same_blocks(keys: &Keys, key: &str, supported: &str, levels: usize) -> Result
     }
 }
 
-fn mean_and_std(keys: &Keys, channels: i64) -> Result<Option<(Vec<f64>, Vec<f64>)>, Error> {
+fn mean_and_std(keys: &Keys, channels: i64) -> Result<Option<MeanStd>, Error> {
     let (Some(mean), Some(std)) = (keys.numbers("latents_mean")?, keys.numbers("latents_std")?)
     else {
         return Ok(None);

@@ -93,7 +93,7 @@ impl TimeEmbedding {
         if let (Some(projection), Some(width), Some(w)) =
             (&self.guidance, config.guidance_width, inputs.guidance)
         {
-            input = input + projection.forward(&guidance_embedding(w, width).to_kind(kind));
+            input += projection.forward(&guidance_embedding(w, width).to_kind(kind));
         }
         let time = self.time.forward(&input);
         let (Some(added), Some(text_time)) = (&self.added, config.text_time) else {

@@ -39,7 +39,7 @@ impl Resnet {
     pub(super) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
         let mut h = self.conv1.forward(&self.norm1.forward(x).silu());
         if let (Some(projection), Some(time)) = (&self.time, time) {
-            h = h + projection.forward(time).unsqueeze(-1).unsqueeze(-1);
+            h += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
         }
         let h = self.conv2.forward(&self.norm2.forward(&h).silu());
         match &self.shortcut {
