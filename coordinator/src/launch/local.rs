@@ -145,6 +145,8 @@ enum Ended {
 }
 
 async fn watch(mut child: Child, stopped: &mut watch::Receiver<bool>) -> Ended {
+    // `wait` closes the pipe of a child that still owns it, and the worker would take that for our end.
+    let pipe = child.stdin.take();
     let mut was_well = false;
     loop {
         tokio::select! {
@@ -158,6 +160,7 @@ async fn watch(mut child: Child, stopped: &mut watch::Receiver<bool>) -> Ended {
             () = tokio::time::sleep(WELL), if !was_well => was_well = true,
             told = stopped.changed() => {
                 if told.is_err() || *stopped.borrow() {
+                    drop(pipe);
                     end(&mut child).await;
                     return Ended::Told;
                 }
@@ -166,9 +169,8 @@ async fn watch(mut child: Child, stopped: &mut watch::Receiver<bool>) -> Ended {
     }
 }
 
-/// Closes the pipe that the worker watches, waits, and kills it if that was not enough.
+/// Waits for a worker whose pipe is closed, and kills it if that was not enough.
 async fn end(child: &mut Child) {
-    drop(child.stdin.take());
     if tokio::time::timeout(FAREWELL, child.wait()).await.is_err() {
         // It may have ended just now.
         let _ = child.kill().await;

@@ -207,7 +207,7 @@ impl Shard {
         let size = self.schema.latent.bytes();
         let slice = row * size..(row + 1) * size;
         let cond_id = self.texts[&prompt.id()].1;
-        let steps = (plan.len() - 1) as u16;
+        let states_visited = plan.len() as u16;
         let (first, mode) = match wanted.mode {
             TrajectoryMode::Stratified => (0, "stratified"),
             // Algorithm 1 keeps the state it walked to, and nothing on the way.
@@ -227,7 +227,7 @@ impl Shard {
                     seed: bench.recipe.seed,
                     guidance: bench.recipe.teacher.guidance as f32,
                     step: step as u16,
-                    n_steps: steps,
+                    n_steps: states_visited,
                     timestep: t as i32,
                     segment: self.segments.segment_of(t) as u16,
                     segments: wanted.segments as u16,
