@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use distillery_common::group::GroupId;
 use distillery_common::proto::engine_link::{Command, Event, Link, Setup};
 use distillery_common::recipe::Recipe;
-use distillery_common::run::RunRecord;
+use distillery_common::run::{RunRecord, Software};
 use distillery_common::storage::{Store, layout};
 use distillery_common::task::{Failure, FailureClass, Lease};
 
@@ -28,6 +28,15 @@ pub struct Pace {
     pub task_ms: u64,
     /// Milliseconds that a training step takes at least.
     pub step_ms: u64,
+}
+
+/// What computes, as the stand-in says it: nothing that depends on the host.
+pub fn software() -> Software {
+    Software {
+        distillery: env!("CARGO_PKG_VERSION").into(),
+        libtorch: "none".into(),
+        cpu_capability: "none".into(),
+    }
 }
 
 /// Works for the worker behind `socket` until told to leave. When the socket closes the process ends by itself.

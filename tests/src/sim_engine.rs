@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use clap::Parser;
 use distillery_common::telemetry::{self, Format};
 use distillery_tests::sim::{self, Pace};
@@ -10,9 +11,12 @@ use distillery_tests::sim::{self, Pace};
 #[derive(Debug, Parser)]
 #[command(name = "sim-engine", version)]
 struct Arguments {
+    /// What to do instead of serving a worker.
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Socket of the worker.
     #[arg(long)]
-    socket: PathBuf,
+    socket: Option<PathBuf>,
     /// What the engine would compute on.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -24,6 +28,12 @@ struct Arguments {
     step_ms: u64,
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Prints in JSON what computes here.
+    Describe,
+}
+
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     telemetry::init("info", Format::Plain);
@@ -31,5 +41,10 @@ fn main() -> anyhow::Result<()> {
         task_ms: arguments.task_ms,
         step_ms: arguments.step_ms,
     };
-    sim::serve(&arguments.socket, &arguments.device, pace)
+    if let Some(Command::Describe) = arguments.command {
+        println!("{}", serde_json::to_string(&sim::software())?);
+        return Ok(());
+    }
+    let socket = arguments.socket.context("--socket is missing")?;
+    sim::serve(&socket, &arguments.device, pace)
 }
