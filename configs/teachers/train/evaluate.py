@@ -37,7 +37,9 @@ class Teacher:
     def __init__(self, folder):
         self.vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
+        # Without a dtype, transformers would keep this one in the f16 of the file.
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.scorer = Scorer(folder / "scorer" / "scorer.json")
         self.alpha, self.sigma = abar().sqrt().float(), (1 - abar()).sqrt().float()

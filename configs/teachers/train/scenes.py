@@ -42,6 +42,8 @@ RADII = {1: (5.0, 7.5), 2: (4.2, 5.6), 3: (3.7, 4.6)}
 GAP = 2.5
 TRIES = 8
 CELL = 4
+# Share of scenes with one group of objects; the others have two single objects.
+SINGLE_GROUP = 0.65
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def random_scene(rng):
     shapes, colours = list(SHAPES), list(COLOURS)
     background = str(rng.choice(list(BACKGROUNDS)))
     pattern = str(rng.choice(PATTERNS))
-    if rng.random() < 0.65:
+    if rng.random() < SINGLE_GROUP:
         group = Group(int(rng.integers(1, 4)), str(rng.choice(colours)), str(rng.choice(shapes)))
         return Scene((group,), None, background, pattern)
     first, second = rng.choice(colours, 2, replace=False)

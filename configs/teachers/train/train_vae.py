@@ -63,7 +63,7 @@ def encode(vae, images):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1130)
     arguments = parser.parse_args()
     images, captions = data.load(arguments.work)
     images = torch.from_numpy(images)
