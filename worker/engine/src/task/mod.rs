@@ -8,7 +8,7 @@ pub mod evaluate;
 pub mod export;
 pub mod finished_student;
 pub mod host;
-mod preview;
+pub mod preview;
 pub mod reference;
 pub mod rows;
 pub mod samples;
