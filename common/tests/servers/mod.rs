@@ -72,15 +72,16 @@ const ACCOUNT: &str = "devstoreaccount1";
 const KEY: &str =
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
 
-/// "Create Container" under the SharedKeyLite scheme.
+/// "Create Container" under the SharedKey scheme: twelve lines of headers that are not sent come first.
 fn signed_creation(container: &str) -> String {
     let headers = "x-ms-date:Thu, 01 Jan 2026 00:00:00 GMT\nx-ms-version:2021-12-02";
     let path = format!("/{ACCOUNT}/{container}");
-    let text = format!("PUT\n\n\n\n{headers}\n/{ACCOUNT}{path}");
+    let unsent = "\n".repeat(12);
+    let text = format!("PUT{unsent}{headers}\n/{ACCOUNT}{path}\nrestype:container");
     let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &base64_decode(KEY));
     let signature = base64_encode(ring::hmac::sign(&key, text.as_bytes()).as_ref());
     format!(
-        "PUT {path}?restype=container HTTP/1.1\r\n{}\r\nAuthorization: SharedKeyLite {ACCOUNT}:{signature}\r\n",
+        "PUT {path}?restype=container HTTP/1.1\r\n{}\r\nAuthorization: SharedKey {ACCOUNT}:{signature}\r\n",
         headers.replace('\n', "\r\n")
     )
 }

@@ -40,6 +40,16 @@ impl fmt::Display for Error {
 }
 
 impl Prediction {
+    /// Its name in configurations and checkpoints.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Epsilon => "epsilon",
+            Self::V => "v_prediction",
+            Self::Sample => "sample",
+            Self::Flow => "flow",
+        }
+    }
+
     /// Checks that x0 and eps can be read at every time of `schedule`.
     pub fn check(self, schedule: &Schedule) -> Result<(), Error> {
         match self {
