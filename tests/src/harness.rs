@@ -16,6 +16,7 @@ use distillery_common::ids::Digest;
 use distillery_common::latents::{self, Dataset, Options};
 use distillery_common::recipe::Recipe;
 use distillery_common::run::RunRecord;
+use distillery_common::seed::Stream;
 use distillery_common::storage::{Store, layout};
 use distillery_common::telemetry::Stopwatch;
 
@@ -91,6 +92,17 @@ pub fn programs() -> anyhow::Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
+/// The root of this repository.
+pub fn repository() -> &'static Path {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    own.parent().expect("this crate lies in the repository")
+}
+
+/// The recipe that the stand-in works on.
+pub fn sim_recipe() -> &'static str {
+    include_str!("../recipes/sim.yaml")
+}
+
 /// What a run made, in digests that are equal exactly when the things are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Made {
@@ -98,6 +110,19 @@ pub struct Made {
     pub rows: Digest,
     /// Final student of each training stage, by its name.
     pub students: BTreeMap<String, Digest>,
+}
+
+/// A kill.
+#[derive(Debug, Clone)]
+pub struct Hurt {
+    /// What was aimed at.
+    pub target: Target,
+    /// Time since the last start or kill.
+    pub at: Duration,
+    /// How many processes were there to be killed.
+    pub killed: usize,
+    /// The stage that had last left something in the store.
+    pub stage: String,
 }
 
 /// One run in a folder of its own.
@@ -114,7 +139,7 @@ pub struct Run {
 
 impl Run {
     /// A run of `recipe` (its text) in `folder`, which must exist and be empty. `{output}` in the text becomes the
-    /// run URI.
+    /// run URI, `{repository}` the root of this repository.
     pub fn new(folder: &Path, recipe: &str, engine: EngineKind) -> anyhow::Result<Self> {
         let programs = programs()?;
         let engine_path = programs.join(engine.program());
@@ -127,7 +152,9 @@ impl Run {
         let path = folder.join("recipe.yaml");
         std::fs::write(
             &path,
-            recipe.replace("{output}", &output.display().to_string()),
+            recipe
+                .replace("{output}", &output.display().to_string())
+                .replace("{repository}", &repository().display().to_string()),
         )?;
         Ok(Self {
             recipe: path,
@@ -280,6 +307,109 @@ impl Run {
             signal(pid, "KILL")?;
         }
         Ok(pids.len())
+    }
+
+    /// Waits for a process of a kind.
+    pub fn await_process(&self, target: Target, patience: Duration) -> anyhow::Result<u32> {
+        let found = || self.processes_of(target).first().copied();
+        self.await_some(found, target.name(), patience)
+    }
+
+    /// The text of a file, once it is there and whole lines are in it.
+    pub fn read_when_there(&self, path: &Path, patience: Duration) -> anyhow::Result<String> {
+        let read = || std::fs::read_to_string(path).ok().filter(|text| text.ends_with('\n'));
+        self.await_some(read, &path.display().to_string(), patience)
+    }
+
+    fn await_some<T>(
+        &self,
+        look: impl Fn() -> Option<T>,
+        what: &str,
+        patience: Duration,
+    ) -> anyhow::Result<T> {
+        let watch = Stopwatch::start();
+        loop {
+            if let Some(found) = look() {
+                return Ok(found);
+            }
+            anyhow::ensure!(
+                watch.elapsed() < patience,
+                "no {what} after {patience:?}:\n{}",
+                self.log_tail()
+            );
+            std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// Kills each of `targets` in turn at a random moment of what is left of `length`, starts the same command
+    /// again whenever the coordinator is gone, and runs to a good end. Gives what was killed and when.
+    pub fn kill_and_finish(
+        &mut self,
+        stream: &mut Stream,
+        targets: &[Target],
+        length: Duration,
+        patience: Duration,
+    ) -> anyhow::Result<Vec<Hurt>> {
+        let share = length / targets.len().max(1) as u32;
+        let mut hurts = Vec::new();
+        self.start()?;
+        for &target in targets {
+            let at = share.mul_f64(f64::from(stream.below(1000)) / 1000.0);
+            std::thread::sleep(at);
+            let stage = self.stage_at_work();
+            let killed = self.kill(target, stream.next_u32())?;
+            hurts.push(Hurt {
+                target,
+                at,
+                killed,
+                stage,
+            });
+            if matches!(target, Target::Coordinator | Target::All) {
+                self.wait(patience)?;
+                self.no_orphans(Duration::from_secs(15))?;
+                self.start()?;
+            }
+        }
+        self.finish(patience)?;
+        Ok(hurts)
+    }
+
+    /// The last stage that has left something in the store.
+    fn stage_at_work(&self) -> String {
+        let folders = |path: &str| -> Vec<(std::time::SystemTime, String)> {
+            let entries = std::fs::read_dir(self.output().join(path)).into_iter();
+            let named = entries.flatten().flatten().filter_map(|entry| {
+                let made = entry.metadata().ok()?.modified().ok()?;
+                Some((made, entry.file_name().to_string_lossy().into_owned()))
+            });
+            named.collect()
+        };
+        let mut stages = folders("checkpoints");
+        stages.extend(folders("tasks"));
+        stages.sort();
+        stages
+            .pop()
+            .map_or_else(|| "trajectories".into(), |(_, name)| name)
+    }
+
+    /// How many objects called `name` there are, and in how many folders.
+    pub fn count_objects(&self, name: &str) -> anyhow::Result<(usize, usize)> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.output()];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(&folder)? {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    folders.push(entry.path());
+                } else if entry.file_name().to_string_lossy().starts_with(name) {
+                    found.push(folder.clone());
+                }
+            }
+        }
+        let objects = found.len();
+        found.sort();
+        found.dedup();
+        Ok((objects, found.len()))
     }
 
     /// Waits until no process of it is left, as must be soon after its coordinator has ended.

@@ -114,7 +114,7 @@ fn push_trajectory(
             seed,
             guidance: bench.recipe.teacher.guidance as f32,
             step: draw,
-            n_steps: segments as u16,
+            n_steps: segments as u16 + 1,
             timestep: (999 - 999 * step / segments) as i32,
             segment: segments.saturating_sub(step + 1) as u16,
             segments: segments as u16,

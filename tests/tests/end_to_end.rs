@@ -1,0 +1,121 @@
+//! Whole runs through the real coordinator and real workers, with the stand-in for engines.
+
+use std::process::Command;
+use std::time::Duration;
+
+use distillery_tests::harness::{EngineKind, Run, sim_recipe};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn sim(folder: &tempfile::TempDir) -> Run {
+    Run::new(folder.path(), sim_recipe(), EngineKind::Sim).expect("the programs are built")
+}
+
+fn names(folder: &std::path::Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).expect("the folder is there");
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_run_leaves_the_documented_tree_and_a_second_one_has_nothing_to_do() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder);
+    run.finish(PATIENCE).expect("it finishes");
+    run.no_orphans(Duration::from_secs(5)).expect("all processes end");
+
+    let output = run.output();
+    let dataset = names(&output.join("trajectories"));
+    let [dataset] = dataset.as_slice() else {
+        panic!("{dataset:?} is not one set of trajectories");
+    };
+    let shards = names(&output.join("trajectories").join(dataset));
+    let expected: Vec<String> = std::iter::once("MANIFEST".into())
+        .chain((0..8).map(|shard| format!("shard-{shard:08}")))
+        .collect();
+    assert_eq!(shards, expected);
+    for shard in &expected[1..] {
+        let files = names(&output.join("trajectories").join(dataset).join(shard));
+        assert_eq!(files.len(), 3, "{shard} holds rows, embeddings and a COMMIT: {files:?}");
+    }
+    for stage in ["seg4", "seg2"] {
+        let checkpoints = names(&output.join("checkpoints").join(stage));
+        let last = checkpoints.last().expect("a checkpoint");
+        assert!(last.starts_with("0000000040-g"), "{stage} ends with step 40: {checkpoints:?}");
+    }
+    let made = run.made().expect("everything is readable");
+    let journal = names(&output.join("journal"));
+
+    run.start().expect("starts again");
+    let status = run.wait(Duration::from_secs(10)).expect("returns at once");
+    assert!(status.success(), "{}", run.log_tail());
+    assert_eq!(run.made().expect("still readable"), made);
+    let again = names(&output.join("journal"));
+    assert!(again.len() <= journal.len() + 2, "a finished run does nothing: {again:?}");
+}
+
+#[test]
+fn two_runs_of_one_recipe_make_the_same_bits() {
+    let made: Vec<_> = (0..2)
+        .map(|_| {
+            let folder = tempfile::tempdir().expect("a folder");
+            let mut run = sim(&folder);
+            run.finish(PATIENCE).expect("it finishes");
+            run.made().expect("everything is readable")
+        })
+        .collect();
+    assert_eq!(made[0], made[1]);
+}
+
+/// Runs a worker with `join` beside a living run; gives its exit code and what it said.
+fn join_with(run: &Run, join: &str) -> (Option<i32>, String) {
+    let output = run
+        .command("worker")
+        .args(["join", "--name", "guest"])
+        .env("DISTILLERY_JOIN", join)
+        .output()
+        .expect("the worker starts");
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_worker_without_the_token_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder).with("SIM_TASK_MS", 400);
+    run.start().expect("starts");
+    let path = run.output().join("join");
+    let join = run.read_when_there(&path, PATIENCE).expect("a join string");
+    let join = join.trim();
+
+    let (place, token) = join.rsplit_once('#').expect("a token at the end");
+    let wrong: String = token
+        .chars()
+        .map(|digit| if digit == '0' { '1' } else { '0' })
+        .collect();
+    let (code, said) = join_with(&run, &format!("{place}#{wrong}"));
+    assert_ne!(code, Some(0), "{said}");
+    assert!(!said.contains(&wrong), "a token must not reach a log: {said}");
+    let explained = said.contains("token does not belong") || said.contains("does not follow");
+    assert!(explained, "{said}");
+    run.finish(PATIENCE).expect("the run is not disturbed");
+}
+
+#[test]
+fn the_programs_link_no_tensor_library() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = sim(&folder);
+    for program in ["coordinator", "worker", "sim-engine"] {
+        let bytes = std::fs::read(run.program(program)).expect("readable");
+        for forbidden in [&b"libtorch"[..], b"libcudart", b"libnccl"] {
+            let mut needed = forbidden.to_vec();
+            needed.extend_from_slice(b".so");
+            let found = bytes.windows(needed.len()).any(|window| window == needed);
+            assert!(!found, "{program} names {}", String::from_utf8_lossy(&needed));
+        }
+    }
+    let help = Command::new(run.program("worker")).arg("--help").output();
+    assert!(help.expect("runs").status.success());
+}

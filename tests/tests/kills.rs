@@ -1,0 +1,74 @@
+//! Runs that are killed anywhere, by seed, make what undisturbed runs make.
+
+use std::time::Duration;
+
+use distillery_common::seed::{Purpose, Stream};
+use distillery_common::telemetry::Stopwatch;
+use distillery_tests::harness::{EngineKind, Made, Run, Target, signal, sim_recipe};
+
+const PATIENCE: Duration = Duration::from_secs(180);
+/// So slow that a kill at a random moment meets every stage.
+const TASK_MS: u32 = 120;
+const STEP_MS: u32 = 15;
+
+fn sim(folder: &tempfile::TempDir) -> Run {
+    Run::new(folder.path(), sim_recipe(), EngineKind::Sim)
+        .expect("the programs are built")
+        .with("SIM_TASK_MS", TASK_MS)
+        .with("SIM_STEP_MS", STEP_MS)
+}
+
+/// What an undisturbed run makes, and how long it takes.
+fn undisturbed() -> (Made, Duration) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder);
+    let watch = Stopwatch::start();
+    run.finish(PATIENCE).expect("it finishes");
+    (run.made().expect("readable"), watch.elapsed())
+}
+
+#[test]
+fn killed_runs_make_the_same_bits() {
+    let (expected, length) = undisturbed();
+    for (seed, target) in (1..).zip(Target::ALL.into_iter().cycle().take(8)) {
+        let mut stream = Stream::new(seed, Purpose::Bootstrap, 0, 0);
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut run = sim(&folder);
+        let hurt = run.kill_and_finish(&mut stream, &[target], length, PATIENCE);
+        let hurt = hurt.unwrap_or_else(|error| panic!("seed {seed}, {target:?}: {error:#}"));
+        let made = run.made().expect("readable");
+        assert_eq!(made, expected, "seed {seed}: {hurt:?}");
+        run.no_orphans(Duration::from_secs(10))
+            .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    }
+}
+
+#[test]
+fn a_coordinator_that_dies_takes_everything_of_its_host_along() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder);
+    run.start().expect("starts");
+    run.await_process(Target::Engine, PATIENCE).expect("an engine");
+    run.kill(Target::Coordinator, 0).expect("killed");
+    run.no_orphans(Duration::from_secs(10)).expect("no orphan stays");
+    run.start().expect("the same command again");
+    run.finish(PATIENCE).expect("it finishes");
+}
+
+#[test]
+fn a_worker_that_was_away_past_its_lease_commits_nothing_a_second_time() {
+    let (expected, _) = undisturbed();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder);
+    run.start().expect("starts");
+    run.await_process(Target::Engine, PATIENCE).expect("an engine");
+    let worker = run.await_process(Target::Worker, PATIENCE).expect("a worker");
+    signal(worker, "STOP").expect("stopped");
+    // Longer than the lease's time to live and its grace: the task is granted elsewhere meanwhile.
+    std::thread::sleep(Duration::from_secs(40));
+    signal(worker, "CONT").expect("continued");
+    run.finish(PATIENCE).expect("it finishes");
+    assert_eq!(run.made().expect("readable"), expected);
+    let commits = run.count_objects("COMMIT").expect("countable");
+    assert_eq!(commits.0, commits.1, "one COMMIT for each folder that has one");
+}
