@@ -267,12 +267,19 @@ impl Run {
             return found;
         };
         for entry in entries.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+            else {
                 continue;
             };
             let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
             // A process that has ended but was not waited for has an empty environment.
-            if environment.split(|&byte| byte == 0).any(|line| line == mark.as_bytes()) {
+            if environment
+                .split(|&byte| byte == 0)
+                .any(|line| line == mark.as_bytes())
+            {
                 let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
                 found.push((pid, name.trim().to_owned()));
             }
@@ -317,7 +324,11 @@ impl Run {
 
     /// The text of a file, once it is there and whole lines are in it.
     pub fn read_when_there(&self, path: &Path, patience: Duration) -> anyhow::Result<String> {
-        let read = || std::fs::read_to_string(path).ok().filter(|text| text.ends_with('\n'));
+        let read = || {
+            std::fs::read_to_string(path)
+                .ok()
+                .filter(|text| text.ends_with('\n'))
+        };
         self.await_some(read, &path.display().to_string(), patience)
     }
 

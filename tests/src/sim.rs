@@ -186,14 +186,14 @@ impl Inbox {
     }
 
     fn aborted(&mut self, group: &GroupId) -> bool {
-        self.take(|command| matches!(command, Command::Abort { group: other, .. } if other == group))
-            .is_some()
+        self.take(
+            |command| matches!(command, Command::Abort { group: other, .. } if other == group),
+        )
+        .is_some()
     }
 
     fn peers(&mut self, group: &GroupId) -> Option<Vec<String>> {
-        let ours = |command: &Command| {
-            matches!(command, Command::Peers { group: other, .. } if other == group)
-        };
+        let ours = |command: &Command| matches!(command, Command::Peers { group: other, .. } if other == group);
         match self.take(ours)? {
             Command::Peers { addresses, .. } => Some(addresses),
             _ => None,

@@ -14,7 +14,13 @@ fn sim(folder: &tempfile::TempDir) -> Run {
 fn names(folder: &std::path::Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).expect("the folder is there");
     let mut names: Vec<String> = entries
-        .map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned())
+        .map(|entry| {
+            entry
+                .expect("readable")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
         .collect();
     names.sort();
     names
@@ -25,7 +31,8 @@ fn a_run_leaves_the_documented_tree_and_a_second_one_has_nothing_to_do() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut run = sim(&folder);
     run.finish(PATIENCE).expect("it finishes");
-    run.no_orphans(Duration::from_secs(5)).expect("all processes end");
+    run.no_orphans(Duration::from_secs(5))
+        .expect("all processes end");
 
     let output = run.output();
     let dataset = names(&output.join("trajectories"));
@@ -39,12 +46,19 @@ fn a_run_leaves_the_documented_tree_and_a_second_one_has_nothing_to_do() {
     assert_eq!(shards, expected);
     for shard in &expected[1..] {
         let files = names(&output.join("trajectories").join(dataset).join(shard));
-        assert_eq!(files.len(), 3, "{shard} holds rows, embeddings and a COMMIT: {files:?}");
+        assert_eq!(
+            files.len(),
+            3,
+            "{shard} holds rows, embeddings and a COMMIT: {files:?}"
+        );
     }
     for stage in ["seg4", "seg2"] {
         let checkpoints = names(&output.join("checkpoints").join(stage));
         let last = checkpoints.last().expect("a checkpoint");
-        assert!(last.starts_with("0000000040-g"), "{stage} ends with step 40: {checkpoints:?}");
+        assert!(
+            last.starts_with("0000000040-g"),
+            "{stage} ends with step 40: {checkpoints:?}"
+        );
     }
     let made = run.made().expect("everything is readable");
     let journal = names(&output.join("journal"));
@@ -54,7 +68,10 @@ fn a_run_leaves_the_documented_tree_and_a_second_one_has_nothing_to_do() {
     assert!(status.success(), "{}", run.log_tail());
     assert_eq!(run.made().expect("still readable"), made);
     let again = names(&output.join("journal"));
-    assert!(again.len() <= journal.len() + 2, "a finished run does nothing: {again:?}");
+    assert!(
+        again.len() <= journal.len() + 2,
+        "a finished run does nothing: {again:?}"
+    );
 }
 
 #[test]
@@ -78,7 +95,10 @@ fn join_with(run: &Run, join: &str) -> (Option<i32>, String) {
         .env("DISTILLERY_JOIN", join)
         .output()
         .expect("the worker starts");
-    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
 }
 
 #[test]
@@ -97,7 +117,10 @@ fn a_worker_without_the_token_is_refused() {
         .collect();
     let (code, said) = join_with(&run, &format!("{place}#{wrong}"));
     assert_ne!(code, Some(0), "{said}");
-    assert!(!said.contains(&wrong), "a token must not reach a log: {said}");
+    assert!(
+        !said.contains(&wrong),
+        "a token must not reach a log: {said}"
+    );
     let explained = said.contains("token does not belong") || said.contains("does not follow");
     assert!(explained, "{said}");
     run.finish(PATIENCE).expect("the run is not disturbed");
@@ -113,7 +136,11 @@ fn the_programs_link_no_tensor_library() {
             let mut needed = forbidden.to_vec();
             needed.extend_from_slice(b".so");
             let found = bytes.windows(needed.len()).any(|window| window == needed);
-            assert!(!found, "{program} names {}", String::from_utf8_lossy(&needed));
+            assert!(
+                !found,
+                "{program} names {}",
+                String::from_utf8_lossy(&needed)
+            );
         }
     }
     let help = Command::new(run.program("worker")).arg("--help").output();

@@ -48,9 +48,11 @@ fn a_coordinator_that_dies_takes_everything_of_its_host_along() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut run = sim(&folder);
     run.start().expect("starts");
-    run.await_process(Target::Engine, PATIENCE).expect("an engine");
+    run.await_process(Target::Engine, PATIENCE)
+        .expect("an engine");
     run.kill(Target::Coordinator, 0).expect("killed");
-    run.no_orphans(Duration::from_secs(10)).expect("no orphan stays");
+    run.no_orphans(Duration::from_secs(10))
+        .expect("no orphan stays");
     run.start().expect("the same command again");
     run.finish(PATIENCE).expect("it finishes");
 }
@@ -61,8 +63,11 @@ fn a_worker_that_was_away_past_its_lease_commits_nothing_a_second_time() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut run = sim(&folder);
     run.start().expect("starts");
-    run.await_process(Target::Engine, PATIENCE).expect("an engine");
-    let worker = run.await_process(Target::Worker, PATIENCE).expect("a worker");
+    run.await_process(Target::Engine, PATIENCE)
+        .expect("an engine");
+    let worker = run
+        .await_process(Target::Worker, PATIENCE)
+        .expect("a worker");
     signal(worker, "STOP").expect("stopped");
     // Longer than the lease's time to live and its grace: the task is granted elsewhere meanwhile.
     std::thread::sleep(Duration::from_secs(40));
@@ -70,5 +75,8 @@ fn a_worker_that_was_away_past_its_lease_commits_nothing_a_second_time() {
     run.finish(PATIENCE).expect("it finishes");
     assert_eq!(run.made().expect("readable"), expected);
     let commits = run.count_objects("COMMIT").expect("countable");
-    assert_eq!(commits.0, commits.1, "one COMMIT for each folder that has one");
+    assert_eq!(
+        commits.0, commits.1,
+        "one COMMIT for each folder that has one"
+    );
 }

@@ -6,14 +6,19 @@ use std::path::Path;
 fn main() {
     println!("cargo::rerun-if-env-changed=LIBTORCH");
     let Ok(libtorch) = std::env::var("LIBTORCH") else {
-        println!("cargo::error=LIBTORCH is not set; run deploy/libtorch.sh, or set it to a libtorch folder");
+        println!(
+            "cargo::error=LIBTORCH is not set; run deploy/libtorch.sh, or set it to a libtorch folder"
+        );
         return;
     };
     let lib = Path::new(&libtorch).join("lib");
     let lib = lib.canonicalize().unwrap_or(lib);
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());
     println!("cargo::rustc-env=DISTILLERY_LIBTORCH_LIB={}", lib.display());
-    println!("cargo::rustc-env=DISTILLERY_LIBTORCH_VERSION={}", version(Path::new(&libtorch)));
+    println!(
+        "cargo::rustc-env=DISTILLERY_LIBTORCH_VERSION={}",
+        version(Path::new(&libtorch))
+    );
 }
 
 /// The three numbers in libtorch's own header.
@@ -23,13 +28,19 @@ fn version(libtorch: &Path) -> String {
     let text = std::fs::read_to_string(&header).unwrap_or_default();
     let number = |name: &str| {
         text.lines()
-            .filter_map(|line| line.strip_prefix("#define TORCH_VERSION_")?.strip_prefix(name))
+            .filter_map(|line| {
+                line.strip_prefix("#define TORCH_VERSION_")?
+                    .strip_prefix(name)
+            })
             .find_map(|rest| rest.trim().parse::<u32>().ok())
     };
     match (number("MAJOR "), number("MINOR "), number("PATCH ")) {
         (Some(major), Some(minor), Some(patch)) => format!("{major}.{minor}.{patch}"),
         _ => {
-            println!("cargo::error={} does not name libtorch's version", header.display());
+            println!(
+                "cargo::error={} does not name libtorch's version",
+                header.display()
+            );
             "unknown".to_owned()
         }
     }

@@ -313,7 +313,10 @@ impl Agent {
             deadline: now() + self.config.drain_grace,
         });
         match &self.seat {
-            Seat::Taken { engine, ready: true } => engine.tell(Command::Drain { checkpoint }),
+            Seat::Taken {
+                engine,
+                ready: true,
+            } => engine.tell(Command::Drain { checkpoint }),
             Seat::Taken { engine, .. } => engine.kill(),
             Seat::Empty(_) => self.nothing_in_hand(),
         }

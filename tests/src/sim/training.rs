@@ -68,7 +68,11 @@ impl StateSource for State {
     }
 
     fn copy(&self, index: usize, out: &mut [u8]) {
-        let values = if index == 0 { &self.weight } else { &self.momentum };
+        let values = if index == 0 {
+            &self.weight
+        } else {
+            &self.momentum
+        };
         for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
             bytes.copy_from_slice(&value.to_le_bytes());
         }
@@ -108,7 +112,11 @@ struct Work {
 impl Work {
     fn prepare(bench: &mut Bench, membership: &Membership) -> Result<Self, Failure> {
         let name = &membership.group.stage;
-        let number = bench.recipe.stages.iter().position(|stage| stage.name == *name);
+        let number = bench
+            .recipe
+            .stages
+            .iter()
+            .position(|stage| stage.name == *name);
         let number =
             number.ok_or_else(|| fault(FailureClass::Config, format!("no stage {name}")))?;
         let stage = bench.recipe.stages[number].clone();
@@ -202,15 +210,20 @@ impl Work {
     fn steps(&mut self, bench: &mut Bench, star: &mut Star, step: &mut u64) -> Result<(), Stop> {
         let group = self.membership.group.clone();
         while *step < self.stage.steps {
-            bench.inbox.listen(Duration::from_millis(bench.pace.step_ms));
+            bench
+                .inbox
+                .listen(Duration::from_millis(bench.pace.step_ms));
             if interrupted(&mut bench.inbox, &group) {
                 return Err(Broken::Stopped.into());
             }
             let own = self.contribution(bench, *step)?;
             let inbox = &mut bench.inbox;
             let sum = star.sum(*step, own, &mut || interrupted(inbox, &group))?;
-            self.state
-                .step(&sum, self.stage.batch.global, self.stage.optimizer.lr as f32);
+            self.state.step(
+                &sum,
+                self.stage.batch.global,
+                self.stage.optimizer.lr as f32,
+            );
             *step += 1;
             self.curves.push(self.record(*step));
             self.tell(bench, Phase::Stepping, *step);
@@ -226,7 +239,9 @@ impl Work {
     fn contribution(&self, bench: &Bench, step: u64) -> Result<[i64; WIDTH], Stop> {
         let Membership { rank, world, .. } = self.membership;
         let positions = self.order.positions(step, rank, world);
-        let rows: Vec<u64> = positions.map(|position| self.order.row_at(position)).collect();
+        let rows: Vec<u64> = positions
+            .map(|position| self.order.row_at(position))
+            .collect();
         let mut staging = Staging::default();
         bench
             .runtime

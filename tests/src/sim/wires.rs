@@ -217,7 +217,8 @@ mod tests {
                     let mut star =
                         Star::connect(&listener, &member(rank, 3), &peers, secret, never)
                             .expect("connects");
-                    star.sum(9, [i64::from(rank) + 1; WIDTH], never).expect("sums")
+                    star.sum(9, [i64::from(rank) + 1; WIDTH], never)
+                        .expect("sums")
                 })
             })
             .collect();

@@ -105,12 +105,18 @@ impl Server<'_> {
                     class: FailureClass::Stale,
                     message: "the lease had ended before the commit".into(),
                 },
-                CommitOutcome::Failed(message) => Failure { class: FailureClass::Io, message },
+                CommitOutcome::Failed(message) => Failure {
+                    class: FailureClass::Io,
+                    message,
+                },
             },
             Err(fault) => fault.to_failure(),
         };
         tracing::warn!(%lease, %failure, "task ended without a commit");
-        self.link.send(Event::TaskFailed { lease: lease.clone(), failure });
+        self.link.send(Event::TaskFailed {
+            lease: lease.clone(),
+            failure,
+        });
     }
 
     /// Takes part in a training group until it ends.
@@ -122,9 +128,10 @@ impl Server<'_> {
         let advertise = self.args.advertise;
         let failure = match contained(|| distill::train(bench, membership, advertise, current)) {
             Ok(Outcome::Finished | Outcome::Drained) => return,
-            Ok(Outcome::Aborted(reason)) => {
-                Failure { class: FailureClass::Superseded, message: reason }
-            }
+            Ok(Outcome::Aborted(reason)) => Failure {
+                class: FailureClass::Superseded,
+                message: reason,
+            },
             Err(fault) => fault.to_failure(),
         };
         tracing::warn!(%group, %failure, "left the group");

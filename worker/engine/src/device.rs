@@ -32,7 +32,10 @@ pub fn open(name: &str) -> Result<Device, Error> {
             .and_then(|n| n.parse::<usize>().ok())
             .ok_or_else(|| Error::Unknown(name.to_owned()))?,
     };
-    let refuse = |reason: String| Error::NoCuda { device: name.to_owned(), reason };
+    let refuse = |reason: String| Error::NoCuda {
+        device: name.to_owned(),
+        reason,
+    };
     match load_cuda(libtorch_folder().as_deref()) {
         raw_tensor::Cuda::Loaded => {}
         raw_tensor::Cuda::Absent => {
@@ -43,7 +46,9 @@ pub fn open(name: &str) -> Result<Device, Error> {
             ));
         }
         raw_tensor::Cuda::Broken(error) => {
-            return Err(refuse(format!("libtorch's CUDA half cannot be loaded: {error}")));
+            return Err(refuse(format!(
+                "libtorch's CUDA half cannot be loaded: {error}"
+            )));
         }
     }
     let devices = Cuda::device_count();
@@ -66,8 +71,12 @@ pub fn hardware(device: Device) -> String {
     match device {
         Device::Cpu | Device::Mps | Device::Vulkan => {
             let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-            let model = text.lines().find_map(|line| line.strip_prefix("model name"));
-            let model = model.and_then(|rest| rest.split_once(':')).map(|(_, name)| name.trim());
+            let model = text
+                .lines()
+                .find_map(|line| line.strip_prefix("model name"));
+            let model = model
+                .and_then(|rest| rest.split_once(':'))
+                .map(|(_, name)| name.trim());
             model.unwrap_or("unknown CPU").to_owned()
         }
         Device::Cuda(index) => format!("CUDA device {index}"),

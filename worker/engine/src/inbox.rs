@@ -20,12 +20,17 @@ pub struct Inbox {
 impl Inbox {
     /// Reads from `commands`.
     pub fn new(commands: Receiver<Command>) -> Self {
-        Self { commands, pending: VecDeque::new() }
+        Self {
+            commands,
+            pending: VecDeque::new(),
+        }
     }
 
     /// The next command; none once the link has closed.
     pub fn next(&mut self) -> Option<Command> {
-        self.pending.pop_front().or_else(|| self.commands.recv().ok())
+        self.pending
+            .pop_front()
+            .or_else(|| self.commands.recv().ok())
     }
 
     /// The first command within `patience` that `wanted` accepts; the others keep their place.
@@ -49,7 +54,8 @@ impl Inbox {
     /// Whether the worker has taken `lease` back.
     pub fn cancelled(&mut self, lease: &Lease) -> bool {
         self.glance();
-        self.take(&|command: &Command| matches!(command, Command::Cancel(l) if l == lease)).is_some()
+        self.take(&|command: &Command| matches!(command, Command::Cancel(l) if l == lease))
+            .is_some()
     }
 
     /// Why `group` has been ended, if it has.
@@ -96,7 +102,10 @@ mod tests {
     fn lease(index: u64) -> Lease {
         Lease {
             term: Term(1),
-            task: TaskId { stage: "trajectories".into(), index },
+            task: TaskId {
+                stage: "trajectories".into(),
+                index,
+            },
             attempt: 1,
             incarnation: Incarnation(1),
         }
@@ -121,7 +130,8 @@ mod tests {
         let (send, receive) = mpsc::channel();
         let mut inbox = Inbox::new(receive);
         assert_eq!(inbox.draining(), None);
-        send.send(Command::Drain { checkpoint: true }).expect("open");
+        send.send(Command::Drain { checkpoint: true })
+            .expect("open");
         assert_eq!(inbox.draining(), Some(true));
         assert_eq!(inbox.next(), Some(Command::Drain { checkpoint: true }));
     }
@@ -130,9 +140,16 @@ mod tests {
     fn an_abort_says_why() {
         let (send, receive) = mpsc::channel();
         let mut inbox = Inbox::new(receive);
-        let group = GroupId { stage: "seg8".into(), generation: Generation(4) };
+        let group = GroupId {
+            stage: "seg8".into(),
+            generation: Generation(4),
+        };
         let reason = String::from("rank 1 was lost");
-        send.send(Command::Abort { group: group.clone(), reason: reason.clone() }).expect("open");
+        send.send(Command::Abort {
+            group: group.clone(),
+            reason: reason.clone(),
+        })
+        .expect("open");
         assert_eq!(inbox.aborted(&group), Some(reason));
         assert!(inbox.next_matching(Duration::ZERO, |_| true).is_none());
     }

@@ -17,7 +17,9 @@ pub enum Cuda {
 /// path. Must come before the first question about CUDA: libtorch remembers the answer.
 pub fn load_cuda(folder: Option<&Path>) -> Cuda {
     const NAME: &str = "libtorch_cuda.so";
-    let beside = folder.map(|folder| folder.join(NAME)).filter(|path| path.exists());
+    let beside = folder
+        .map(|folder| folder.join(NAME))
+        .filter(|path| path.exists());
     let flags = libloading::os::unix::RTLD_NOW | libloading::os::unix::RTLD_GLOBAL;
     let name = beside.as_deref().unwrap_or(Path::new(NAME));
     // SAFETY: loading runs the library's initialisers, which register kernels with the libtorch that this process

@@ -85,7 +85,17 @@ impl Workbench {
                 record.software.cpu_capability
             )));
         }
-        Ok(Self { io, store, record, recipe, link, inbox, device, setup, teacher: None })
+        Ok(Self {
+            io,
+            store,
+            record,
+            recipe,
+            link,
+            inbox,
+            device,
+            setup,
+            teacher: None,
+        })
     }
 
     /// The teacher, computing in `dtype`; loaded at the first call, after its files were compared with the run's.
@@ -99,8 +109,8 @@ impl Workbench {
         // The one in the other format leaves before its successor comes: two may not fit.
         self.teacher = None;
         let asked = &self.recipe.teacher;
-        let folder = Folder::open(&asked.model, asked.variant.as_deref())
-            .or_fault(FailureClass::Config)?;
+        let folder =
+            Folder::open(&asked.model, asked.variant.as_deref()).or_fault(FailureClass::Config)?;
         let digests = folder.digests().or_fault(FailureClass::Config)?;
         if digests != self.record.teacher_files {
             return Err(Fault::config(format!(
@@ -121,7 +131,11 @@ impl TeacherModel {
     pub fn load(folder: &Folder, kind: Kind, device: Device) -> Result<Self, Fault> {
         let parts = Teacher::load(folder, kind, device).or_fault(FailureClass::Config)?;
         let (schedule, prediction) = mathematics(&parts.schedule)?;
-        Ok(Self { parts, schedule: schedule.to_device(device), prediction })
+        Ok(Self {
+            parts,
+            schedule: schedule.to_device(device),
+            prediction,
+        })
     }
 }
 
@@ -130,8 +144,14 @@ fn mathematics(config: &ScheduleConfig) -> Result<(Schedule, Prediction), Fault>
     let (beta_start, beta_end) = (config.beta_start, config.beta_end);
     let betas = match (&config.trained_betas, config.beta_schedule) {
         (Some(betas), _) => Betas::Trained(betas.clone()),
-        (None, BetaSchedule::Linear) => Betas::Linear { start: beta_start, end: beta_end },
-        (None, BetaSchedule::ScaledLinear) => Betas::ScaledLinear { start: beta_start, end: beta_end },
+        (None, BetaSchedule::Linear) => Betas::Linear {
+            start: beta_start,
+            end: beta_end,
+        },
+        (None, BetaSchedule::ScaledLinear) => Betas::ScaledLinear {
+            start: beta_start,
+            end: beta_end,
+        },
         (None, BetaSchedule::SquaredCosine) => Betas::SquaredCosine,
     };
     let schedule = Schedule::new(&betas, config.zero_snr).or_fault(FailureClass::Config)?;

@@ -60,7 +60,9 @@ struct InGroup {
 
 impl std::fmt::Debug for InGroup {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InGroup").field("group", &self.group).finish_non_exhaustive()
+        f.debug_struct("InGroup")
+            .field("group", &self.group)
+            .finish_non_exhaustive()
     }
 }
 
@@ -76,7 +78,11 @@ impl Current {
 
     fn enter(&self, group: &GroupId, aborter: Arc<dyn Abort>) -> Ended {
         let ended = Ended::default();
-        let entered = InGroup { group: group.clone(), aborter, ended: ended.clone() };
+        let entered = InGroup {
+            group: group.clone(),
+            aborter,
+            ended: ended.clone(),
+        };
         *self.0.lock().expect("no holder of this lock can panic") = Some(entered);
         ended
     }
@@ -142,7 +148,11 @@ struct StageWork {
 impl StageWork {
     fn prepare(bench: &mut Workbench, membership: &Membership) -> Result<Self, Fault> {
         let name = &membership.group.stage;
-        let number = bench.recipe.stages.iter().position(|stage| stage.name == *name);
+        let number = bench
+            .recipe
+            .stages
+            .iter()
+            .position(|stage| stage.name == *name);
         let number = number
             .ok_or_else(|| Fault::config(format!("the recipe has no training stage {name:?}")))?;
         let recipe = bench.recipe.stages[number].clone();
@@ -171,8 +181,12 @@ impl StageWork {
             ));
         }
         let (dataset, digest) = open_dataset(bench)?;
-        let objective = distill::objective(&recipe, teacher.schedule.to_device(bench.device), teacher.prediction)
-            .or_fault(FailureClass::Config)?;
+        let objective = distill::objective(
+            &recipe,
+            teacher.schedule.to_device(bench.device),
+            teacher.prediction,
+        )
+        .or_fault(FailureClass::Config)?;
         let order = Order {
             seed: bench.recipe.seed,
             stage: number as u64,
@@ -187,10 +201,25 @@ impl StageWork {
             ahead: STEPS_AHEAD,
         };
         let time_ids = tch::no_grad(|| teacher.parts.null_conditioning(1).time_ids);
-        let rows = StoredRows::start(&bench.io.handle(), Arc::new(dataset), spec, time_ids, bench.device);
+        let rows = StoredRows::start(
+            &bench.io.handle(),
+            Arc::new(dataset),
+            spec,
+            time_ids,
+            bench.device,
+        );
         let training = training_of(bench, &recipe, &teacher, digest, membership)?;
         let rows = Rc::new(RefCell::new(rows));
-        Ok(Self { recipe, teacher, student, trainer, objective, rows, curves, training })
+        Ok(Self {
+            recipe,
+            teacher,
+            student,
+            trainer,
+            objective,
+            rows,
+            curves,
+            training,
+        })
     }
 
     /// Steps until the last one, and commits what must be committed.
@@ -221,7 +250,10 @@ impl StageWork {
             global_batch: self.recipe.batch.global,
             training: self.training.clone(),
         };
-        let mut watch = InboxWatch { inbox: &mut bench.inbox, ended };
+        let mut watch = InboxWatch {
+            inbox: &mut bench.inbox,
+            ended,
+        };
         let mut saver = Saver::new(
             &bench.io,
             bench.store.clone(),
@@ -242,7 +274,10 @@ impl StageWork {
         );
         let finished = self.trainer.position().step == self.recipe.steps;
         if finished && result.is_ok() {
-            return saver.save_now(&self.trainer).map(|()| Outcome::Finished).map_err(Fault::from);
+            return saver
+                .save_now(&self.trainer)
+                .map(|()| Outcome::Finished)
+                .map_err(Fault::from);
         }
         let wanted = saver.wanted_checkpoint();
         if let Some(checkpoint) = wanted {
@@ -254,7 +289,11 @@ impl StageWork {
         }
         drop(saver);
         match result {
-            Ok(()) => ended_or(bench, group, Fault::new(FailureClass::Stale, "training stopped early")),
+            Ok(()) => ended_or(
+                bench,
+                group,
+                Fault::new(FailureClass::Stale, "training stopped early"),
+            ),
             Err(error) => ended_or(bench, group, train_fault(error)),
         }
     }
@@ -304,7 +343,11 @@ impl Watch for InboxWatch<'_> {
     }
 
     fn wanted_checkpoint(&mut self) -> Option<bool> {
-        if self.ended.is_set() { None } else { self.inbox.draining() }
+        if self.ended.is_set() {
+            None
+        } else {
+            self.inbox.draining()
+        }
     }
 }
 
@@ -365,27 +408,31 @@ fn collective_fault(error: collective::Error) -> Fault {
         | collective::Error::Setup { .. }
         | collective::Error::Nccl { .. } => FailureClass::Collective,
     };
-    Err::<(), _>(error).or_fault(class).expect_err("it is an error")
+    Err::<(), _>(error)
+        .or_fault(class)
+        .expect_err("it is an error")
 }
 
 fn train_fault(error: train::Error) -> Fault {
     match error {
         train::Error::Group { source, .. } => collective_fault(source),
-        train::Error::Diverged { .. } => {
-            Err::<(), _>(error).or_fault(FailureClass::Diverged).expect_err("it is an error")
-        }
-        train::Error::Handover { .. } => {
-            Err::<(), _>(error).or_fault(FailureClass::Io).expect_err("it is an error")
-        }
+        train::Error::Diverged { .. } => Err::<(), _>(error)
+            .or_fault(FailureClass::Diverged)
+            .expect_err("it is an error"),
+        train::Error::Handover { .. } => Err::<(), _>(error)
+            .or_fault(FailureClass::Io)
+            .expect_err("it is an error"),
     }
 }
 
 /// The verified state that `commit` names, if it names one.
 fn load(bench: &Workbench, commit: Option<&str>) -> Result<Option<Loaded>, Fault> {
-    let Some(commit) = commit else { return Ok(None) };
-    let loaded = bench.io.wait(async {
-        Checkpoint::open(&bench.store, commit).await?.load().await
-    });
+    let Some(commit) = commit else {
+        return Ok(None);
+    };
+    let loaded = bench
+        .io
+        .wait(async { Checkpoint::open(&bench.store, commit).await?.load().await });
     loaded.map(Some).or_fault(FailureClass::Schema)
 }
 
@@ -395,7 +442,11 @@ fn restore(trainer: &mut Trainer, state: &Loaded, curves: &[StepRecord]) -> Resu
     snapshot
         .fill(position(curves), |name| {
             let (kind, tensor) = name.split_once('/')?;
-            Some(values.get(&(StateKind::parse(kind)?, tensor.to_owned()))?.as_slice())
+            Some(
+                values
+                    .get(&(StateKind::parse(kind)?, tensor.to_owned()))?
+                    .as_slice(),
+            )
         })
         .or_fault(FailureClass::Schema)?;
     trainer.restore(&snapshot).or_fault(FailureClass::Schema)
@@ -408,9 +459,14 @@ fn open_dataset(bench: &Workbench) -> Result<(Dataset, Digest), Fault> {
         .dataset_digest
         .ok_or_else(|| Fault::config("the run's record names no dataset to train on"))?;
     let folder = layout::dataset(&digest.short());
-    let bytes = bench.io.wait(bench.store.get(&layout::dataset_manifest(&folder)))?;
+    let bytes = bench
+        .io
+        .wait(bench.store.get(&layout::dataset_manifest(&folder)))?;
     let manifest = DatasetManifest::from_bytes(&folder, &bytes).or_fault(FailureClass::Schema)?;
-    Ok((Dataset::new(bench.store.clone(), manifest, Options::default()), Digest::of(&bytes)))
+    Ok((
+        Dataset::new(bench.store.clone(), manifest, Options::default()),
+        Digest::of(&bytes),
+    ))
 }
 
 fn training_of(
@@ -423,7 +479,11 @@ fn training_of(
     let segments = Segments::new(stage.segments).or_fault(FailureClass::Config)?;
     let lora = match &stage.student.kind {
         StudentKind::Full => None,
-        StudentKind::Lora { lora_rank, lora_alpha, targets } => Some(Lora {
+        StudentKind::Lora {
+            lora_rank,
+            lora_alpha,
+            targets,
+        } => Some(Lora {
             lora_rank: *lora_rank,
             lora_alpha: *lora_alpha,
             targets: targets.clone(),

@@ -22,7 +22,9 @@ fn bytes(tensor: &Tensor, element_bytes: usize) -> Vec<u8> {
 
 /// A tensor `shape` of little-endian f16 `bytes`, as f32 on `device`.
 pub fn from_f16(bytes: &[u8], shape: &[i64], device: Device) -> Tensor {
-    Tensor::from_data_size(bytes, shape, Kind::Half).to_device(device).to_kind(Kind::Float)
+    Tensor::from_data_size(bytes, shape, Kind::Half)
+        .to_device(device)
+        .to_kind(Kind::Float)
 }
 
 /// Little-endian f32 `bytes` as numbers.
@@ -43,6 +45,9 @@ mod tests {
         let bytes = f16_bytes(&tensor.transpose(0, 1));
         assert_eq!(bytes.len(), 8);
         let back = from_f16(&bytes, &[2, 2], Device::Cpu);
-        assert_eq!(Vec::<f32>::try_from(back.view([-1])).expect("f32"), [1.0, 0.125, -2.5, 65504.0]);
+        assert_eq!(
+            Vec::<f32>::try_from(back.view([-1])).expect("f32"),
+            [1.0, 0.125, -2.5, 65504.0]
+        );
     }
 }

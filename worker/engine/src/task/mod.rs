@@ -33,7 +33,10 @@ pub struct Fault {
 impl Fault {
     /// A fault of `class`, in words.
     pub fn new(class: FailureClass, message: impl Into<String>) -> Self {
-        Self { class, error: anyhow::Error::msg(message.into()) }
+        Self {
+            class,
+            error: anyhow::Error::msg(message.into()),
+        }
     }
 
     /// A fault of the recipe or the host.
@@ -43,7 +46,10 @@ impl Fault {
 
     /// As it is reported: the whole chain in one line.
     pub fn to_failure(&self) -> Failure {
-        Failure { class: self.class, message: format!("{:#}", self.error) }
+        Failure {
+            class: self.class,
+            message: format!("{:#}", self.error),
+        }
     }
 }
 
@@ -61,7 +67,10 @@ impl From<Failure> for Fault {
 
 impl From<storage::Error> for Fault {
     fn from(error: storage::Error) -> Self {
-        Self { class: error.class(), error: error.into() }
+        Self {
+            class: error.class(),
+            error: error.into(),
+        }
     }
 }
 
@@ -73,7 +82,10 @@ pub trait OrFault<T> {
 
 impl<T, E: Into<anyhow::Error>> OrFault<T> for Result<T, E> {
     fn or_fault(self, class: FailureClass) -> Result<T, Fault> {
-        self.map_err(|error| Fault { class, error: error.into() })
+        self.map_err(|error| Fault {
+            class,
+            error: error.into(),
+        })
     }
 }
 
@@ -89,14 +101,21 @@ pub fn contained<T>(work: impl FnOnce() -> Result<T, Fault>) -> Result<T, Fault>
         let text: Vec<&str> = text.lines().take(3).collect();
         let text = text.join(" ");
         let lower = text.to_lowercase();
-        let memory = ["out of memory", "can't allocate memory", "not enough memory"];
+        let memory = [
+            "out of memory",
+            "can't allocate memory",
+            "not enough memory",
+        ];
         Err(if memory.iter().any(|words| lower.contains(words)) {
             Fault::new(
                 FailureClass::OutOfMemory,
                 format!("memory ran out: {text}; a smaller batch needs less"),
             )
         } else {
-            Fault::new(FailureClass::Unknown, format!("the engine met a fault of its own: {text}"))
+            Fault::new(
+                FailureClass::Unknown,
+                format!("the engine met a fault of its own: {text}"),
+            )
         })
     })
 }
@@ -108,19 +127,33 @@ mod tests {
     #[test]
     fn a_panic_becomes_a_fault_with_its_class() {
         let fault = |text: &'static str| {
-            contained::<()>(|| panic!("{text}")).expect_err("a panic").to_failure()
+            contained::<()>(|| panic!("{text}"))
+                .expect_err("a panic")
+                .to_failure()
         };
-        assert_eq!(fault("index 7 is out of range").class, FailureClass::Unknown);
+        assert_eq!(
+            fault("index 7 is out of range").class,
+            FailureClass::Unknown
+        );
         let memory = fault("CUDA out of memory. Tried to allocate 2.00 GiB\nframe #0: x");
         assert_eq!(memory.class, FailureClass::OutOfMemory);
-        assert!(memory.message.contains("smaller batch"), "{}", memory.message);
+        assert!(
+            memory.message.contains("smaller batch"),
+            "{}",
+            memory.message
+        );
         assert_eq!(contained(|| Ok(3)).ok(), Some(3));
     }
 
     #[test]
     fn a_fault_names_its_causes_in_one_line() {
         let error = anyhow::anyhow!("no such file").context("opening the teacher");
-        let failure = Err::<(), _>(error).or_fault(FailureClass::Config).expect_err("it is one");
-        assert_eq!(failure.to_failure().message, "opening the teacher: no such file");
+        let failure = Err::<(), _>(error)
+            .or_fault(FailureClass::Config)
+            .expect_err("it is one");
+        assert_eq!(
+            failure.to_failure().message,
+            "opening the teacher: no such file"
+        );
     }
 }

@@ -64,7 +64,11 @@ impl StoredRows {
     }
 
     fn load_step(&mut self, step: u64) -> anyhow::Result<()> {
-        if self.current.as_ref().is_some_and(|batch| batch.step == step) {
+        if self
+            .current
+            .as_ref()
+            .is_some_and(|batch| batch.step == step)
+        {
             return Ok(());
         }
         let watch = Stopwatch::start();
@@ -73,7 +77,11 @@ impl StoredRows {
         let batch = self.loader.next_blocking()?;
         self.waited += watch.elapsed();
         let batch = batch.ok_or_else(|| anyhow::anyhow!("rows end before step {step}"))?;
-        anyhow::ensure!(batch.step == step, "rows of step {} came for step {step}", batch.step);
+        anyhow::ensure!(
+            batch.step == step,
+            "rows of step {} came for step {step}",
+            batch.step
+        );
         self.current = Some(batch);
         Ok(())
     }
@@ -84,7 +92,9 @@ impl StoredRows {
         }
         let schema = &self.dataset.manifest().schema;
         let shape = |value: &distillery_common::latents::schema::Value| -> Vec<i64> {
-            std::iter::once(1).chain(value.shape.iter().map(|&n| n as i64)).collect()
+            std::iter::once(1)
+                .chain(value.shape.iter().map(|&n| n as i64))
+                .collect()
         };
         for id in ids {
             if self.texts.contains_key(id) {
@@ -94,7 +104,8 @@ impl StoredRows {
             let pooled = text.pooled.as_ref().zip(schema.pooled.as_ref());
             let conditioning = Conditioning {
                 context: host::from_f16(&text.ctx, &shape(&schema.ctx), self.device),
-                pooled: pooled.map(|(bytes, value)| host::from_f16(bytes, &shape(value), self.device)),
+                pooled: pooled
+                    .map(|(bytes, value)| host::from_f16(bytes, &shape(value), self.device)),
                 time_ids: self.time_ids.as_ref().map(Tensor::shallow_clone),
             };
             self.texts.insert(*id, conditioning);
@@ -106,7 +117,10 @@ impl StoredRows {
 impl Source for StoredRows {
     fn rows(&mut self, positions: Range<u64>) -> anyhow::Result<Rows> {
         self.load_step(positions.start / self.global_batch)?;
-        let batch = self.current.as_ref().expect("the step has just been loaded");
+        let batch = self
+            .current
+            .as_ref()
+            .expect("the step has just been loaded");
         let within = (positions.start - batch.first_position) as usize
             ..(positions.end - batch.first_position) as usize;
         let staging = batch.rows();
@@ -116,8 +130,10 @@ impl Source for StoredRows {
         let shape: Vec<i64> = std::iter::once(within.len() as i64)
             .chain(latent.shape.iter().map(|&n| n as i64))
             .collect();
-        let times: Vec<i64> =
-            staging.timestep[within.clone()].iter().map(|&t| i64::from(t)).collect();
+        let times: Vec<i64> = staging.timestep[within.clone()]
+            .iter()
+            .map(|&t| i64::from(t))
+            .collect();
         let ids = staging.cond_id[within].to_vec();
         let z = host::from_f16(&staging.latent[bytes.clone()], &shape, self.device);
         let eps_w = host::from_f16(&staging.eps_w[bytes], &shape, self.device);

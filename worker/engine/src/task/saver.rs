@@ -124,7 +124,10 @@ impl<'a> Saver<'a> {
         if self.place.membership.rank != 0 {
             return;
         }
-        let mut buffer = self.buffer.take().unwrap_or_else(|| trainer.empty_snapshot());
+        let mut buffer = self
+            .buffer
+            .take()
+            .unwrap_or_else(|| trainer.empty_snapshot());
         trainer.snapshot(&mut buffer);
         let step = trainer.position().step;
         self.saved_step = Some(step);
@@ -142,7 +145,10 @@ impl<'a> Saver<'a> {
 
     /// Takes in an upload that has ended; with `wait`, waits for it first.
     fn settle(&mut self, wait: bool) -> Result<(), Failure> {
-        let Some(upload) = self.in_flight.take_if(|upload| wait || upload.is_finished()) else {
+        let Some(upload) = self
+            .in_flight
+            .take_if(|upload| wait || upload.is_finished())
+        else {
             return Ok(());
         };
         let saved = self.io.wait(upload).map_err(|error| Failure {
@@ -208,7 +214,11 @@ impl Sink for Saver<'_> {
                 self.begin(trainer);
             }
         }
-        Ok(if self.watch.must_stop() { Control::Stop } else { Control::Continue })
+        Ok(if self.watch.must_stop() {
+            Control::Stop
+        } else {
+            Control::Continue
+        })
     }
 }
 
@@ -233,8 +243,16 @@ async fn upload(
     curves: Bytes,
     is_final: bool,
 ) -> Saved {
-    let outcome =
-        write_and_commit(&store, &link, &membership, training, &buffer, curves, is_final).await;
+    let outcome = write_and_commit(
+        &store,
+        &link,
+        &membership,
+        training,
+        &buffer,
+        curves,
+        is_final,
+    )
+    .await;
     Saved { buffer, outcome }
 }
 
@@ -250,13 +268,20 @@ async fn write_and_commit(
     let group = &membership.group;
     let step = buffer.position.step;
     let copy = Arc::new(checkpoint::Snapshot::capture(&State(buffer), None));
-    let manifest =
-        checkpoint::write(store, &group.stage, step, group.generation, training, &copy, curves)
-            .await
-            .map_err(|error| Failure {
-                class: FailureClass::Io,
-                message: format!("saving step {step} of {}: {error}", group.stage),
-            })?;
+    let manifest = checkpoint::write(
+        store,
+        &group.stage,
+        step,
+        group.generation,
+        training,
+        &copy,
+        curves,
+    )
+    .await
+    .map_err(|error| Failure {
+        class: FailureClass::Io,
+        message: format!("saving step {step} of {}: {error}", group.stage),
+    })?;
     let body = manifest.to_bytes();
     let key = manifest.commit_key();
     let request = CommitRequest {
@@ -298,7 +323,10 @@ const PARTS: [(Part, Kind); 4] = [
 
 /// The kind of state that a part of a snapshot is stored as.
 pub fn kind_of_part(part: Part) -> Kind {
-    let (_, kind) = PARTS.iter().find(|(p, _)| *p == part).expect("every part has a kind");
+    let (_, kind) = PARTS
+        .iter()
+        .find(|(p, _)| *p == part)
+        .expect("every part has a kind");
     *kind
 }
 
@@ -316,7 +344,11 @@ impl StateSource for State<'_> {
     }
 
     fn copy(&self, index: usize, out: &mut [u8]) {
-        let (_, _, values) = self.0.entries().nth(index).expect("an index of the listed tensors");
+        let (_, _, values) = self
+            .0
+            .entries()
+            .nth(index)
+            .expect("an index of the listed tensors");
         for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
             bytes.copy_from_slice(&value.to_le_bytes());
         }

@@ -32,7 +32,11 @@ impl Student {
         let mut unet = teacher.parts.unet.duplicate(kind, device);
         match &stage.student.kind {
             StudentKind::Full => unet.set_trainable(true),
-            StudentKind::Lora { lora_rank, lora_alpha, targets } => {
+            StudentKind::Lora {
+                lora_rank,
+                lora_alpha,
+                targets,
+            } => {
                 let shape = lora::Shape {
                     lora_rank: i64::from(*lora_rank),
                     lora_alpha: *lora_alpha,
@@ -40,7 +44,9 @@ impl Student {
                 };
                 lora::attach(&mut unet, &shape, |position, values| {
                     let mut stream = Stream::new(run_seed, Purpose::AdapterInit, position, 0);
-                    values.iter_mut().for_each(|v| *v = (2.0 * stream.unit() - 1.0) as f32);
+                    values
+                        .iter_mut()
+                        .for_each(|v| *v = (2.0 * stream.unit() - 1.0) as f32);
                 })
                 .or_fault(FailureClass::Config)?;
             }
@@ -67,15 +73,16 @@ impl Student {
     pub fn load_published(&self, state: &Loaded) -> Result<(), Fault> {
         let values = f32_values(state)?;
         let averaged = values.keys().any(|(kind, _)| *kind == StateKind::Ema);
-        let kind = if averaged { StateKind::Ema } else { StateKind::Student };
+        let kind = if averaged {
+            StateKind::Ema
+        } else {
+            StateKind::Student
+        };
         self.load(|tensor| Some(values.get(&(kind, tensor.to_owned()))?.as_slice()))
     }
 
     /// Puts stored values into the trainable tensors: `read(name)` gives f32 values in row order.
-    pub fn load<'a>(
-        &self,
-        mut read: impl FnMut(&str) -> Option<&'a [f32]>,
-    ) -> Result<(), Fault> {
+    pub fn load<'a>(&self, mut read: impl FnMut(&str) -> Option<&'a [f32]>) -> Result<(), Fault> {
         let misfit = |message: String| Fault::new(FailureClass::Schema, message);
         for (name, mut tensor) in self.trainable() {
             let values = read(&name)
@@ -100,7 +107,11 @@ pub fn f32_values(state: &Loaded) -> Result<BTreeMap<(StateKind, String), Vec<f3
         if spec.dtype != StoredDtype::F32 {
             return Err(Fault::new(
                 FailureClass::Schema,
-                format!("tensor {} of the checkpoint is {}, expected F32", spec.name, spec.dtype.name()),
+                format!(
+                    "tensor {} of the checkpoint is {}, expected F32",
+                    spec.name,
+                    spec.dtype.name()
+                ),
             ));
         }
         values.insert((spec.kind, spec.name.clone()), host::f32_values(bytes));

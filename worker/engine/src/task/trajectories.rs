@@ -43,7 +43,11 @@ pub fn draw(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitRequest
         }
         shard.draw_block(bench, first)?;
         let done = (first + shard.batch).min(shard.ordinals.end) - shard.ordinals.start;
-        bench.link.send(Event::Progress { lease: lease.clone(), done, total });
+        bench.link.send(Event::Progress {
+            lease: lease.clone(),
+            done,
+            total,
+        });
     }
     shard.finish(bench).map(Some)
 }
@@ -75,22 +79,29 @@ struct Shard {
 impl Shard {
     fn open(bench: &mut Workbench, lease: &Lease) -> Result<Self, Fault> {
         let wanted = bench.recipe.trajectories.clone();
-        let dataset = bench
-            .record
-            .dataset_digest
-            .ok_or_else(|| Fault::config("the run's record names no dataset, yet trajectories are asked for"))?;
+        let dataset = bench.record.dataset_digest.ok_or_else(|| {
+            Fault::config("the run's record names no dataset, yet trajectories are asked for")
+        })?;
         let folder = layout::shard(&layout::dataset(&dataset.short()), lease.task.index);
-        let list = bench.io.wait(bench.store.get(&layout::prompts(PromptList::Train)))?;
+        let list = bench
+            .io
+            .wait(bench.store.get(&layout::prompts(PromptList::Train)))?;
         let prompts = prompts::from_parquet(&list).or_fault(FailureClass::Schema)?;
         let segments = Segments::new(wanted.segments).or_fault(FailureClass::Config)?;
-        let grid = wanted.time_grid.map(TimeGrid::new).transpose().or_fault(FailureClass::Config)?;
+        let grid = wanted
+            .time_grid
+            .map(TimeGrid::new)
+            .transpose()
+            .or_fault(FailureClass::Config)?;
         let teacher = bench.teacher(bench.recipe.teacher.dtype)?;
         let text_digest = digest_of_list(
             &bench
                 .record
                 .teacher_files
                 .iter()
-                .filter(|(path, _)| path.starts_with("text_encoder") || path.starts_with("tokenizer"))
+                .filter(|(path, _)| {
+                    path.starts_with("text_encoder") || path.starts_with("tokenizer")
+                })
                 .map(|(path, digest)| (path.clone(), *digest))
                 .collect(),
         );
@@ -134,18 +145,39 @@ impl Shard {
         let ordinals: Vec<u64> = (first..first + self.batch).collect();
         let prompts: Vec<Prompt> = ordinals
             .iter()
-            .map(|&o| self.prompts[prompts::prompt_of(o, self.prompts.len() as u64, seed) as usize].clone())
+            .map(|&o| {
+                self.prompts[prompts::prompt_of(o, self.prompts.len() as u64, seed) as usize]
+                    .clone()
+            })
             .collect();
         let conditioning = self.conditioning(&prompts);
-        let plans: Vec<Vec<i64>> =
-            ordinals.iter().map(|&o| self.plan(bench.recipe.trajectories.mode, seed, o)).collect();
-        let z = initial_noise(&self.teacher, Purpose::InitialNoise, seed, &ordinals, bench.device);
+        let plans: Vec<Vec<i64>> = ordinals
+            .iter()
+            .map(|&o| self.plan(bench.recipe.trajectories.mode, seed, o))
+            .collect();
+        let z = initial_noise(
+            &self.teacher,
+            Purpose::InitialNoise,
+            seed,
+            &ordinals,
+            bench.device,
+        );
         let states = tch::no_grad(|| self.walk(bench, &plans, z, &conditioning));
         let count = (self.ordinals.end - first).min(self.batch) as usize;
         for row in 0..count {
-            self.add_rows(bench, ordinals[row], &prompts[row], &plans[row], &states, row)?;
+            self.add_rows(
+                bench,
+                ordinals[row],
+                &prompts[row],
+                &plans[row],
+                &states,
+                row,
+            )?;
         }
-        bench.io.wait(self.rows.send(&mut self.upload)).or_fault(FailureClass::Io)
+        bench
+            .io
+            .wait(self.rows.send(&mut self.upload))
+            .or_fault(FailureClass::Io)
     }
 
     /// The times of one trajectory, its own times first to last.
@@ -168,7 +200,11 @@ impl Shard {
         mut z: Tensor,
         conditioning: &Conditioning,
     ) -> Vec<[Vec<u8>; 2]> {
-        let TeacherModel { parts, schedule, prediction } = self.teacher.as_ref();
+        let TeacherModel {
+            parts,
+            schedule,
+            prediction,
+        } = self.teacher.as_ref();
         let guided = Guided {
             denoiser: &parts.unet,
             null: &self.null,
@@ -262,11 +298,17 @@ impl Shard {
         for (conditioning, id) in self.texts.values().map(|(c, id)| (c, *id)).chain([null]) {
             let pooled = conditioning.pooled.as_ref().map(host::f16_bytes);
             self.embeddings
-                .push(id, &host::f16_bytes(&conditioning.context), pooled.as_deref())
+                .push(
+                    id,
+                    &host::f16_bytes(&conditioning.context),
+                    pooled.as_deref(),
+                )
                 .or_fault(FailureClass::Schema)?;
         }
-        let (rows, written) =
-            bench.io.wait(self.rows.finish_into(self.upload)).or_fault(FailureClass::Io)?;
+        let (rows, written) = bench
+            .io
+            .wait(self.rows.finish_into(self.upload))
+            .or_fault(FailureClass::Io)?;
         let embeddings = self.embeddings.finish().or_fault(FailureClass::Schema)?;
         let key = layout::shard_embeddings(&self.folder, &self.lease);
         let files = vec![rows, FileEntry::of(&key, &embeddings)];
@@ -299,7 +341,10 @@ fn schema_of(teacher: &TeacherModel, null: &Conditioning) -> RowSchema {
     RowSchema {
         latent: value(&teacher.parts.latent_shape()),
         ctx: value(&null.context.size()[1..]),
-        pooled: null.pooled.as_ref().map(|pooled| value(&pooled.size()[1..])),
+        pooled: null
+            .pooled
+            .as_ref()
+            .map(|pooled| value(&pooled.size()[1..])),
     }
 }
 
@@ -311,7 +356,14 @@ pub fn initial_noise(
     ordinals: &[u64],
     device: tch::Device,
 ) -> Tensor {
-    noise(&teacher.parts.latent_shape(), purpose, seed, ordinals, 0, device)
+    noise(
+        &teacher.parts.latent_shape(),
+        purpose,
+        seed,
+        ordinals,
+        0,
+        device,
+    )
 }
 
 /// Draw `draw` of every ordinal: standard normal `[B, C, H, W]` in f32, made on the CPU.
@@ -324,8 +376,10 @@ pub fn noise(
     device: tch::Device,
 ) -> Tensor {
     let len = shape.iter().product::<i64>() as usize;
-    let values: Vec<f32> =
-        ordinals.iter().flat_map(|&o| normal(seed, purpose, o, draw, len)).collect();
+    let values: Vec<f32> = ordinals
+        .iter()
+        .flat_map(|&o| normal(seed, purpose, o, draw, len))
+        .collect();
     Tensor::from_slice(&values)
         .view([ordinals.len() as i64, shape[0], shape[1], shape[2]])
         .to_kind(Kind::Float)
