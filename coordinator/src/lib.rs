@@ -10,5 +10,6 @@ pub mod driver;
 pub mod journal;
 pub mod launch;
 pub mod plan;
+pub mod report;
 pub mod scheduler;
 pub mod service;

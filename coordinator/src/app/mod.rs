@@ -17,12 +17,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 use distillery_common::recipe::{Launcher, Recipe, Tls};
+use distillery_common::run::RunRecord;
 use distillery_common::security::Join;
 use distillery_common::storage::Store;
+use distillery_common::storage::layout::{self, Key};
 
 use crate::driver::{self, Clock, Driver, Errands, Handle};
 use crate::journal::{self, Journal};
 use crate::launch::local;
+use crate::report;
 use crate::scheduler::{Durable, Event, Machine, Outcome, Record, Timings};
 use crate::service;
 
@@ -57,6 +60,7 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
     let durable = Durable::replay(&history.records);
     if durable.outcome == Some(Outcome::Succeeded) {
         eprintln!("run {} has succeeded already", recipe.name);
+        show_results(&recipe, &store, &prepared.record, config.json).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let tls = recipe.cluster.tls == Tls::On;
@@ -134,7 +138,47 @@ async fn coordinate(
     }
     drop(end_service);
     serving.abort();
-    Ok(report(&recipe, ended, config.json))
+    if matches!(ended, Ok(Outcome::Succeeded)) {
+        show_results(&recipe, &store, &prepared.record, config.json).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    Ok(say_why(&recipe, ended, config.json))
+}
+
+/// Writes the report of a run that has succeeded, and shows what it found. Its files follow from the run's other
+/// objects alone, so that writing them again changes nothing.
+async fn show_results(
+    recipe: &Recipe,
+    store: &Store,
+    record: &RunRecord,
+    json: bool,
+) -> anyhow::Result<()> {
+    let report = report::gather(store, record, recipe)
+        .await
+        .context("collecting the results")?;
+    report.publish(store).await?;
+    if json {
+        println!("{}", report.summary);
+        return Ok(());
+    }
+    if !report.figures.is_empty() {
+        println!("{}", report.table());
+    }
+    eprintln!("run {} succeeded", recipe.name);
+    let place = |key: &Key| match store.local_file(key) {
+        Some(path) => path.display().to_string(),
+        None => format!("{}/{key}", store.uri()),
+    };
+    eprintln!("report:  {}", place(&layout::report("report.html")));
+    if let (Some(_), Some(last)) = (&recipe.export, recipe.stages.last()) {
+        let student =
+            layout::export_file(&layout::export(&last.name), "diffusers/model_index.json");
+        eprintln!(
+            "student: {}",
+            place(&student).trim_end_matches("/model_index.json")
+        );
+    }
+    Ok(())
 }
 
 fn resumed(records: &[Record]) -> bool {
@@ -228,7 +272,7 @@ async fn watch_signals(handle: Handle) -> anyhow::Result<()> {
     }
 }
 
-fn report(recipe: &Recipe, ended: Result<Outcome, journal::Error>, json: bool) -> ExitCode {
+fn say_why(recipe: &Recipe, ended: Result<Outcome, journal::Error>, json: bool) -> ExitCode {
     let (state, message, code) = match ended {
         Ok(Outcome::Succeeded) => ("succeeded", String::new(), 0),
         Ok(Outcome::Failed { message }) => ("failed", message, 1),

@@ -4,6 +4,7 @@ mod check;
 mod export;
 mod one_shot;
 mod plan;
+mod report;
 mod run;
 mod sample;
 mod schema;
@@ -55,6 +56,8 @@ enum Command {
     Schema,
     /// Shows how a run is.
     Status(status::Arguments),
+    /// Writes a run's results as one page.
+    Report(report::Arguments),
     /// Draws pictures from a teacher, an export or a run's student.
     Sample(sample::Arguments),
     /// Writes a run's student in forms that other programs read.
@@ -102,6 +105,7 @@ pub fn main() -> ExitCode {
         Command::Plan(own) => plan::run(&own, context),
         Command::Schema => schema::run(),
         Command::Status(own) => status::run(&own, context),
+        Command::Report(own) => report::run(&own, context),
         Command::Sample(own) => sample::run(own, context),
         Command::Export(own) => export::run(own, context),
     };

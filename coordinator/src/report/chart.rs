@@ -33,8 +33,9 @@ const BOTTOM: f64 = 34.0;
 /// Points drawn for one line; longer ones are averaged down to it.
 const MAX_POINTS: usize = 280;
 /// Okabe and Ito's palette, told apart by colour-blind readers too.
-const COLOURS: [&str; 8] =
-    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"];
+const COLOURS: [&str; 8] = [
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999",
+];
 
 impl Chart {
     /// The chart as a `<figure>`; nothing when no line has a point.
@@ -74,14 +75,20 @@ impl Chart {
 
     fn visible(&self, series: &Series) -> Vec<(f64, f64)> {
         let usable = |y: f64| y.is_finite() && (!self.log_y || y > 0.0);
-        let points: Vec<(f64, f64)> =
-            series.points.iter().copied().filter(|&(x, y)| x.is_finite() && usable(y)).collect();
+        let points: Vec<(f64, f64)> = series
+            .points
+            .iter()
+            .copied()
+            .filter(|&(x, y)| x.is_finite() && usable(y))
+            .collect();
         let run = points.len().div_ceil(MAX_POINTS).max(1);
         points
             .chunks(run)
             .map(|chunk| {
                 let n = chunk.len() as f64;
-                let (x, y) = chunk.iter().fold((0.0, 0.0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
+                let (x, y) = chunk
+                    .iter()
+                    .fold((0.0, 0.0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
                 (x / n, if self.log_y { (y / n).log10() } else { y / n })
             })
             .collect()
@@ -90,7 +97,10 @@ impl Chart {
     fn draw_axes(&self, frame: &Frame, svg: &mut String) {
         for i in 0..=4 {
             let share = f64::from(i) / 4.0;
-            let (x, y) = (frame.low.0 + share * frame.span.0, frame.low.1 + share * frame.span.1);
+            let (x, y) = (
+                frame.low.0 + share * frame.span.0,
+                frame.low.1 + share * frame.span.1,
+            );
             let shown = if self.log_y { 10f64.powf(y) } else { y };
             let _ = write!(
                 svg,
@@ -146,8 +156,17 @@ impl Frame {
         }
         let (low, high) = bounds?;
         // A flat line still needs a height to lie in.
-        let span = |low: f64, high: f64| if high > low { high - low } else { low.abs().max(1.0) };
-        Some(Self { low, span: (span(low.0, high.0), span(low.1, high.1)) })
+        let span = |low: f64, high: f64| {
+            if high > low {
+                high - low
+            } else {
+                low.abs().max(1.0)
+            }
+        };
+        Some(Self {
+            low,
+            span: (span(low.0, high.0), span(low.1, high.1)),
+        })
     }
 
     fn x(&self, x: f64) -> f64 {
@@ -173,7 +192,10 @@ fn short(value: f64) -> String {
 
 /// Text made safe for HTML and SVG.
 pub fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -184,7 +206,10 @@ mod tests {
         Chart {
             title: "loss <b>".into(),
             x_label: "step".into(),
-            series: vec![Series { label: "a".into(), points }],
+            series: vec![Series {
+                label: "a".into(),
+                points,
+            }],
             log_y,
         }
         .to_svg()
@@ -199,7 +224,10 @@ mod tests {
 
     #[test]
     fn a_logarithmic_axis_leaves_out_what_has_no_logarithm() {
-        let svg = chart(vec![(0.0, 0.0), (1.0, 1.0), (2.0, 100.0), (3.0, f64::NAN)], true);
+        let svg = chart(
+            vec![(0.0, 0.0), (1.0, 1.0), (2.0, 100.0), (3.0, f64::NAN)],
+            true,
+        );
         assert!(svg.contains("points=\"64.0,206.0 548.0,12.0\""), "{svg}");
     }
 

@@ -34,14 +34,20 @@ pub fn render(report: &Report) -> String {
     for stage in &report.curves {
         curves(stage, &mut html);
     }
-    let _ = write!(html, "<h2>Recipe</h2><pre>{}</pre></html>", escape(&report.recipe));
+    let _ = write!(
+        html,
+        "<h2>Recipe</h2><pre>{}</pre></html>",
+        escape(&report.recipe)
+    );
     html
 }
 
 fn summary(report: &Report, html: &mut String) {
     html.push_str("<h2>Summary</h2><table>");
     for (name, value) in report.summary.as_object().into_iter().flatten() {
-        let shown = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let shown = value
+            .as_str()
+            .map_or_else(|| value.to_string(), str::to_owned);
         let _ = write!(html, "<tr><td>{}<td>{}", escape(name), escape(&shown));
     }
     html.push_str("</table>");
@@ -64,7 +70,11 @@ fn picture(grid: &Grid, html: &mut String) {
 fn figures(metric: &str, all: &[Figure], html: &mut String) {
     let mut rows: BTreeMap<(bool, &str, &str), BTreeMap<u32, &Figure>> = BTreeMap::new();
     for figure in all.iter().filter(|figure| figure.metric == metric) {
-        let key = (figure.model != TEACHER, figure.model.as_str(), figure.sampler.as_str());
+        let key = (
+            figure.model != TEACHER,
+            figure.model.as_str(),
+            figure.sampler.as_str(),
+        );
         rows.entry(key).or_default().insert(figure.steps, figure);
     }
     if rows.is_empty() {
@@ -73,14 +83,22 @@ fn figures(metric: &str, all: &[Figure], html: &mut String) {
     let mut columns: Vec<u32> = rows.values().flat_map(BTreeMap::keys).copied().collect();
     columns.sort_unstable();
     columns.dedup();
-    let _ = write!(html, "<h2>{}</h2><table><tr><th>model<th>sampler", heading(metric));
+    let _ = write!(
+        html,
+        "<h2>{}</h2><table><tr><th>model<th>sampler",
+        heading(metric)
+    );
     for steps in &columns {
         let _ = write!(html, "<th>{steps} steps");
     }
     for ((_, model, sampler), cells) in &rows {
         let _ = write!(html, "<tr><td>{}<td>{}", escape(model), escape(sampler));
         for steps in &columns {
-            html.push_str(&cells.get(steps).map_or_else(|| "<td>".to_owned(), |f| cell(f)));
+            html.push_str(
+                &cells
+                    .get(steps)
+                    .map_or_else(|| "<td>".to_owned(), |f| cell(f)),
+            );
         }
     }
     html.push_str("</table>");
@@ -110,7 +128,10 @@ fn curves(stage: &StageCurves, html: &mut String) {
     let _ = write!(html, "<h2>Training: {}</h2>", escape(&stage.stage));
     let line = |label: &str, y: &dyn Fn(&StepRecord) -> Option<f64>| Series {
         label: label.to_owned(),
-        points: records.iter().filter_map(|r| Some((r.step as f64, y(r)?))).collect(),
+        points: records
+            .iter()
+            .filter_map(|r| Some((r.step as f64, y(r)?)))
+            .collect(),
     };
     let chart = |title: &str, series, log_y| Chart {
         title: title.to_owned(),
@@ -118,9 +139,17 @@ fn curves(stage: &StageCurves, html: &mut String) {
         series,
         log_y,
     };
-    let segments = records.iter().map(|r| r.loss_by_segment.len()).max().unwrap_or(0);
+    let segments = records
+        .iter()
+        .map(|r| r.loss_by_segment.len())
+        .max()
+        .unwrap_or(0);
     let by_segment = (0..segments)
-        .map(|s| line(&format!("segment {s}"), &move |r| *r.loss_by_segment.get(s)?))
+        .map(|s| {
+            line(&format!("segment {s}"), &move |r| {
+                *r.loss_by_segment.get(s)?
+            })
+        })
         .collect();
     let by_time = (0..TIME_BINS)
         .map(|b| line(&format!("t bin {b}"), &move |r| *r.loss_by_time.get(b)?))
@@ -130,10 +159,26 @@ fn curves(stage: &StageCurves, html: &mut String) {
         chart("Loss", vec![line("loss", &|r| Some(r.loss))], true),
         chart("Loss by segment (0 = cleanest)", by_segment, true),
         chart("Loss by timestep bin (0 = cleanest)", by_time, true),
-        chart("Gradient norm", vec![line("norm", &|r| Some(r.grad_norm))], true),
-        chart("Throughput (steps per second)", vec![line("steps/s", &rate)], false),
-        chart("World size", vec![line("engines", &|r| Some(f64::from(r.world)))], false),
-        chart("Wait for rows (ms per step)", vec![line("wait", &|r| Some(r.wait_ms))], false),
+        chart(
+            "Gradient norm",
+            vec![line("norm", &|r| Some(r.grad_norm))],
+            true,
+        ),
+        chart(
+            "Throughput (steps per second)",
+            vec![line("steps/s", &rate)],
+            false,
+        ),
+        chart(
+            "World size",
+            vec![line("engines", &|r| Some(f64::from(r.world)))],
+            false,
+        ),
+        chart(
+            "Wait for rows (ms per step)",
+            vec![line("wait", &|r| Some(r.wait_ms))],
+            false,
+        ),
     ];
     for chart in charts {
         html.push_str(&chart.to_svg());
@@ -145,10 +190,15 @@ fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for chunk in bytes.chunks(3) {
-        let word = chunk.iter().fold(0u32, |word, &b| word << 8 | u32::from(b)) << (8 * (3 - chunk.len()));
+        let word =
+            chunk.iter().fold(0u32, |word, &b| word << 8 | u32::from(b)) << (8 * (3 - chunk.len()));
         for i in 0..4 {
             let sextet = (word >> (18 - 6 * i)) & 63;
-            text.push(if i <= chunk.len() { char::from(ALPHABET[sextet as usize]) } else { '=' });
+            text.push(if i <= chunk.len() {
+                char::from(ALPHABET[sextet as usize])
+            } else {
+                '='
+            });
         }
     }
     text
@@ -160,7 +210,13 @@ mod tests {
 
     #[test]
     fn base64_gives_the_vectors_of_rfc_4648() {
-        let vectors = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")];
+        let vectors = [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foobar", "Zm9vYmFy"),
+        ];
         for (plain, coded) in vectors {
             assert_eq!(base64(plain.as_bytes()), coded);
         }
