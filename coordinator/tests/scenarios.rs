@@ -1,6 +1,6 @@
 //! Named histories of the machine. Every bug becomes one before it is fixed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use distillery_common::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
@@ -114,8 +114,8 @@ impl Scene {
     }
 
     fn happens(&mut self, event: Event) {
-        let mut events = vec![event];
-        while let Some(event) = events.pop() {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
             for action in self.machine.handle(self.now, event) {
                 events.extend(self.act(action));
             }
@@ -301,12 +301,19 @@ impl Scene {
 
     /// Both workers make both shards; the group forms and exchanges addresses.
     fn to_stepping(&mut self) -> GroupId {
+        self.make_rows();
+        self.exchange(&[1, 2])
+    }
+
+    /// Two workers make both shards.
+    fn make_rows(&mut self) {
         for n in [1, 2] {
             self.join(n);
+        }
+        for n in [1, 2] {
             let lease = self.granted(n).pop().expect("there are two tasks");
             self.commits(n, &lease);
         }
-        self.exchange(&[1, 2])
     }
 
     fn exchange(&mut self, connections: &[u64]) -> GroupId {
@@ -477,6 +484,11 @@ fn a_report_without_a_commit_is_not_believed() {
             lease: lease.clone(),
         },
     );
+    let other = scene
+        .granted(1)
+        .pop()
+        .expect("meanwhile it has the other task");
+    scene.commits(1, &other);
     let again = scene.granted(1).pop().expect("granted again");
     assert_eq!(again.task, lease.task);
     assert_eq!(again.attempt, 2);
@@ -698,11 +710,7 @@ fn a_checkpoint_starts_the_count_of_generations_anew() {
 #[test]
 fn laggards_of_the_exchange_are_named_and_another_group_forms() {
     let mut scene = Scene::new(small_plan());
-    for n in [1, 2] {
-        scene.join(n);
-        let lease = scene.granted(n).pop().expect("a task");
-        scene.commits(n, &lease);
-    }
+    scene.make_rows();
     scene.exchange(&[1]);
     for _ in 0..31 {
         scene.wait(ms(2_000));
@@ -885,16 +893,15 @@ fn idle_workers_wait_for_their_group_instead_of_taking_later_work() {
     let first = scene.granted(1).pop().expect("a task");
     let second = scene.granted(2).pop().expect("a task");
     scene.commits(1, &first);
-    let early = scene
-        .granted(1)
-        .pop()
-        .expect("it takes later work while rows are made");
-    assert_eq!(early.task.stage, "export");
     scene.commits(2, &second);
-    assert_eq!(scene.granted(2).len(), 1, "kept for the group");
-    scene.commits(1, &early);
-    assert_eq!(scene.joined(2).len(), 1);
+    // Until the rows are sealed there is nothing better to do.
+    let early = [1, 2].map(|n| scene.granted(n).pop().expect("later work"));
+    assert!(early.iter().all(|lease| lease.task.stage == "export"));
+    scene.commits(1, &early[0]);
+    assert_eq!(scene.granted(1).len(), 2, "kept for the group");
+    scene.commits(2, &early[1]);
     assert_eq!(scene.joined(1).len(), 1);
+    assert_eq!(scene.joined(2).len(), 1);
 }
 
 #[test]
@@ -972,4 +979,28 @@ fn a_launcher_that_gives_up_ends_a_run_without_workers() {
             message: "no engine".into()
         })
     );
+}
+
+#[test]
+fn waiting_for_workers_does_not_spin() {
+    let mut scene = Scene::new(small_plan());
+    scene.make_rows();
+    for n in [1, 2] {
+        scene.says(
+            n,
+            FromWorker::Goodbye {
+                reason: "drained".into(),
+            },
+        );
+    }
+    scene.join(3);
+    for _ in 0..60 {
+        scene.wait(ms(2_000));
+        scene.beat(3);
+    }
+    let deadline = scene
+        .machine
+        .next_deadline()
+        .expect("somebody may fall silent");
+    assert!(deadline > scene.now - ms(1), "{deadline:?} has passed");
 }

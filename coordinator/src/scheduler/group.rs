@@ -1,6 +1,5 @@
 //! The group of one training stage: gathering members, exchanging addresses, stepping, giving up, trying again.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use distillery_common::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
@@ -113,20 +112,22 @@ impl Machine {
         self.fleet.eligible() >= training.min_world as usize || now < keep_until
     }
 
-    /// When the gathering at `at` must be looked at again.
-    pub(super) fn gather_deadline(&self, group: &Group) -> Option<Duration> {
+    /// When `group` must be looked at again.
+    pub(super) fn group_deadline(&self, group: &Group) -> Option<Duration> {
         match group {
-            Group::Gathering {
-                enough: Some(enough),
-                ..
-            } if self.durable.generation == Generation(0) => {
-                Some(*enough + self.timings.first_formation)
+            Group::Gathering { since, enough, .. } => {
+                let patience = if self.durable.generation == Generation(0) {
+                    self.timings.first_formation
+                } else {
+                    self.timings.last_call
+                };
+                let due = match enough {
+                    Some(enough) => *enough + patience,
+                    None => *since + self.timings.keep_for_group,
+                };
+                // Once it has passed, the group waits for workers or for what the driver finds, not for time.
+                (due > self.ticked).then_some(due)
             }
-            Group::Gathering {
-                enough: Some(enough),
-                ..
-            } => Some(*enough + self.timings.last_call),
-            Group::Gathering { since, .. } => Some(*since + self.timings.keep_for_group),
             Group::Reattaching { deadline, .. } | Group::Exchanging { deadline, .. } => {
                 Some(*deadline)
             }
@@ -309,20 +310,7 @@ impl Machine {
             },
             out,
         );
-        for member in members {
-            let is_in = self
-                .fleet
-                .get(member)
-                .is_some_and(|worker| worker.group.as_ref() == Some(&id));
-            if is_in {
-                self.fleet.update(member, |worker| worker.group = None);
-                let abort = ToWorker::GroupAbort {
-                    group: id.clone(),
-                    reason: reason.to_owned(),
-                };
-                self.send(member, abort, out);
-            }
-        }
+        self.release_members(&id, &members, reason, out);
         let fruitless = self.durable.stage(&id.stage).fruitless;
         out.push(Action::Explain(Decision::Aborted {
             group: id.clone(),
@@ -432,20 +420,41 @@ impl Machine {
             *advanced = now;
         }
         if checkpoint.is_final {
-            self.dissolve(at);
+            self.dissolve(at, out);
             self.seal_stage(at, checkpoint.digest, false, out);
         }
     }
 
-    /// Members of a finished group are free.
-    fn dissolve(&mut self, at: usize) {
-        let members: BTreeSet<_> = self.stages[at]
-            .group()
-            .and_then(Group::formed)
-            .map(|(_, members)| members.iter().copied().collect())
-            .unwrap_or_default();
-        for member in members {
-            self.fleet.update(member, |worker| worker.group = None);
+    /// Members of a finished group are free, and are told: some may not have seen the end yet.
+    fn dissolve(&mut self, at: usize, out: &mut Vec<Action>) {
+        let Some((id, members)) = self.stages[at].group().and_then(Group::formed) else {
+            return;
+        };
+        let (id, members) = (id.clone(), members.to_vec());
+        self.release_members(&id, &members, "the stage is done", out);
+    }
+
+    /// Tells every member that still belongs to `id` to leave it.
+    fn release_members(
+        &mut self,
+        id: &GroupId,
+        members: &[Incarnation],
+        reason: &str,
+        out: &mut Vec<Action>,
+    ) {
+        for &member in members {
+            let is_in = self
+                .fleet
+                .get(member)
+                .is_some_and(|worker| worker.group.as_ref() == Some(id));
+            if is_in {
+                self.fleet.update(member, |worker| worker.group = None);
+                let abort = ToWorker::GroupAbort {
+                    group: id.clone(),
+                    reason: reason.to_owned(),
+                };
+                self.send(member, abort, out);
+            }
         }
     }
 

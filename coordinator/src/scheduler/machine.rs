@@ -113,6 +113,8 @@ pub struct Machine {
     pub(super) registrations: u32,
     /// When silent workers were last looked for.
     pub(super) swept: Duration,
+    /// When deadlines were last looked at.
+    pub(super) ticked: Duration,
 }
 
 impl Machine {
@@ -137,6 +139,7 @@ impl Machine {
             checkpoints: BTreeMap::new(),
             registrations: 0,
             swept: Duration::ZERO,
+            ticked: Duration::ZERO,
         }
     }
 
@@ -172,7 +175,7 @@ impl Machine {
         };
         let stages = self.stages.iter().filter_map(|stage| match stage {
             stage::State::Tasks(board) => board.waiting.first().map(|&(until, _)| until),
-            stage::State::Training(group) => self.gather_deadline(group),
+            stage::State::Training(group) => self.group_deadline(group),
             stage::State::Blocked
             | stage::State::Inspecting { .. }
             | stage::State::Sealing { .. }
@@ -229,6 +232,7 @@ impl Machine {
     }
 
     fn tick(&mut self, now: Duration, out: &mut Vec<Action>) {
+        self.ticked = now;
         while let Some((at, incarnation)) = self.fleet.first_down() {
             if now < at + self.timings.reconnect {
                 break;
