@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test lint libtorch servers
+.PHONY: help demo test kill-resume lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -23,6 +23,12 @@ test: lint servers ## Run the lints and every test that needs no GPU.
 	    '{ print; fflush() } \
 	     /^test result:/ { passed += $$4; failed += $$6; ignored += $$8 } \
 	     END { printf "make test: %d passed, %d failed, %d ignored\n", passed, failed, ignored }'
+
+N ?= 20
+SEED ?= 1
+kill-resume: libtorch ## Kill runs at N seeded moments (SEED) and compare what they make in the end.
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin kill-resume
+	$(target)/release/kill-resume --number $(N) --seed $(SEED)
 
 lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, licences and bans.
 	cargo fmt --all --check

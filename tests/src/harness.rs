@@ -3,7 +3,6 @@
 //! Every process of a run inherits a mark in its environment, by which all of them are found in `/proc`, however
 //! deep they are and whoever their parent is by now.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,14 +10,12 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use distillery_common::checkpoint::{self, Checkpoint, Kind};
-use distillery_common::ids::Digest;
-use distillery_common::latents::{self, Dataset, Options};
-use distillery_common::recipe::Recipe;
-use distillery_common::run::RunRecord;
 use distillery_common::seed::Stream;
-use distillery_common::storage::{Store, layout};
 use distillery_common::telemetry::Stopwatch;
+
+mod made;
+
+pub use self::made::Made;
 
 /// The variable that marks a run's processes.
 const MARK: &str = "DISTILLERY_TEST_RUN";
@@ -103,15 +100,6 @@ pub fn sim_recipe() -> &'static str {
     include_str!("../recipes/sim.yaml")
 }
 
-/// What a run made, in digests that are equal exactly when the things are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Made {
-    /// Rows of the trajectories.
-    pub rows: Digest,
-    /// Final student of each training stage, by its name.
-    pub students: BTreeMap<String, Digest>,
-}
-
 /// A kill.
 #[derive(Debug, Clone)]
 pub struct Hurt {
@@ -138,9 +126,17 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run of `recipe` (its text) in `folder`, which must exist and be empty. `{output}` in the text becomes the
-    /// run URI, `{repository}` the root of this repository.
+    /// A run of `recipe` (its text) in `folder`, which must exist and be empty. `{repository}` in the text becomes
+    /// the root of this repository.
     pub fn new(folder: &Path, recipe: &str, engine: EngineKind) -> anyhow::Result<Self> {
+        let path = folder.join("recipe.yaml");
+        let repository = repository().display().to_string();
+        std::fs::write(&path, recipe.replace("{repository}", &repository))?;
+        Self::of_file(folder, &path, engine)
+    }
+
+    /// A run in `folder` of the recipe in the file at `recipe`, whose own `output` does not count.
+    pub fn of_file(folder: &Path, recipe: &Path, engine: EngineKind) -> anyhow::Result<Self> {
         let programs = programs()?;
         let engine_path = programs.join(engine.program());
         anyhow::ensure!(
@@ -148,16 +144,8 @@ impl Run {
             "{} is not built",
             engine_path.display()
         );
-        let output = folder.join("run");
-        let path = folder.join("recipe.yaml");
-        std::fs::write(
-            &path,
-            recipe
-                .replace("{output}", &output.display().to_string())
-                .replace("{repository}", &repository().display().to_string()),
-        )?;
         Ok(Self {
-            recipe: path,
+            recipe: recipe.to_owned(),
             mark: format!("{}-{}", std::process::id(), folder.display()),
             folder: folder.to_owned(),
             engine,
@@ -205,6 +193,9 @@ impl Run {
             .open(self.log_path())?;
         let mut command = self.command("coordinator");
         command.arg("run").arg(&self.recipe);
+        command
+            .arg("--set")
+            .arg(format!("output={}", self.output().display()));
         command.stdout(log.try_clone()?).stderr(log);
         self.child = Some(command.spawn()?);
         Ok(())
@@ -438,34 +429,6 @@ impl Run {
             std::thread::sleep(GLANCE);
         }
     }
-
-    /// Digests of what it made.
-    pub fn made(&self) -> anyhow::Result<Made> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        runtime.block_on(self.digests())
-    }
-
-    async fn digests(&self) -> anyhow::Result<Made> {
-        let store = Store::open(&self.output().display().to_string())?;
-        let record = RunRecord::from_bytes(&store.get(&layout::run_record()).await?)?;
-        let recipe = Recipe::from_stored(&record.recipe)
-            .map_err(|faults| anyhow::anyhow!("{}", faults.render(false)))?;
-        let dataset = record.dataset_digest.context("the run names a dataset")?;
-        let folder = layout::dataset(&dataset.short());
-        let manifest = latents::manifest::find(&store, &folder)
-            .await?
-            .context("the trajectories are sealed")?;
-        let dataset = Dataset::new(store.clone(), manifest, Options::default());
-        let rows = latents::row_hash(&dataset).await?;
-        let mut students = BTreeMap::new();
-        for stage in &recipe.stages {
-            let digest = final_student(&store, &stage.name, stage.steps).await?;
-            students.insert(stage.name.clone(), digest);
-        }
-        Ok(Made { rows, students })
-    }
 }
 
 impl Drop for Run {
@@ -476,32 +439,6 @@ impl Drop for Run {
             let _ = child.wait();
         }
     }
-}
-
-/// Digest of the trained tensors after the last step, which every generation that got there must share.
-async fn final_student(store: &Store, stage: &str, steps: u64) -> anyhow::Result<Digest> {
-    let mut found = None;
-    for folder in checkpoint::folders(store, stage).await? {
-        if !folder.committed || folder.step != steps {
-            continue;
-        }
-        let key = layout::commit(&layout::checkpoint(stage, folder.step, folder.generation));
-        let loaded = Checkpoint::open(store, key.as_str()).await?.load().await?;
-        let mut bytes = Vec::new();
-        for (spec, values) in &loaded.tensors {
-            if matches!(spec.kind, Kind::Student | Kind::Ema) {
-                bytes.extend(spec.stored_name().into_bytes());
-                bytes.extend(values);
-            }
-        }
-        let digest = Digest::of(&bytes);
-        anyhow::ensure!(
-            found.is_none_or(|other| other == digest),
-            "two generations finished {stage} with different students"
-        );
-        found = Some(digest);
-    }
-    found.with_context(|| format!("stage {stage} has no checkpoint after step {steps}"))
 }
 
 /// Sends a signal by its name.

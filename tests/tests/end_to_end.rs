@@ -3,6 +3,9 @@
 use std::process::Command;
 use std::time::Duration;
 
+use distillery_common::proto::wire::coordinator_client::CoordinatorClient;
+use distillery_common::proto::{PROTOCOL_VERSION, wire};
+use distillery_common::security::{Join, ShowToken};
 use distillery_tests::harness::{EngineKind, Run, sim_recipe};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -124,6 +127,34 @@ fn a_worker_without_the_token_is_refused() {
     let explained = said.contains("token does not belong") || said.contains("does not follow");
     assert!(explained, "{said}");
     run.finish(PATIENCE).expect("the run is not disturbed");
+}
+
+#[tokio::test]
+async fn a_worker_of_another_protocol_version_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder).with("SIM_TASK_MS", 400);
+    run.start().expect("starts");
+    let path = run.output().join("join");
+    let join = run.read_when_there(&path, PATIENCE).expect("a join string");
+    let join = Join::parse(&join, false).expect("usable");
+    let channel = join
+        .endpoint()
+        .expect("an address")
+        .connect()
+        .await
+        .expect("listens");
+    let mut client = CoordinatorClient::with_interceptor(channel, ShowToken::new(join.token()));
+    let hello = wire::Hello {
+        protocol_version: PROTOCOL_VERSION + 1,
+        name: "from-the-future".into(),
+        ..wire::Hello::default()
+    };
+    let message = wire::WorkerMessage {
+        message: Some(wire::worker_message::Message::Hello(hello)),
+    };
+    let refused = client.session(futures::stream::iter([message])).await;
+    let status = refused.expect_err("another version is refused");
+    assert!(status.message().contains("protocol version"), "{status}");
 }
 
 #[test]

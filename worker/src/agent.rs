@@ -14,19 +14,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use distillery_common::backoff::Backoff;
 use distillery_common::group::GroupId;
 use distillery_common::ids::Incarnation;
 use distillery_common::proto::engine_link::Command;
-use distillery_common::proto::wire;
 use distillery_common::security::{GroupSecret, Join, JoinError, read_private};
 use distillery_common::storage::{self, Created, Store};
 use distillery_common::task::{Failure, FailureClass, Lease};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 
-use self::client::{Closed, FromCoordinator, Hello, Outgoing, Welcome};
+use self::client::Outgoing;
 use self::holdings::Holdings;
 use self::outbox::{Outbox, Report};
 use crate::app::Config;
@@ -35,6 +33,7 @@ use crate::engine_process::{Device, Engine, Output, Request};
 mod client;
 mod holdings;
 mod outbox;
+mod session;
 mod work;
 
 /// How long a worker looks for its coordinator before it ends.
@@ -143,6 +142,9 @@ struct Put {
     result: Result<Created, storage::Error>,
 }
 
+/// Both ends of a queue into the loop.
+type Ends<T> = (mpsc::Sender<T>, mpsc::Receiver<T>);
+
 /// One device's agent.
 pub struct Agent {
     config: Arc<Config>,
@@ -167,12 +169,9 @@ pub struct Agent {
     restart: Backoff,
     ending: BTreeMap<Ended, Instant>,
     departure: Option<Departure>,
-    events: (
-        mpsc::Sender<(u64, client::Event)>,
-        mpsc::Receiver<(u64, client::Event)>,
-    ),
-    outputs: (mpsc::Sender<(u64, Output)>, mpsc::Receiver<(u64, Output)>),
-    puts: (mpsc::Sender<Put>, mpsc::Receiver<Put>),
+    events: Ends<(u64, client::Event)>,
+    outputs: Ends<(u64, Output)>,
+    puts: Ends<Put>,
 }
 
 impl Agent {
@@ -358,139 +357,6 @@ impl Agent {
         }
     }
 
-    fn open_session(&mut self) -> anyhow::Result<()> {
-        self.session_id += 1;
-        self.session = Session::Opening(None);
-        let join = match self.config.join.read(self.config.insecure) {
-            Ok(join) => join,
-            // The file of a coordinator that is starting again may be gone for a moment.
-            Err(error) if self.incarnation.is_some() => {
-                self.session_closed(&Closed {
-                    reason: error.to_string(),
-                    fatal: false,
-                })?;
-                return Ok(());
-            }
-            Err(error) => return Err(error).context("the join string cannot be used"),
-        };
-        self.group_secret = GroupSecret::derive(join.token(), join.run_id());
-        let hello = Hello {
-            name: self.name.clone(),
-            host: self.config.host.clone(),
-            device: describe(self.device),
-            incarnation: self.incarnation,
-            leases: self.held.leases().cloned().collect(),
-            group: self
-                .held
-                .member()
-                .map(|member| member.membership.group.clone()),
-        };
-        let events = self.events.0.clone();
-        self.client = Some(tokio::spawn(client::run(
-            self.session_id,
-            join,
-            hello,
-            now,
-            events,
-        )));
-        Ok(())
-    }
-
-    fn session_event(&mut self, event: client::Event) -> anyhow::Result<()> {
-        match event {
-            client::Event::Opened {
-                outgoing,
-                hello_sent,
-            } => self.session = Session::Opening(Some((outgoing, hello_sent))),
-            client::Event::Said(FromCoordinator::Welcome(welcome)) => self.welcomed(welcome)?,
-            client::Event::Said(message) => self.coordinator_said(message),
-            client::Event::Closed(closed) => self.session_closed(&closed)?,
-        }
-        Ok(())
-    }
-
-    fn session_closed(&mut self, closed: &Closed) -> anyhow::Result<()> {
-        anyhow::ensure!(
-            !closed.fatal,
-            "the coordinator refused this worker: {}",
-            closed.reason
-        );
-        let delay = self.reconnect.next_delay(self.jitter());
-        tracing::info!(
-            reason = closed.reason,
-            ?delay,
-            "no stream to the coordinator"
-        );
-        self.session = Session::Down(now() + delay);
-        Ok(())
-    }
-
-    fn welcomed(&mut self, welcome: Welcome) -> anyhow::Result<()> {
-        let Session::Opening(Some((outgoing, hello_sent))) = &self.session else {
-            tracing::error!("a welcome to a worker that did not greet");
-            return Ok(());
-        };
-        let (outgoing, hello_sent) = (outgoing.clone(), *hello_sent);
-        let moment = now();
-        tracing::info!(term = %welcome.term, incarnation = %welcome.incarnation, "registered");
-        self.heard = moment;
-        self.reconnect.reset();
-        self.beat_every = welcome.beat.max(Duration::from_millis(10));
-        if self.incarnation != Some(welcome.incarnation) {
-            self.start_over(moment);
-        }
-        self.incarnation = Some(welcome.incarnation);
-        self.held.welcomed(hello_sent, welcome.lease_ttl);
-        match &self.run {
-            Some((uri, _)) => anyhow::ensure!(
-                *uri == welcome.run_uri,
-                "the coordinator now serves {}, not {uri}; start this worker again",
-                welcome.run_uri
-            ),
-            None => {
-                let store = Store::open(&welcome.run_uri).context("the run cannot be opened")?;
-                self.run = Some((welcome.run_uri, store));
-            }
-        }
-        for (seq, report) in self.outbox.waiting() {
-            outgoing.report(*seq, report);
-        }
-        self.session = Session::Up(outgoing, moment);
-        Ok(())
-    }
-
-    /// Another registration than before: whatever was held is somebody else's now.
-    fn start_over(&mut self, now: Instant) {
-        for lease in self.held.take_all() {
-            self.end(Ended::Task(lease), now);
-        }
-        self.leave_group("the worker was registered anew", now);
-    }
-
-    fn beat(&mut self, now: Instant) {
-        let rss_bytes = self.resident_bytes();
-        let due = now + self.beat_every.mul_f64(0.9 + 0.2 * self.jitter());
-        let Session::Up(outgoing, at) = &mut self.session else {
-            return;
-        };
-        *at = due;
-        self.beats += 1;
-        let group = self
-            .held
-            .member()
-            .and_then(|member| member.progress.as_ref());
-        outgoing.beat(self.beats, &self.held.progress(), group, rss_bytes);
-        self.held.beat_sent(self.beats, now);
-    }
-
-    /// In `[0, 1)`, different for each worker and each use.
-    fn jitter(&self) -> f64 {
-        use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-        let mut hasher = DefaultHasher::new();
-        (&self.name, std::process::id(), self.beats, self.session_id).hash(&mut hasher);
-        (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
     /// Memory of this process and its engine.
     fn resident_bytes(&self) -> u64 {
         let engine = match &self.seat {
@@ -499,36 +365,6 @@ impl Agent {
         };
         let engine = engine.map_or(0, |pid| resident_bytes(&pid.to_string()));
         resident_bytes("self") + engine
-    }
-
-    async fn say_goodbye(&mut self) {
-        if let (Session::Up(outgoing, _), Some(departure)) = (&self.session, &self.departure) {
-            outgoing.goodbye(&departure.reason);
-        }
-        // Closing our half lets the coordinator read the goodbye and close its own.
-        self.session = Session::Opening(None);
-        if let Some(client) = self.client.take() {
-            let mut client = client;
-            if tokio::time::timeout(Duration::from_secs(1), &mut client)
-                .await
-                .is_err()
-            {
-                client.abort();
-            }
-        }
-    }
-}
-
-fn describe(device: Device) -> wire::Device {
-    let (kind, index) = match device {
-        Device::Cpu => ("cpu", 0),
-        Device::Cuda(ordinal) => ("cuda", ordinal),
-    };
-    wire::Device {
-        kind: kind.into(),
-        index,
-        name: String::new(),
-        memory_bytes: 0,
     }
 }
 
