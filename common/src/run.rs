@@ -337,62 +337,35 @@ mod tests {
             dtype: "f32",
             software: &software,
         };
-        let others = [
-            DatasetParts {
-                teacher_files: &other_teacher,
-                ..base.clone()
-            },
-            DatasetParts {
-                prompts: &other_prompts,
-                ..base.clone()
-            },
-            DatasetParts {
-                seed: 43,
-                ..base.clone()
-            },
-            DatasetParts {
-                guidance: 7.5,
-                ..base.clone()
-            },
-            DatasetParts {
-                mode: "alg1",
-                ..base.clone()
-            },
-            DatasetParts {
-                segments: 4,
-                ..base.clone()
-            },
-            DatasetParts {
-                time_grid: Some(40),
-                ..base.clone()
-            },
-            DatasetParts {
-                count: 1001,
-                ..base.clone()
-            },
-            DatasetParts {
-                shard_trajectories: 128,
-                ..base.clone()
-            },
-            DatasetParts {
-                batch: 4,
-                ..base.clone()
-            },
-            DatasetParts {
-                threads: None,
-                ..base.clone()
-            },
-            DatasetParts {
-                dtype: "bf16",
-                ..base.clone()
-            },
-            DatasetParts {
-                software: &other_software,
-                ..base.clone()
-            },
-        ];
-        let mut names: Vec<_> = others.iter().map(dataset_digest).collect();
-        names.push(dataset_digest(&base));
+        // One part after the other: each name differs from the one before it by one part alone.
+        let mut parts = base.clone();
+        let mut names = vec![dataset_digest(&parts)];
+        parts.teacher_files = &other_teacher;
+        names.push(dataset_digest(&parts));
+        parts.prompts = &other_prompts;
+        names.push(dataset_digest(&parts));
+        parts.seed = 43;
+        names.push(dataset_digest(&parts));
+        parts.guidance = 7.5;
+        names.push(dataset_digest(&parts));
+        parts.mode = "alg1";
+        names.push(dataset_digest(&parts));
+        parts.segments = 4;
+        names.push(dataset_digest(&parts));
+        parts.time_grid = Some(40);
+        names.push(dataset_digest(&parts));
+        parts.count = 1001;
+        names.push(dataset_digest(&parts));
+        parts.shard_trajectories = 128;
+        names.push(dataset_digest(&parts));
+        parts.batch = 4;
+        names.push(dataset_digest(&parts));
+        parts.threads = None;
+        names.push(dataset_digest(&parts));
+        parts.dtype = "bf16";
+        names.push(dataset_digest(&parts));
+        parts.software = &other_software;
+        names.push(dataset_digest(&parts));
         let count = names.len();
         names.sort();
         names.dedup();

@@ -60,7 +60,7 @@ pub enum Error {
         /// What was tried.
         operation: Operation,
         /// What the store said.
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
     /// An object ended before the bytes that were asked for.
     #[error(
@@ -96,7 +96,7 @@ pub enum Error {
         /// What was tried.
         operation: Operation,
         /// What the store said.
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
 }
 
@@ -116,13 +116,13 @@ impl Error {
                 uri,
                 key,
                 operation,
-                source,
+                source: source.into(),
             },
             source => Self::Backend {
                 uri,
                 key,
                 operation,
-                source,
+                source: source.into(),
             },
         }
     }
@@ -131,7 +131,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Backend { source, .. } => matches!(
-                source,
+                **source,
                 object_store::Error::Generic { .. } | object_store::Error::JoinError { .. }
             ),
             Self::BadUri { .. }

@@ -1,4 +1,4 @@
-//! A store that fails when it is told to, for tests of everything above it.
+//! A store that fails when it is told to, and one that is slow, for tests of everything above it.
 //!
 //! Every request has a number, from 0. A [`Fault`] names the request that fails and how: before anything
 //! happened, after everything happened, or with the reply lost so that object_store's own second try sees the
@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
@@ -218,5 +219,69 @@ impl MultipartUpload for FaultUpload {
 
     async fn abort(&mut self) -> Result<()> {
         self.inner.abort().await
+    }
+}
+
+/// A store whose reads take longer.
+#[derive(Debug)]
+pub struct DelayStore {
+    inner: Arc<dyn ObjectStore>,
+    delay: Duration,
+}
+
+impl DelayStore {
+    /// Waits `delay` before every read of an object.
+    pub fn new(inner: Arc<dyn ObjectStore>, delay: Duration) -> Self {
+        Self { inner, delay }
+    }
+}
+
+impl fmt::Display for DelayStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DelayStore({})", self.inner)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for DelayStore {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        opts: PutOptions,
+    ) -> Result<PutResult> {
+        self.inner.put_opts(location, payload, opts).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        opts: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(location, opts).await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        tokio::time::sleep(self.delay).await;
+        self.inner.get_opts(location, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
+        self.inner.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.inner.copy_opts(from, to, options).await
     }
 }
