@@ -300,7 +300,7 @@ impl Scene {
     }
 
     /// Both workers make both shards; the group forms and exchanges addresses.
-    fn to_stepping(&mut self) -> GroupId {
+    fn reach_stepping(&mut self) -> GroupId {
         self.make_rows();
         self.exchange(&[1, 2])
     }
@@ -367,7 +367,7 @@ impl Scene {
 #[test]
 fn a_run_goes_from_rows_to_export() {
     let mut scene = Scene::new(small_plan());
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     assert!(scene.was_told(
         1,
         |m| matches!(m, ToWorker::GroupPeers { addresses, .. } if addresses == &["h:1", "h:2"])
@@ -591,7 +591,7 @@ fn a_config_failure_ends_the_run_at_once() {
 #[test]
 fn a_killed_rank_aborts_its_group_at_once_and_the_next_starts_from_the_newest_checkpoint() {
     let mut scene = Scene::new(small_plan());
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     scene.checkpoint(1, &group, 10, false);
     scene.happens(Event::Closed {
         connection: ConnectionId(2),
@@ -614,7 +614,7 @@ fn a_killed_rank_aborts_its_group_at_once_and_the_next_starts_from_the_newest_ch
 #[test]
 fn a_checkpoint_whose_report_was_lost_is_found_in_the_store() {
     let mut scene = Scene::new(small_plan());
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     scene.checkpoints.insert(
         "seg8".into(),
         vec![Checkpoint {
@@ -640,7 +640,7 @@ fn a_checkpoint_whose_report_was_lost_is_found_in_the_store() {
 #[test]
 fn a_zombie_groups_late_checkpoint_is_acknowledged_and_ignored() {
     let mut scene = Scene::new(small_plan());
-    let zombie = scene.to_stepping();
+    let zombie = scene.reach_stepping();
     scene.happens(Event::Closed {
         connection: ConnectionId(2),
     });
@@ -657,7 +657,7 @@ fn a_zombie_groups_late_checkpoint_is_acknowledged_and_ignored() {
 #[test]
 fn three_generations_without_a_checkpoint_end_the_run() {
     let mut scene = Scene::new(small_plan());
-    let mut group = scene.to_stepping();
+    let mut group = scene.reach_stepping();
     for n in 1..=3 {
         assert_eq!(scene.machine.outcome(), None, "before failure {n}");
         scene.says(
@@ -687,7 +687,7 @@ fn three_generations_without_a_checkpoint_end_the_run() {
 #[test]
 fn a_checkpoint_starts_the_count_of_generations_anew() {
     let mut scene = Scene::new(small_plan());
-    let mut group = scene.to_stepping();
+    let mut group = scene.reach_stepping();
     for step in [10, 11, 12, 13, 14] {
         scene.checkpoint(1, &group, step, false);
         scene.says(
@@ -727,7 +727,7 @@ fn laggards_of_the_exchange_are_named_and_another_group_forms() {
 #[test]
 fn a_group_that_stands_still_is_given_up() {
     let mut scene = Scene::new(small_plan());
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     let progress = |step| FromWorker::Beat {
         seq: 1,
         tasks: vec![],
@@ -761,7 +761,7 @@ fn a_group_that_stands_still_is_given_up() {
 #[test]
 fn stopping_drains_with_a_checkpoint_and_ends_when_all_have_left() {
     let mut scene = Scene::new(small_plan());
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     scene.happens(Event::StopRequested { now: false });
     assert!(scene.was_told(1, |m| matches!(
         m,
@@ -796,7 +796,7 @@ fn stopping_drains_with_a_checkpoint_and_ends_when_all_have_left() {
 #[test]
 fn stopping_twice_ends_at_once() {
     let mut scene = Scene::new(small_plan());
-    scene.to_stepping();
+    scene.reach_stepping();
     scene.happens(Event::StopRequested { now: false });
     scene.happens(Event::StopRequested { now: true });
     assert!(matches!(
@@ -836,7 +836,7 @@ fn a_worker_that_outlives_its_coordinator_keeps_its_task() {
 #[test]
 fn a_group_that_outlives_its_coordinator_goes_on() {
     let mut scene = Scene::new(small_plan());
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     let members: Vec<_> = scene
         .joined(1)
         .iter()
@@ -863,7 +863,7 @@ fn a_group_that_outlives_its_coordinator_goes_on() {
 #[test]
 fn a_group_whose_members_do_not_come_back_is_replaced() {
     let mut scene = Scene::new(small_plan());
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     scene.restart(small_plan(), Timings::default());
     let survivor = Incarnation::new(Term(1), 1);
     scene.hello(11, Some(survivor), vec![], Some(group.clone()));
@@ -910,7 +910,7 @@ fn a_stage_starts_from_its_parents_final_checkpoint() {
     plan.stages
         .push(training("seg4", 10, (2, 2), &[0, 1], Some(1)));
     let mut scene = Scene::new(plan);
-    let group = scene.to_stepping();
+    let group = scene.reach_stepping();
     scene.checkpoint(1, &group, 20, true);
     let exported = scene.granted(1).pop().expect("export is due as well");
     assert_eq!(exported.task.stage, "export");

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use distillery_common::ids::{Digest, Generation, Incarnation, Term};
 use distillery_common::task::FailureClass;
 
-use crate::scheduler::{Outcome, Record};
+use crate::scheduler::{Checkpoint, Outcome, Record};
 
 const FORMAT_VERSION: u32 = 1;
 
@@ -54,11 +54,7 @@ enum StoredRecord {
     },
     CheckpointCommitted {
         stage: String,
-        generation: u64,
-        step: u64,
-        key: String,
-        digest: String,
-        is_final: bool,
+        checkpoint: StoredCheckpoint,
     },
     TaskFailedCounted {
         stage: String,
@@ -71,13 +67,27 @@ enum StoredRecord {
         index: u64,
         message: String,
     },
-    RunSucceeded {},
-    RunFailed {
-        message: String,
+    RunFinished {
+        outcome: StoredOutcome,
     },
-    RunStopped {
-        reason: String,
-    },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredCheckpoint {
+    step: u64,
+    generation: u64,
+    key: String,
+    digest: String,
+    is_final: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum StoredOutcome {
+    Succeeded,
+    Failed { message: String },
+    Stopped { reason: String },
 }
 
 /// The bytes of a segment.
@@ -148,20 +158,9 @@ fn to_stored(record: &Record) -> StoredRecord {
             reason,
             counted,
         },
-        Record::CheckpointCommitted {
+        Record::CheckpointCommitted { stage, checkpoint } => StoredRecord::CheckpointCommitted {
             stage,
-            generation,
-            step,
-            key,
-            digest,
-            is_final,
-        } => StoredRecord::CheckpointCommitted {
-            stage,
-            generation: generation.0,
-            step,
-            key,
-            digest: digest.to_string(),
-            is_final,
+            checkpoint: checkpoint_to_stored(checkpoint),
         },
         Record::TaskFailedCounted {
             stage,
@@ -183,9 +182,10 @@ fn to_stored(record: &Record) -> StoredRecord {
             index,
             message,
         },
-        Record::RunFinished(Outcome::Succeeded) => StoredRecord::RunSucceeded {},
-        Record::RunFinished(Outcome::Failed { message }) => StoredRecord::RunFailed { message },
-        Record::RunFinished(Outcome::Stopped { reason }) => StoredRecord::RunStopped { reason },
+        Record::RunFinished(outcome) => {
+            let outcome = outcome_to_stored(outcome);
+            StoredRecord::RunFinished { outcome }
+        }
     }
 }
 
@@ -224,20 +224,9 @@ fn from_stored(record: StoredRecord) -> Result<Record, String> {
             reason,
             counted,
         },
-        StoredRecord::CheckpointCommitted {
+        StoredRecord::CheckpointCommitted { stage, checkpoint } => Record::CheckpointCommitted {
             stage,
-            generation,
-            step,
-            key,
-            digest,
-            is_final,
-        } => Record::CheckpointCommitted {
-            stage,
-            generation: Generation(generation),
-            step,
-            key,
-            digest: parse_digest(&digest)?,
-            is_final,
+            checkpoint: checkpoint_from_stored(checkpoint)?,
         },
         StoredRecord::TaskFailedCounted {
             stage,
@@ -259,10 +248,44 @@ fn from_stored(record: StoredRecord) -> Result<Record, String> {
             index,
             message,
         },
-        StoredRecord::RunSucceeded {} => Record::RunFinished(Outcome::Succeeded),
-        StoredRecord::RunFailed { message } => Record::RunFinished(Outcome::Failed { message }),
-        StoredRecord::RunStopped { reason } => Record::RunFinished(Outcome::Stopped { reason }),
+        StoredRecord::RunFinished { outcome } => Record::RunFinished(outcome_from_stored(outcome)),
     })
+}
+
+fn checkpoint_to_stored(checkpoint: Checkpoint) -> StoredCheckpoint {
+    StoredCheckpoint {
+        step: checkpoint.step,
+        generation: checkpoint.generation.0,
+        key: checkpoint.key,
+        digest: checkpoint.digest.to_string(),
+        is_final: checkpoint.is_final,
+    }
+}
+
+fn checkpoint_from_stored(checkpoint: StoredCheckpoint) -> Result<Checkpoint, String> {
+    Ok(Checkpoint {
+        step: checkpoint.step,
+        generation: Generation(checkpoint.generation),
+        digest: parse_digest(&checkpoint.digest)?,
+        key: checkpoint.key,
+        is_final: checkpoint.is_final,
+    })
+}
+
+fn outcome_to_stored(outcome: Outcome) -> StoredOutcome {
+    match outcome {
+        Outcome::Succeeded => StoredOutcome::Succeeded,
+        Outcome::Failed { message } => StoredOutcome::Failed { message },
+        Outcome::Stopped { reason } => StoredOutcome::Stopped { reason },
+    }
+}
+
+fn outcome_from_stored(outcome: StoredOutcome) -> Outcome {
+    match outcome {
+        StoredOutcome::Succeeded => Outcome::Succeeded,
+        StoredOutcome::Failed { message } => Outcome::Failed { message },
+        StoredOutcome::Stopped { reason } => Outcome::Stopped { reason },
+    }
 }
 
 fn parse_digest(text: &str) -> Result<Digest, String> {
@@ -308,11 +331,13 @@ mod tests {
             },
             Record::CheckpointCommitted {
                 stage: stage(),
-                generation: Generation(4),
-                step: 500,
-                key: "k".into(),
-                digest,
-                is_final: true,
+                checkpoint: Checkpoint {
+                    step: 500,
+                    generation: Generation(4),
+                    key: "k".into(),
+                    digest,
+                    is_final: true,
+                },
             },
             Record::TaskFailedCounted {
                 stage: stage(),

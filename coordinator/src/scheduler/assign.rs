@@ -4,14 +4,13 @@ use std::time::Duration;
 
 use distillery_common::group::GroupId;
 use distillery_common::ids::Incarnation;
-use distillery_common::task::{Failure, FailureClass, Lease, Remedy, TaskId};
+use distillery_common::task::{Lease, TaskId};
 
 use super::action::{Action, Decision, ToWorker};
 use super::event::{ConnectionId, FromWorker, Hello};
 use super::fleet::{Link, Worker};
 use super::group::{self, Group};
 use super::machine::Machine;
-use super::record::Record;
 use super::stage::State;
 use crate::plan::Work;
 
@@ -307,119 +306,6 @@ impl Machine {
             .is_some_and(|at| matches!(self.stages[at], State::Inspecting { .. }))
     }
 
-    fn task_failed(
-        &mut self,
-        lease: &Lease,
-        failure: Failure,
-        now: Duration,
-        out: &mut Vec<Action>,
-    ) {
-        let is_live = self
-            .board(&lease.task)
-            .is_some_and(|board| board.holds(lease));
-        self.release(lease);
-        if !is_live {
-            return;
-        }
-        let timings = self.timings.clone();
-        let task = lease.task.clone();
-        let board = self.board(&task).expect("it held the lease a moment ago");
-        let remedy = match failure.class.remedy() {
-            Remedy::RetryFree => {
-                let free = board.free_failures.entry(task.index).or_default();
-                *free += 1;
-                let free = *free;
-                let pause = match failure.class {
-                    FailureClass::HostLost => timings.retry_ms(free),
-                    _ => 0,
-                };
-                board.postpone(task.index, now + Duration::from_millis(pause));
-                if free > timings.free_failures {
-                    Remedy::RetryCounted
-                } else {
-                    Remedy::RetryFree
-                }
-            }
-            remedy => remedy,
-        };
-        match remedy {
-            Remedy::RetryFree => {}
-            Remedy::RetryCounted => self.task_failure_counts(&task, &failure, now, out),
-            Remedy::Quarantine => self.quarantine(&task, &failure, out),
-            Remedy::FailRun => self.fail(format!("{task}: {failure}"), out),
-        }
-        let log = self.durable.stage(&task.stage);
-        out.push(Action::Explain(Decision::Retrying {
-            lease: lease.clone(),
-            failure,
-            counted: log.failures.get(&task.index).copied().unwrap_or(0),
-        }));
-    }
-
-    fn task_failure_counts(
-        &mut self,
-        task: &TaskId,
-        failure: &Failure,
-        now: Duration,
-        out: &mut Vec<Action>,
-    ) {
-        self.journal(
-            Record::TaskFailedCounted {
-                stage: task.stage.clone(),
-                index: task.index,
-                class: failure.class,
-                message: failure.message.clone(),
-            },
-            out,
-        );
-        let counted = self.durable.stage(&task.stage).failures[&task.index];
-        if counted >= self.timings.counted_failures {
-            self.fail(
-                format!("{task} failed {counted} times; the last time: {failure}"),
-                out,
-            );
-            return;
-        }
-        let until = now + Duration::from_millis(self.timings.retry_ms(counted));
-        if let Some(board) = self.board(task) {
-            board.postpone(task.index, until);
-        }
-    }
-
-    fn quarantine(&mut self, task: &TaskId, failure: &Failure, out: &mut Vec<Action>) {
-        let limit = self
-            .plan
-            .position(&task.stage)
-            .map(|at| &self.plan.stages[at].work);
-        let limit = match limit {
-            Some(Work::Tasks(tasks)) => tasks.quarantine_limit,
-            Some(Work::Training(_)) | None => 0,
-        };
-        let aside = self.durable.stage(&task.stage).quarantined.len() as u64;
-        if aside >= limit {
-            let message = format!(
-                "{task}: {failure}; {limit} tasks of this stage may be set aside for bad input (trajectories.quarantine)"
-            );
-            self.fail(message, out);
-            return;
-        }
-        self.journal(
-            Record::Quarantined {
-                stage: task.stage.clone(),
-                index: task.index,
-                message: failure.message.clone(),
-            },
-            out,
-        );
-        if let Some(board) = self.board(task) {
-            board.quarantine(task.index);
-        }
-        out.push(Action::Explain(Decision::Quarantined {
-            task: task.clone(),
-            message: failure.message.clone(),
-        }));
-    }
-
     /// The one place where a worker is lost, whatever the cause.
     pub(super) fn lose_worker(
         &mut self,
@@ -454,7 +340,7 @@ impl Machine {
     }
 
     /// Ends a lease on both sides.
-    fn release(&mut self, lease: &Lease) {
+    pub(super) fn release(&mut self, lease: &Lease) {
         self.fleet.update(lease.incarnation, |worker| {
             worker.leases.remove(lease);
         });
@@ -521,7 +407,7 @@ impl Machine {
         }
     }
 
-    fn board(&mut self, task: &TaskId) -> Option<&mut super::task::Board> {
+    pub(super) fn board(&mut self, task: &TaskId) -> Option<&mut super::task::Board> {
         let at = self.plan.position(&task.stage)?;
         self.stages[at].board_mut()
     }

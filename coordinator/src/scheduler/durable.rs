@@ -118,10 +118,10 @@ impl Durable {
                 log.fruitless += u32::from(*counted);
                 log.ended = Some(*generation);
             }
-            Record::CheckpointCommitted { stage, .. } => {
+            Record::CheckpointCommitted { stage, checkpoint } => {
                 let log = self.stage_mut(stage);
                 log.fruitless = 0;
-                log.checkpoints.extend(Checkpoint::of(record));
+                log.checkpoints.push(checkpoint.clone());
             }
             Record::TaskFailedCounted { stage, index, .. } => {
                 *self.stage_mut(stage).failures.entry(*index).or_default() += 1;
@@ -187,35 +187,6 @@ impl StageLog {
         self.checkpoints
             .iter()
             .any(|known| known.step == step && known.generation == generation)
-    }
-}
-
-impl Checkpoint {
-    fn of(record: &Record) -> Option<Self> {
-        match record {
-            Record::CheckpointCommitted {
-                generation,
-                step,
-                key,
-                digest,
-                is_final,
-                ..
-            } => Some(Self {
-                step: *step,
-                generation: *generation,
-                key: key.clone(),
-                digest: *digest,
-                is_final: *is_final,
-            }),
-            Record::TermClaimed { .. }
-            | Record::StageStarted { .. }
-            | Record::StageSealed { .. }
-            | Record::GenerationFormed { .. }
-            | Record::GenerationFailed { .. }
-            | Record::TaskFailedCounted { .. }
-            | Record::Quarantined { .. }
-            | Record::RunFinished(_) => None,
-        }
     }
 }
 

@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
-use distillery_common::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
+use distillery_common::group::{GroupId, Membership, Phase, Progress};
 use distillery_common::ids::{Generation, Incarnation};
 use distillery_common::task::{Failure, Remedy};
 
 use super::action::{Action, Decision, ToWorker};
-use super::durable::Checkpoint;
-use super::event::Trouble;
 use super::machine::Machine;
 use super::record::Record;
 use super::stage;
@@ -332,101 +330,8 @@ impl Machine {
         }
     }
 
-    /// A checkpoint's COMMIT was read.
-    pub(super) fn checkpoint_verified(
-        &mut self,
-        checkpoint: CheckpointCommitted,
-        result: Result<(), Trouble>,
-        now: Duration,
-        out: &mut Vec<Action>,
-    ) {
-        let Some(verification) = self
-            .checkpoints
-            .get_mut(&(checkpoint.group.clone(), checkpoint.step))
-        else {
-            return;
-        };
-        match result {
-            Err(Trouble::Transient(what)) => {
-                verification.tries += 1;
-                let after_ms = self.timings.retry_ms(verification.tries);
-                out.push(Action::Explain(Decision::Postponed { what }));
-                out.push(Action::VerifyCheckpoint {
-                    checkpoint,
-                    after_ms,
-                });
-                return;
-            }
-            Err(Trouble::Permanent(what)) => {
-                out.push(Action::Explain(Decision::Ignored { what: what.clone() }));
-                if let Some(at) = self.live_group(&checkpoint.group) {
-                    let reason = format!("a checkpoint does not hold what it says: {what}");
-                    self.abort(at, &reason, true, now, out);
-                }
-            }
-            Ok(()) => {
-                if let Some(at) = self.plan.position(&checkpoint.group.stage) {
-                    let found = Checkpoint {
-                        step: checkpoint.step,
-                        generation: checkpoint.group.generation,
-                        key: checkpoint.key.clone(),
-                        digest: checkpoint.digest,
-                        is_final: checkpoint.is_final,
-                    };
-                    self.accept(at, &found, now, out);
-                }
-            }
-        }
-        let key = (checkpoint.group, checkpoint.step);
-        let verification = self.checkpoints.remove(&key).unwrap_or_default();
-        self.acknowledge(verification, out);
-    }
-
-    /// Takes a whole checkpoint into the record, if it lies on the lineage; the final one seals its stage.
-    pub(super) fn accept(
-        &mut self,
-        at: usize,
-        checkpoint: &Checkpoint,
-        now: Duration,
-        out: &mut Vec<Action>,
-    ) {
-        let stage = self.plan.stages[at].name.clone();
-        let log = self.durable.stage(&stage);
-        if log.sealed.is_some() || log.has(checkpoint.step, checkpoint.generation) {
-            return;
-        }
-        if !log.on_lineage(checkpoint) {
-            let what = format!("checkpoint {} of a group that was given up", checkpoint.key);
-            out.push(Action::Explain(Decision::Ignored { what }));
-            return;
-        }
-        self.journal(
-            Record::CheckpointCommitted {
-                stage: stage.clone(),
-                generation: checkpoint.generation,
-                step: checkpoint.step,
-                key: checkpoint.key.clone(),
-                digest: checkpoint.digest,
-                is_final: checkpoint.is_final,
-            },
-            out,
-        );
-        out.push(Action::Explain(Decision::Checkpoint {
-            stage,
-            step: checkpoint.step,
-            generation: checkpoint.generation,
-        }));
-        if let Some(Group::Stepping { advanced, .. }) = self.stages[at].group_mut() {
-            *advanced = now;
-        }
-        if checkpoint.is_final {
-            self.dissolve(at, out);
-            self.seal_stage(at, checkpoint.digest, false, out);
-        }
-    }
-
     /// Members of a finished group are free, and are told: some may not have seen the end yet.
-    fn dissolve(&mut self, at: usize, out: &mut Vec<Action>) {
+    pub(super) fn dissolve(&mut self, at: usize, out: &mut Vec<Action>) {
         let Some((id, members)) = self.stages[at].group().and_then(Group::formed) else {
             return;
         };

@@ -5,8 +5,10 @@
 
 mod action;
 mod assign;
+mod checkpoint;
 mod durable;
 mod event;
+mod failed_task;
 mod fleet;
 mod group;
 mod invariants;

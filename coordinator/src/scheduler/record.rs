@@ -3,6 +3,7 @@
 use distillery_common::ids::{Digest, Generation, Incarnation, Term};
 use distillery_common::task::FailureClass;
 
+use super::durable::Checkpoint;
 use super::run::Outcome;
 
 /// One durable fact. Stages are called by name, because a record outlives the process that knew their positions.
@@ -55,16 +56,8 @@ pub enum Record {
     CheckpointCommitted {
         /// What was trained.
         stage: String,
-        /// Who wrote it.
-        generation: Generation,
-        /// Steps applied in it.
-        step: u64,
-        /// Key of its COMMIT.
-        key: String,
-        /// SHA-256 of its COMMIT.
-        digest: Digest,
-        /// Whether it follows the last step.
-        is_final: bool,
+        /// Where it lies and what it is.
+        checkpoint: Checkpoint,
     },
     /// An attempt failed in a way that counts.
     TaskFailedCounted {
