@@ -60,7 +60,10 @@ pub fn from_jsonl(text: &[u8]) -> Result<Vec<StepRecord>, BadLine> {
         .enumerate()
         .filter(|(_, line)| !line.is_empty())
         .map(|(i, line)| {
-            serde_json::from_slice(line).map_err(|source| BadLine { line: i + 1, source })
+            serde_json::from_slice(line).map_err(|source| BadLine {
+                line: i + 1,
+                source,
+            })
         })
         .collect()
 }
@@ -107,7 +110,10 @@ mod tests {
 
     #[test]
     fn bins_cover_all_times() {
-        assert_eq!((time_bin(0, 1000), time_bin(99, 1000), time_bin(100, 1000)), (0, 0, 1));
+        assert_eq!(
+            (time_bin(0, 1000), time_bin(99, 1000), time_bin(100, 1000)),
+            (0, 0, 1)
+        );
         assert_eq!((time_bin(999, 1000), time_bin(5000, 1000)), (9, 9));
     }
 }
