@@ -12,7 +12,8 @@ use crate::device;
 use crate::inbox::Inbox;
 use crate::io::Io;
 use crate::link::{Command, CommitOutcome, Event, Link};
-use crate::task::distill::{self, Current, Outcome};
+use crate::task::current::Current;
+use crate::task::distill::{self, Outcome};
 use crate::task::{Fault, contained, evaluate, export, reference, trajectories};
 use crate::workbench::{LIBTORCH_VERSION, Workbench};
 
@@ -44,7 +45,7 @@ pub fn serve(args: &Serve, socket: &Path) -> anyhow::Result<ExitCode> {
         libtorch_version: LIBTORCH_VERSION.to_owned(),
     });
     let mut inbox = Inbox::new(commands);
-    let Some(Command::Setup(setup)) = inbox.next() else {
+    let Some(Command::Setup(setup)) = inbox.next_command() else {
         anyhow::bail!("the worker's first command is not a setup");
     };
     let mut server = Server {
@@ -70,7 +71,7 @@ struct Server<'a> {
 
 impl Server<'_> {
     fn run(&mut self) {
-        while let Some(command) = self.bench.inbox.next() {
+        while let Some(command) = self.bench.inbox.next_command() {
             match command {
                 Command::Start(lease) => self.perform(&lease),
                 Command::Join(membership) => self.train(&membership),

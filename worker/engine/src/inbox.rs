@@ -27,7 +27,7 @@ impl Inbox {
     }
 
     /// The next command; none once the link has closed.
-    pub fn next(&mut self) -> Option<Command> {
+    pub fn next_command(&mut self) -> Option<Command> {
         self.pending
             .pop_front()
             .or_else(|| self.commands.recv().ok())
@@ -120,9 +120,9 @@ mod tests {
         assert!(!inbox.cancelled(&lease(3)));
         assert!(inbox.cancelled(&lease(1)));
         assert!(!inbox.cancelled(&lease(1)), "a cancel counts once");
-        assert_eq!(inbox.next(), Some(Command::Start(lease(2))));
+        assert_eq!(inbox.next_command(), Some(Command::Start(lease(2))));
         drop(send);
-        assert_eq!(inbox.next(), None);
+        assert_eq!(inbox.next_command(), None);
     }
 
     #[test]
@@ -133,7 +133,10 @@ mod tests {
         send.send(Command::Drain { checkpoint: true })
             .expect("open");
         assert_eq!(inbox.draining(), Some(true));
-        assert_eq!(inbox.next(), Some(Command::Drain { checkpoint: true }));
+        assert_eq!(
+            inbox.next_command(),
+            Some(Command::Drain { checkpoint: true })
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::outbox::Report;
+use crate::engine_process::Device;
 
 /// Messages that may wait for the stream.
 const QUEUE: usize = 256;
@@ -300,4 +301,18 @@ fn read(message: wire::CoordinatorMessage) -> Result<FromCoordinator, Malformed>
             },
         },
     )
+}
+
+/// A device as the wire has it.
+pub(super) fn describe(device: Device) -> wire::Device {
+    let (kind, index) = match device {
+        Device::Cpu => ("cpu", 0),
+        Device::Cuda(ordinal) => ("cuda", ordinal),
+    };
+    wire::Device {
+        kind: kind.into(),
+        index,
+        name: String::new(),
+        memory_bytes: 0,
+    }
 }

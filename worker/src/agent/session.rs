@@ -3,13 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use distillery_common::proto::wire;
 use distillery_common::security::GroupSecret;
 use distillery_common::storage::Store;
 
 use super::client::{self, Closed, FromCoordinator, Hello, Welcome};
 use super::{Agent, Ended, Session, now};
-use crate::engine_process::Device;
 
 impl Agent {
     pub(super) fn open_session(&mut self) -> anyhow::Result<()> {
@@ -31,7 +29,7 @@ impl Agent {
         let hello = Hello {
             name: self.name.clone(),
             host: self.config.host.clone(),
-            device: describe(self.device),
+            device: client::describe(self.device),
             incarnation: self.incarnation,
             leases: self.held.leases().cloned().collect(),
             group: self
@@ -160,18 +158,5 @@ impl Agent {
                 client.abort();
             }
         }
-    }
-}
-
-fn describe(device: Device) -> wire::Device {
-    let (kind, index) = match device {
-        Device::Cpu => ("cpu", 0),
-        Device::Cuda(ordinal) => ("cuda", ordinal),
-    };
-    wire::Device {
-        kind: kind.into(),
-        index,
-        name: String::new(),
-        memory_bytes: 0,
     }
 }

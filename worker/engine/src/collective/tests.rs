@@ -81,12 +81,10 @@ fn a_sum_over_the_ring_is_the_sum_and_has_the_same_bits_everywhere() {
             assert_eq!(ones.double_value(&[6]), f64::from(world));
             Vec::<f32>::try_from(flat).unwrap()
         });
-        for i in 0..len {
+        assert_eq!(sums[0].len(), len);
+        for (i, &sum) in sums[0].iter().enumerate().take(502) {
             let exact: f64 = (0..world).map(|r| f64::from(values(r, len)[i])).sum();
-            assert!((f64::from(sums[0][i]) - exact).abs() <= 1e-6 * exact.abs().max(1e3));
-            if i > 500 {
-                break;
-            }
+            assert!((f64::from(sum) - exact).abs() <= 1e-6 * exact.abs().max(1e3));
         }
         for other in &sums[1..] {
             assert_eq!(bits(&sums[0]), bits(other));

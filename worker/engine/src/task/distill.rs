@@ -11,7 +11,7 @@
 use std::cell::RefCell;
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use distillery_common::checkpoint::{Checkpoint, Kind as StateKind, Loaded, Lora, Training};
@@ -25,13 +25,14 @@ use distillery_common::recipe::{self, StudentKind, TeacherStep};
 use distillery_common::storage::layout;
 use distillery_common::task::FailureClass;
 
+use super::current::Current;
 use super::rows::StoredRows;
 use super::saver::{Ended, Place, Saver, Watch, position};
 use super::student::{Student, check_dtype, f32_values};
 use super::{Fault, OrFault as _};
 use crate::collective::solo::Solo;
 use crate::collective::tcp::{Invitation, Listener, TcpRing};
-use crate::collective::{self, Abort, Collective};
+use crate::collective::{self, Collective};
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::segments::Segments;
 use crate::distill;
@@ -47,50 +48,6 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const GLANCE: Duration = Duration::from_millis(100);
 /// Steps of rows read ahead.
 const STEPS_AHEAD: usize = 8;
-
-/// What the link's thread ends a group with while the device thread waits for a peer.
-#[derive(Debug, Clone, Default)]
-pub struct Current(Arc<Mutex<Option<InGroup>>>);
-
-struct InGroup {
-    group: GroupId,
-    aborter: Arc<dyn Abort>,
-    ended: Ended,
-}
-
-impl std::fmt::Debug for InGroup {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InGroup")
-            .field("group", &self.group)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Current {
-    /// Ends the collective of `group`, if it is the one this engine is in.
-    pub fn abort(&self, group: &GroupId) {
-        let current = self.0.lock().expect("no holder of this lock can panic");
-        if let Some(current) = current.as_ref().filter(|current| current.group == *group) {
-            current.ended.set();
-            current.aborter.abort();
-        }
-    }
-
-    fn enter(&self, group: &GroupId, aborter: Arc<dyn Abort>) -> Ended {
-        let ended = Ended::default();
-        let entered = InGroup {
-            group: group.clone(),
-            aborter,
-            ended: ended.clone(),
-        };
-        *self.0.lock().expect("no holder of this lock can panic") = Some(entered);
-        ended
-    }
-
-    fn leave(&self) {
-        *self.0.lock().expect("no holder of this lock can panic") = None;
-    }
-}
 
 /// How a member's part ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -170,16 +127,7 @@ impl StageWork {
             curves = from_jsonl(&base.metrics).or_fault(FailureClass::Schema)?;
             restore(&mut trainer, base, &curves)?;
         }
-        if trainer.position().step != membership.base_step {
-            return Err(Fault::new(
-                FailureClass::Schema,
-                format!(
-                    "the checkpoint to start from holds step {}, the group starts at step {}",
-                    trainer.position().step,
-                    membership.base_step
-                ),
-            ));
-        }
+        check_start(&trainer, membership)?;
         let (dataset, digest) = open_dataset(bench)?;
         let objective = distill::objective(
             &recipe,
@@ -450,6 +398,20 @@ fn restore(trainer: &mut Trainer, state: &Loaded, curves: &[StepRecord]) -> Resu
         })
         .or_fault(FailureClass::Schema)?;
     trainer.restore(&snapshot).or_fault(FailureClass::Schema)
+}
+
+/// The state that was loaded is the one that the group agreed to start from.
+fn check_start(trainer: &Trainer, membership: &Membership) -> Result<(), Fault> {
+    let (held, wanted) = (trainer.position().step, membership.base_step);
+    if held == wanted {
+        return Ok(());
+    }
+    Err(Fault::new(
+        FailureClass::Schema,
+        format!(
+            "the checkpoint to start from holds step {held}, the group starts at step {wanted}"
+        ),
+    ))
 }
 
 /// The run's sealed trajectories, and the digest of their manifest.

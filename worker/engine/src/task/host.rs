@@ -4,18 +4,10 @@ use tch::{Device, Kind, Tensor};
 
 /// The elements of `tensor` in row order as little-endian f16.
 pub fn f16_bytes(tensor: &Tensor) -> Vec<u8> {
-    bytes(&tensor.to_kind(Kind::Half), 2)
-}
-
-/// The elements of `tensor` in row order as little-endian f32.
-pub fn f32_bytes(tensor: &Tensor) -> Vec<u8> {
-    bytes(&tensor.to_kind(Kind::Float), 4)
-}
-
-fn bytes(tensor: &Tensor, element_bytes: usize) -> Vec<u8> {
-    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let tensor = tensor.to_kind(Kind::Half).detach();
+    let tensor = tensor.to_device(Device::Cpu).contiguous();
     let elements = tensor.numel();
-    let mut bytes = vec![0; elements * element_bytes];
+    let mut bytes = vec![0; elements * 2];
     tensor.copy_data_u8(&mut bytes, elements);
     bytes
 }

@@ -3,6 +3,7 @@
 //! A task reads the run's record, works, writes objects, and asks the worker to make them count. Whatever goes
 //! wrong becomes a [`Fault`]: a class that decides what happens next, and a sentence for people.
 
+pub mod current;
 pub mod distill;
 pub mod evaluate;
 pub mod export;

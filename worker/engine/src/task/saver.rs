@@ -203,11 +203,11 @@ impl Sink for Saver<'_> {
         let record = self.record(report);
         self.curves.push(record);
         let step = trainer.position().step;
-        if step % PROGRESS_EVERY == 0 || step == self.place.steps {
+        if step.is_multiple_of(PROGRESS_EVERY) || step == self.place.steps {
             self.report_progress(step);
         }
         self.settle(false)?;
-        if step % self.place.every_steps == 0 && step < self.place.steps {
+        if step.is_multiple_of(self.place.every_steps) && step < self.place.steps {
             if self.in_flight.is_some() {
                 self.left_out += 1;
             } else {

@@ -301,7 +301,7 @@ impl Source for Poison {
         let poisoned = self.0.contains(&(positions.start / 12));
         let mut rows = self.1.rows(positions)?;
         if poisoned {
-            rows.z = rows.z * f64::NAN;
+            rows.z *= f64::NAN;
         }
         Ok(rows)
     }
