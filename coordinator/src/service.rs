@@ -3,6 +3,8 @@
 //! Turns wire types into the scheduler's words and back. Everything it hears goes to the driver; it must never
 //! decide anything, and never see storage or the journal.
 
+pub mod client;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -18,7 +18,6 @@ pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 #[expect(
     missing_docs,
     clippy::all,
-    clippy::too_many_lines,
     clippy::allow_attributes,
     reason = "generated; documented in the .proto files"
 )]

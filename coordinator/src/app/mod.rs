@@ -27,10 +27,9 @@ use crate::journal::{self, Journal};
 use crate::launch::local;
 use crate::report;
 use crate::scheduler::{Durable, Event, Machine, Outcome, Record, Timings};
-use crate::service;
+use crate::service::{self, client::Client};
 
 pub use access::Access;
-pub use attach::{Client, status_text};
 pub use prepare::{Prepared, Refused, facts, prepare};
 
 /// Exit code of a run that can be resumed by the same command.

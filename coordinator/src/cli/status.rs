@@ -5,14 +5,14 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use serde_json::json;
 
-use distillery_common::proto::wire::StatusReply;
 use distillery_common::run::RunRecord;
 use distillery_common::storage::{Store, layout};
 
 use super::Context;
-use crate::app::{Access, Client, status_text};
+use crate::app::Access;
 use crate::journal;
 use crate::scheduler::Durable;
+use crate::service::client::{Client, Status};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -48,40 +48,12 @@ async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
-fn live(status: &StatusReply, context: Context) {
-    if !context.json {
-        print!("{}", status_text(status));
-        return;
+fn live(status: &Status, context: Context) {
+    if context.json {
+        println!("{}", status.to_json());
+    } else {
+        print!("{}", status.text());
     }
-    let stages: Vec<_> = status
-        .stages
-        .iter()
-        .map(|stage| {
-            json!({
-                "name": stage.name, "kind": stage.kind, "state": stage.state,
-                "done": stage.done, "total": stage.total, "world": stage.world,
-            })
-        })
-        .collect();
-    let workers: Vec<_> = status
-        .workers
-        .iter()
-        .map(|worker| {
-            json!({
-                "name": worker.name, "incarnation": worker.incarnation, "state": worker.state,
-                "doing": worker.doing, "rss_bytes": worker.rss_bytes,
-                "silent_ms": worker.silent_ms,
-            })
-        })
-        .collect();
-    println!(
-        "{}",
-        json!({
-            "run_id": status.run_id, "output": status.run_uri, "name": status.name,
-            "term": status.term, "state": status.state, "stages": stages,
-            "workers": workers, "decisions": status.decisions,
-        })
-    );
 }
 
 /// What is known of a run that nobody works on.

@@ -1,0 +1,126 @@
+//! The other end of the calls for people: asks a coordinator how its run is, or to stop it.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+
+use distillery_common::proto::wire;
+use distillery_common::proto::wire::coordinator_client::CoordinatorClient;
+use distillery_common::security::{Join, ShowToken};
+
+/// How long a coordinator may be silent before it counts as gone.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// A connection to a coordinator.
+#[derive(Debug, Clone)]
+pub struct Client {
+    client: CoordinatorClient<InterceptedService<Channel, ShowToken>>,
+}
+
+impl Client {
+    /// The coordinator of `join`'s run, if it answers.
+    pub async fn find(join: &Join) -> Option<Self> {
+        let attempt = async {
+            let channel = join.endpoint().ok()?.connect().await.ok()?;
+            let client = CoordinatorClient::with_interceptor(channel, ShowToken::new(join.token()));
+            let mut client = Self { client };
+            let status = client.status().await.ok()?;
+            (status.0.run_id == join.run_id()).then_some(client)
+        };
+        tokio::time::timeout(SILENCE, attempt).await.ok()?
+    }
+
+    /// How the run is.
+    pub async fn status(&mut self) -> Result<Status, tonic::Status> {
+        let reply = self.client.status(wire::StatusRequest {}).await?;
+        Ok(Status(reply.into_inner()))
+    }
+
+    /// Asks the run to stop.
+    pub async fn stop(&mut self, now: bool) -> Result<(), tonic::Status> {
+        self.client.stop(wire::StopRequest { now }).await?;
+        Ok(())
+    }
+}
+
+/// How a run is, as its coordinator says.
+#[derive(Debug)]
+pub struct Status(wire::StatusReply);
+
+impl Status {
+    /// The stages at work, in one line.
+    pub fn summary(&self) -> String {
+        let status = &self.0;
+        let stages: Vec<_> = status
+            .stages
+            .iter()
+            .filter(|stage| !["blocked", "sealed"].contains(&stage.state.as_str()))
+            .map(|stage| format!("{} {}/{}", stage.name, stage.done, stage.total))
+            .collect();
+        format!("{}: {}", status.state, stages.join(", "))
+    }
+
+    /// A run for people.
+    pub fn text(&self) -> String {
+        let status = &self.0;
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "run {} ({}) at {}: {}, term {}",
+            status.name, status.run_id, status.run_uri, status.state, status.term
+        );
+        for stage in &status.stages {
+            let _ = writeln!(
+                text,
+                "  {:<14} {:<13} {:<11} {:>8} of {}",
+                stage.name, stage.kind, stage.state, stage.done, stage.total
+            );
+        }
+        for worker in &status.workers {
+            let _ = writeln!(
+                text,
+                "  worker {:<12} {:<12} {}",
+                worker.name, worker.state, worker.doing
+            );
+        }
+        for decision in status.decisions.iter().rev().take(10).rev() {
+            let _ = writeln!(text, "  - {decision}");
+        }
+        text
+    }
+
+    /// A run for programs.
+    pub fn to_json(&self) -> Value {
+        let status = &self.0;
+        let stages: Vec<_> = status
+            .stages
+            .iter()
+            .map(|stage| {
+                json!({
+                    "name": stage.name, "kind": stage.kind, "state": stage.state,
+                    "done": stage.done, "total": stage.total, "world": stage.world,
+                })
+            })
+            .collect();
+        let workers: Vec<_> = status
+            .workers
+            .iter()
+            .map(|worker| {
+                json!({
+                    "name": worker.name, "incarnation": worker.incarnation, "state": worker.state,
+                    "doing": worker.doing, "rss_bytes": worker.rss_bytes,
+                    "silent_ms": worker.silent_ms,
+                })
+            })
+            .collect();
+        json!({
+            "run_id": status.run_id, "output": status.run_uri, "name": status.name,
+            "term": status.term, "state": status.state, "stages": stages,
+            "workers": workers, "decisions": status.decisions,
+        })
+    }
+}
