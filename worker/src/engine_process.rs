@@ -345,7 +345,8 @@ impl Tail {
                 Ok(_) => {
                     line.truncate(LINE_BYTES);
                     let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                    tracing::info!(target: "engine", "{text}");
+                    // Formatted by the engine; a second time stamp would only hide it.
+                    eprintln!("engine: {text}");
                     self.push(text);
                 }
             }
