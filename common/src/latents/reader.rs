@@ -8,9 +8,8 @@ use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::OnceCell;
-use xxhash_rust::xxh3::xxh3_64;
 
-use super::index::{self, EmbeddingRow, Place, Row};
+use super::index::{self, EmbeddingRow, Row};
 use super::manifest::{DatasetManifest, ShardEntry};
 use super::source::{Source, Want};
 use super::{Embedding, Error};
@@ -154,7 +153,8 @@ impl Dataset {
             .await
     }
 
-    /// Reads `rows` of the dataset into `staging`, in this order; what was in it is gone.
+    /// Reads `rows` of the dataset into `staging`, in this order; what was in it is gone,
+    /// and after an error what is in it means nothing.
     pub async fn read_rows(&self, rows: &[u64], staging: &mut Staging) -> Result<(), Error> {
         let wide = self.manifest.schema.row_bytes();
         staging.clear();
@@ -172,8 +172,13 @@ impl Dataset {
         for ((&(shard, within), latent), eps_w) in found.iter().zip(latents).zip(predictions) {
             let row = &self.shard(shard).await?.rows[within];
             let list = wants.entry(shard).or_default();
-            list.push((row.latent.at, latent));
-            list.push((row.eps_w.at, eps_w));
+            let wants = [("latent", row.latent, latent), ("eps_w", row.eps_w, eps_w)];
+            list.extend(wants.map(|(part, place, into)| Want {
+                place,
+                row: within,
+                part,
+                into,
+            }));
         }
         // Boxed one by one: the compiler cannot prove a closure over mutable slices to be `Send`.
         let reads: Vec<BoxFuture<'_, Result<(), Error>>> = wants
@@ -182,28 +187,8 @@ impl Dataset {
             .collect();
         futures::stream::iter(reads)
             .buffer_unordered(SHARDS_IN_FLIGHT)
-            .try_collect::<()>()
-            .await?;
-        for (i, &(shard, within)) in found.iter().enumerate() {
-            let shard = self.shard(shard).await?;
-            let row = &shard.rows[within];
-            let bytes = i * wide..(i + 1) * wide;
-            check(
-                &shard.values,
-                within,
-                "latent",
-                row.latent,
-                &staging.latent[bytes.clone()],
-            )?;
-            check(
-                &shard.values,
-                within,
-                "eps_w",
-                row.eps_w,
-                &staging.eps_w[bytes],
-            )?;
-        }
-        Ok(())
+            .try_collect()
+            .await
     }
 
     /// The text embedding that a row that has been read refers to.
@@ -223,22 +208,22 @@ impl Dataset {
         let schema = &self.manifest.schema;
         let mut ctx = vec![0; schema.ctx.bytes()];
         let mut pooled = vec![0; schema.pooled.as_ref().map_or(0, |value| value.bytes())];
-        let mut wants: Vec<Want<'_>> = vec![(place.ctx.at, &mut ctx)];
-        if let Some(place) = place.pooled {
-            wants.push((place.at, &mut pooled));
-        }
+        let mut wants = vec![Want {
+            place: place.ctx,
+            row,
+            part: "ctx",
+            into: &mut ctx,
+        }];
+        wants.extend(place.pooled.map(|place| Want {
+            place,
+            row,
+            part: "pooled",
+            into: &mut pooled,
+        }));
         shard.embedding_values.read(&self.store, &mut wants).await?;
-        check(&shard.embedding_values, row, "ctx", place.ctx, &ctx)?;
-        let pooled = match place.pooled {
-            Some(place) => {
-                check(&shard.embedding_values, row, "pooled", place, &pooled)?;
-                Some(pooled.into())
-            }
-            None => None,
-        };
         Ok(Embedding {
             ctx: ctx.into(),
-            pooled,
+            pooled: place.pooled.map(|_| pooled.into()),
         })
     }
 
@@ -343,26 +328,6 @@ fn belongs(rows: &[Row], entry: &ShardEntry) -> Result<(), String> {
         )),
         None => Ok(()),
     }
-}
-
-fn check(
-    source: &Source,
-    row: usize,
-    part: &'static str,
-    place: Place,
-    bytes: &[u8],
-) -> Result<(), Error> {
-    let found = xxh3_64(bytes);
-    if found == place.xxh3 {
-        return Ok(());
-    }
-    Err(Error::DamagedRow {
-        file: source.name().to_owned(),
-        row: row as u64,
-        part,
-        expected: place.xxh3,
-        found,
-    })
 }
 
 /// Digest of what all rows hold, in the order (trajectory, step): ordinal, step, state, prediction.

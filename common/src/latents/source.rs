@@ -1,11 +1,14 @@
 //! One verified file, and the fastest way back into it.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
 use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::Error;
+use super::index::Place;
 use crate::storage::{FileEntry, Store, get_verified};
 
 /// A file whose digest has been checked.
@@ -22,8 +25,22 @@ enum From {
     Store,
 }
 
-/// Bytes to read: where they start, and where they go.
-pub(super) type Want<'a> = (u64, &'a mut [u8]);
+/// A value to read: which it is, and where its bytes go.
+#[derive(Debug)]
+pub(super) struct Want<'a> {
+    pub(super) place: Place,
+    /// Row within the file, for messages.
+    pub(super) row: usize,
+    /// Column, for messages.
+    pub(super) part: &'static str,
+    pub(super) into: &'a mut [u8],
+}
+
+impl Want<'_> {
+    fn range(&self) -> Range<u64> {
+        self.place.at..self.place.at + self.into.len() as u64
+    }
+}
 
 impl Source {
     /// Reads the file whole, checks its digest, and hands the bytes to `parse`.
@@ -55,39 +72,51 @@ impl Source {
         ))
     }
 
-    pub(super) fn name(&self) -> &str {
-        self.entry.key.as_str()
-    }
-
-    /// Fills every want. Ranges lie in the file, as the index has checked.
+    /// Fills every want, and checks the hash of each value while it is in the processor's cache. Ranges lie
+    /// in the file, as the index has checked.
     ///
     /// A local file is read in place: a hop to another thread would cost more than the read.
     pub(super) async fn read(&self, store: &Store, wants: &mut [Want<'_>]) -> Result<(), Error> {
         match &self.bytes {
             From::Memory(bytes) => {
-                for (at, into) in wants {
-                    let start = usize::try_from(*at).expect("the file is in memory");
-                    into.copy_from_slice(&bytes[start..start + into.len()]);
+                for want in wants {
+                    let start = usize::try_from(want.place.at).expect("the file is in memory");
+                    let end = start + want.into.len();
+                    want.into.copy_from_slice(&bytes[start..end]);
+                    self.check(want)?;
                 }
             }
             From::Disk(file) => {
-                for (at, into) in wants {
-                    file.read_exact_at(into, *at)
+                for want in wants {
+                    file.read_exact_at(want.into, want.place.at)
                         .map_err(|source| io(&self.entry, source))?;
+                    self.check(want)?;
                 }
             }
             From::Store => {
-                let ranges: Vec<_> = wants
-                    .iter()
-                    .map(|(at, into)| *at..*at + into.len() as u64)
-                    .collect();
+                let ranges: Vec<_> = wants.iter().map(Want::range).collect();
                 let parts = store.get_ranges(&self.entry.key, &ranges).await?;
-                for ((_, into), part) in wants.iter_mut().zip(parts) {
-                    into.copy_from_slice(&part);
+                for (want, part) in wants.iter_mut().zip(parts) {
+                    want.into.copy_from_slice(&part);
+                    self.check(want)?;
                 }
             }
         }
         Ok(())
+    }
+
+    fn check(&self, want: &Want<'_>) -> Result<(), Error> {
+        let found = xxh3_64(want.into);
+        if found == want.place.xxh3 {
+            return Ok(());
+        }
+        Err(Error::DamagedRow {
+            file: self.entry.key.to_string(),
+            row: want.row as u64,
+            part: want.part,
+            expected: want.place.xxh3,
+            found,
+        })
     }
 }
 

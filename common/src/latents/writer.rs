@@ -111,7 +111,9 @@ impl ShardWriter {
         self.file
             .sync()
             .map_err(parquet::errors::ParquetError::from)?;
-        Ok(mem::take(self.file.inner_mut()).into())
+        // The next group is about as large; growing to it would copy it twice more.
+        let empty = Vec::with_capacity(self.file.inner().len());
+        Ok(mem::replace(self.file.inner_mut(), empty).into())
     }
 
     /// Hands what is final by now to `upload`; call it now and then to keep memory bounded.
