@@ -78,6 +78,18 @@ fn a_run_leaves_the_documented_tree_and_a_second_one_has_nothing_to_do() {
 }
 
 #[test]
+fn a_run_with_tls_goes_the_same_way() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let recipe = sim_recipe().replace("{launcher: local,", "{launcher: local, tls: \"on\",");
+    assert_ne!(recipe, sim_recipe());
+    let run = Run::new(folder.path(), &recipe, EngineKind::Sim);
+    let mut run = run.expect("the programs are built");
+    run.finish(PATIENCE).expect("it finishes");
+    let join = std::fs::read_to_string(run.output().join("join")).expect("a join string");
+    assert!(join.starts_with("https://127.0.0.1:"), "TLS is on");
+}
+
+#[test]
 fn two_runs_of_one_recipe_make_the_same_bits() {
     let made: Vec<_> = (0..2)
         .map(|_| {
