@@ -44,6 +44,7 @@ fn training(
         work: Work::Training(Training {
             steps,
             checkpoint_every: 10,
+            keep_last: 1,
             global_batch: 8,
             min_world: world.0,
             max_world: world.1,
@@ -72,7 +73,8 @@ struct Scene {
     checkpoints: BTreeMap<String, Vec<Checkpoint>>,
     told: BTreeMap<ConnectionId, Vec<ToWorker>>,
     closed: Vec<ConnectionId>,
-    pending: Vec<Action>,
+    /// What needs no answer.
+    done: Vec<Action>,
 }
 
 impl Scene {
@@ -94,7 +96,7 @@ impl Scene {
             checkpoints: BTreeMap::new(),
             told: BTreeMap::new(),
             closed: vec![],
-            pending: vec![],
+            done: vec![],
         };
         scene.happens(Event::Tick);
         scene
@@ -157,7 +159,9 @@ impl Scene {
                     result: Ok(Digest::of(b"sealed")),
                 });
             }
-            Action::Explain(_) | Action::Finish(_) => self.pending.push(action),
+            Action::Prune { .. } | Action::Explain(_) | Action::Finish(_) => {
+                self.done.push(action);
+            }
         }
         None
     }
@@ -1003,4 +1007,44 @@ fn waiting_for_workers_does_not_spin() {
         .next_deadline()
         .expect("somebody may fall silent");
     assert!(deadline > scene.now - ms(1), "{deadline:?} has passed");
+}
+
+#[test]
+fn old_checkpoints_go_but_never_the_newest_on_the_lineage_nor_what_lies_beyond() {
+    let mut scene = Scene::new(small_plan());
+    let group = scene.reach_stepping();
+    for step in [5, 10, 15] {
+        scene.checkpoint(1, &group, step, false);
+    }
+    let pruned = scene.done.iter().rev().find_map(|action| match action {
+        Action::Prune {
+            before,
+            pinned,
+            live,
+            ..
+        } => Some((*before, pinned.clone(), *live)),
+        _ => None,
+    });
+    let newest = [(15, Generation(1))].into();
+    assert_eq!(pruned, Some((15, newest, Some(Generation(1)))));
+}
+
+#[test]
+fn a_launcher_that_gives_up_while_the_run_stops_is_no_failure() {
+    let mut scene = Scene::new(small_plan());
+    scene.join(1);
+    scene.happens(Event::StopRequested { now: false });
+    scene.happens(Event::LauncherFailed {
+        message: "it left too often".into(),
+    });
+    scene.says(
+        1,
+        FromWorker::Goodbye {
+            reason: "drained".into(),
+        },
+    );
+    assert!(matches!(
+        scene.machine.outcome(),
+        Some(Outcome::Stopped { .. })
+    ));
 }

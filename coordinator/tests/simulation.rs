@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use distillery_common::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
-use distillery_common::ids::{Digest, Incarnation, Term};
+use distillery_common::ids::{Digest, Generation, Incarnation, Term};
 use distillery_common::seed::{Purpose, Stream};
 use distillery_common::task::{CommitSummary, Failure, FailureClass, Lease, TaskId};
 use distillery_coordinator::plan::{Kind, Plan, Stage, Tasks, Training, Work};
@@ -39,6 +39,7 @@ fn plan() -> Plan {
         work: Work::Training(Training {
             steps: STEPS,
             checkpoint_every: 10,
+            keep_last: 1,
             global_batch: 8,
             min_world: 2,
             max_world: 3,
@@ -300,9 +301,22 @@ impl World {
                 let event = Event::Sealed { stage, result };
                 self.after(after_ms + errand, Due::ToMachine(life, event));
             }
+            Action::Prune {
+                stage,
+                before,
+                pinned,
+                ..
+            } => self.prune(stage, before, &pinned),
             Action::Explain(_) => {}
             Action::Finish(outcome) => self.finished = Some(outcome),
         }
+    }
+
+    fn prune(&mut self, stage: usize, before: u64, pinned: &BTreeSet<(u64, Generation)>) {
+        let stage = &plan().stages[stage].name;
+        self.checkpoints.retain(|(name, step, generation), _| {
+            name != stage || *step >= before || pinned.contains(&(*step, Generation(*generation)))
+        });
     }
 
     /// I1: a seal lists each task once, with the COMMIT that won.
@@ -490,6 +504,12 @@ impl World {
                 }
             }
             ToWorker::GroupJoin(membership) => {
+                let wanted = membership.base_checkpoint.as_ref();
+                let wanted = wanted.into_iter().chain(&membership.parent_checkpoint);
+                for key in wanted {
+                    let is_there = self.checkpoints.values().any(|c| c.key == *key);
+                    assert!(is_there, "{key} was deleted before {}", membership.group);
+                }
                 own.step = membership.base_step;
                 own.has_peers = false;
                 own.group = Some(membership.clone());

@@ -25,6 +25,17 @@ impl Folder {
     /// # Errors
     /// When a file cannot be read.
     pub fn digests(&self) -> Result<BTreeMap<String, Digest>, Error> {
+        self.digests_by(digest_of_file)
+    }
+
+    /// The same with a way of one's own to find a file's digest, such as one that remembers.
+    ///
+    /// # Errors
+    /// When `digest` fails.
+    pub fn digests_by(
+        &self,
+        mut digest: impl FnMut(&Path) -> Result<Digest, Error>,
+    ) -> Result<BTreeMap<String, Digest>, Error> {
         let mut files = vec![
             self.path.join("model_index.json"),
             self.path.join("scheduler/scheduler_config.json"),
@@ -42,10 +53,7 @@ impl Folder {
         let mut digests = BTreeMap::new();
         for file in files {
             let relative = file.strip_prefix(&self.path).unwrap_or(&file);
-            digests.insert(
-                relative.to_string_lossy().into_owned(),
-                digest_of_file(&file)?,
-            );
+            digests.insert(relative.to_string_lossy().into_owned(), digest(&file)?);
         }
         Ok(digests)
     }
@@ -88,7 +96,11 @@ fn text_files(folder: &Path, text: &TextComponent) -> Vec<PathBuf> {
         .collect()
 }
 
-fn digest_of_file(path: &Path) -> Result<Digest, Error> {
+/// The digest of the file at `path`, read in pieces.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn digest_of_file(path: &Path) -> Result<Digest, Error> {
     let io = |source| Error::Io {
         path: path.to_owned(),
         source,

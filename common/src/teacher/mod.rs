@@ -18,7 +18,7 @@ mod weights;
 
 use std::path::{Path, PathBuf};
 
-pub use digest::digest_of_list;
+pub use digest::{digest_of_file, digest_of_list};
 pub use error::Error;
 pub use expected::{
     Shapes, adapter_modules, adapter_parameter_count, parameter_count, text_tensors, unet_tensors,

@@ -4,6 +4,7 @@
 
 mod access;
 mod attach;
+mod memo;
 mod prepare;
 mod progress;
 mod prompt_lists;
@@ -16,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
+use distillery_common::checkpoint;
 use distillery_common::recipe::{Launcher, Recipe, Tls};
 use distillery_common::run::RunRecord;
 use distillery_common::security::Join;
@@ -138,6 +140,7 @@ async fn coordinate(
     drop(end_service);
     serving.abort();
     if matches!(ended, Ok(Outcome::Succeeded)) {
+        forget_earlier_stages(&recipe, &store).await?;
         show_results(&recipe, &store, &prepared.record, config.json).await?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -176,6 +179,20 @@ async fn show_results(
             "student: {}",
             place(&student).trim_end_matches("/model_index.json")
         );
+    }
+    Ok(())
+}
+
+/// Deletes the checkpoints of all stages but the last, if the recipe does not keep them.
+async fn forget_earlier_stages(recipe: &Recipe, store: &Store) -> Result<(), checkpoint::Error> {
+    let earlier = recipe.stages.split_last().map_or(&[][..], |(_, all)| all);
+    if recipe.checkpoint.keep_every_stage {
+        return Ok(());
+    }
+    for stage in earlier {
+        for folder in checkpoint::folders(store, &stage.name).await? {
+            checkpoint::delete(store, &stage.name, folder).await?;
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! plan.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use distillery_common::storage::layout::{self, PromptList};
 use distillery_common::storage::{Created, Store};
 use distillery_common::teacher::{self, Folder};
 
+use super::memo::Memo;
 use super::prompt_lists::{self, Lists};
 use crate::driver;
 use crate::driver::Dataset;
@@ -65,13 +66,21 @@ pub async fn prepare(recipe: &Recipe, store: &Store, engine: &Path) -> anyhow::R
         tracing::warn!("{warning}");
     }
     let facts = facts(&folder);
-    // Hashing a teacher and asking an engine both take a while on a cold machine.
-    let hashing = tokio::task::spawn_blocking(move || folder.digests());
-    let describing = describe(engine);
+    let mut memo = Memo::open();
+    let known = memo.recall(&software_question(), engine);
+    // Hashing a teacher and asking an engine both take a while the first time.
+    let hashing = tokio::task::spawn_blocking(move || digests(&folder));
+    let describing = describe(engine, known);
     let lists = prompt_lists::read(recipe)?;
-    let (teacher_files, software) = tokio::join!(hashing, describing);
-    let teacher_files = teacher_files.context("hashing the teacher was cut short")??;
-    let record = record(recipe, teacher_files, &lists, software?);
+    let (hashed, software) = tokio::join!(hashing, describing);
+    let (teacher_files, hashed) = hashed.context("hashing the teacher was cut short")??;
+    let (software, said) = software?;
+    memo.note(&software_question(), engine, said);
+    for (path, digest) in hashed {
+        memo.note(DIGEST, &path, digest.to_string());
+    }
+    memo.save();
+    let record = record(recipe, teacher_files, &lists, software);
     let dataset = Dataset {
         digest: record
             .dataset_digest
@@ -224,13 +233,66 @@ fn difference(path: &str, old: &Value, new: &Value, out: &mut Vec<String>) {
     }
 }
 
-/// What computes, as the engine itself says: the coordinator knows no tensor library.
-async fn describe(engine: &Path) -> anyhow::Result<Software> {
+/// The question of a file's content, to [`Memo`].
+const DIGEST: &str = "sha256";
+/// Files up to this length are hashed again every time.
+const SMALL: u64 = 1 << 20;
+
+/// The question of what an engine is; the answer depends on where it finds its libraries.
+fn software_question() -> String {
+    let library_path = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+    format!("software [{library_path}]")
+}
+
+/// Digests by path in the teacher's folder, and those of large files that had to be read for it.
+type Hashed = (BTreeMap<String, Digest>, Vec<(PathBuf, Digest)>);
+
+fn digests(folder: &Folder) -> Result<Hashed, teacher::Error> {
+    let memo = Memo::open();
+    let mut fresh = Vec::new();
+    let digests = folder.digests_by(|path| {
+        let known = memo.recall(DIGEST, path);
+        if let Some(digest) = known.as_deref().and_then(Digest::parse) {
+            return Ok(digest);
+        }
+        let digest = teacher::digest_of_file(path)?;
+        if std::fs::metadata(path).is_ok_and(|meta| meta.len() > SMALL) {
+            fresh.push((path.to_owned(), digest));
+        }
+        Ok(digest)
+    })?;
+    Ok((digests, fresh))
+}
+
+/// What computes, as the engine itself says, or said before: the coordinator knows no tensor library. Gives back
+/// the engine's words as well. An engine that has become another refuses the run itself.
+async fn describe(engine: &Path, known: Option<String>) -> anyhow::Result<(Software, String)> {
+    if let Some(known) = known
+        && let Ok(software) = read_software(&known)
+    {
+        return Ok((software, known));
+    }
+    let said = ask(engine).await?;
+    let software = read_software(&said)
+        .with_context(|| format!("{} is no engine of this release", engine.display()))?;
+    Ok((software, said))
+}
+
+fn read_software(said: &str) -> Result<Software, serde_json::Error> {
     #[derive(serde::Deserialize)]
     struct Said {
         libtorch: String,
         cpu_capability: String,
     }
+    let said: Said = serde_json::from_str(said)?;
+    Ok(Software {
+        distillery: env!("CARGO_PKG_VERSION").into(),
+        libtorch: said.libtorch,
+        cpu_capability: said.cpu_capability,
+    })
+}
+
+async fn ask(engine: &Path) -> anyhow::Result<String> {
     let asked = tokio::process::Command::new(engine)
         .arg("describe")
         .stdin(Stdio::null())
@@ -251,13 +313,7 @@ async fn describe(engine: &Path) -> anyhow::Result<Software> {
         engine.display(),
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    let said: Said = serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("{} is no engine of this release", engine.display()))?;
-    Ok(Software {
-        distillery: env!("CARGO_PKG_VERSION").into(),
-        libtorch: said.libtorch,
-        cpu_capability: said.cpu_capability,
-    })
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What the machine wants read from or written to the store. Each errand runs on its own and reports back once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 use distillery_common::checkpoint;
 use distillery_common::commit::{self, TaskCommit};
 use distillery_common::group::CheckpointCommitted;
-use distillery_common::ids::Digest;
+use distillery_common::ids::{Digest, Generation};
 use distillery_common::latents;
 use distillery_common::storage::layout::{self, Prefix};
 use distillery_common::storage::{self, FileEntry, Store};
@@ -109,6 +109,27 @@ impl Errands {
             Event::Sealed { stage, result }
         };
         self.spawn(after_ms, handle, errand.boxed());
+    }
+
+    /// Deletes checkpoints; one that cannot be deleted is tried again after the next checkpoint.
+    pub(super) fn prune(
+        &self,
+        stage: usize,
+        before: u64,
+        pinned: BTreeSet<(u64, Generation)>,
+        live: Option<Generation>,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            let keep = checkpoint::Keep {
+                newest: 0,
+                pinned,
+                live,
+            };
+            if let Err(error) = shared.prune(stage, before, &keep).await {
+                tracing::warn!(%error, "old checkpoints cannot be deleted");
+            }
+        });
     }
 
     /// Errands end by themselves: each makes a bounded number of requests, then reports or finds the driver gone.
@@ -264,6 +285,21 @@ impl Shared {
             }
         }
         Ok(found)
+    }
+
+    async fn prune(
+        &self,
+        at: usize,
+        before: u64,
+        keep: &checkpoint::Keep,
+    ) -> Result<(), checkpoint::Error> {
+        let stage = &self.plan.stages[at].name;
+        let folders = checkpoint::folders(&self.store, stage).await?;
+        let behind: Vec<_> = folders.into_iter().filter(|f| f.step < before).collect();
+        for folder in checkpoint::expired(&behind, keep) {
+            checkpoint::delete(&self.store, stage, folder).await?;
+        }
+        Ok(())
     }
 
     async fn verify_checkpoint(&self, reported: &CheckpointCommitted) -> Result<(), Trouble> {

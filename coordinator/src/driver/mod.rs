@@ -305,6 +305,12 @@ impl Driver {
             } => self
                 .errands
                 .seal(stage, commits, after_ms, self.handle.clone()),
+            Action::Prune {
+                stage,
+                before,
+                pinned,
+                live,
+            } => self.errands.prune(stage, before, pinned, live),
             Action::Explain(decision) => self.explain(&decision),
             Action::Finish(_) => {}
         }

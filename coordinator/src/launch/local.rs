@@ -32,6 +32,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(10);
 const FAREWELL: Duration = Duration::from_secs(5);
 /// Exit code of a worker that was started wrongly; another start would not help.
 const USAGE: i32 = 64;
+/// Wait before a worker that left on purpose is started again.
+const REST: Duration = Duration::from_secs(1);
 /// Bytes of a worker's log that a failure shows.
 const TAIL: usize = 2000;
 
@@ -103,6 +105,13 @@ async fn keep(workers: Workers, name: String, handle: Handle, mut stopped: watch
                 deaths = 0;
                 backoff.reset();
             }
+            Ended::Left => {
+                tracing::debug!(worker = name, "a worker left");
+                tokio::select! {
+                    () = tokio::time::sleep(REST) => {}
+                    _ = stopped.changed() => {}
+                }
+            }
             Ended::Died(how) => {
                 deaths += 1;
                 tracing::warn!(worker = name, how, deaths, "a worker ended");
@@ -140,6 +149,8 @@ enum Ended {
     Told,
     /// After a useful life.
     Well,
+    /// On purpose: it was drained.
+    Left,
     /// Soon, and how.
     Died(String),
 }
@@ -152,6 +163,7 @@ async fn watch(mut child: Child, stopped: &mut watch::Receiver<bool>) -> Ended {
         tokio::select! {
             ended = child.wait() => {
                 return match ended {
+                    Ok(status) if status.success() => Ended::Left,
                     Ok(_) if was_well => Ended::Well,
                     Ok(status) => Ended::Died(describe(status)),
                     Err(error) => Ended::Died(error.to_string()),

@@ -65,6 +65,7 @@ fn distill(recipe: &Recipe, stage: &recipe::Stage, parent: Option<usize>) -> Sta
         work: Work::Training(Training {
             steps: stage.steps,
             checkpoint_every: recipe.checkpoint.every_steps,
+            keep_last: recipe.checkpoint.keep_last.max(1),
             global_batch: stage.batch.global,
             min_world: recipe.cluster.min_workers.clamp(1, max_world),
             max_world,

@@ -82,6 +82,8 @@ pub struct Training {
     pub steps: u64,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// Newest checkpoints that are kept, at least 1.
+    pub keep_last: u32,
     /// Rows in one step over all members.
     pub global_batch: u64,
     /// Fewest members.

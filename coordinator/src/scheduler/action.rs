@@ -1,6 +1,6 @@
 //! What the machine wants done, in order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use distillery_common::group::{CheckpointCommitted, GroupId, Membership};
@@ -49,6 +49,17 @@ pub enum Action {
         commits: BTreeMap<u64, CommitSummary>,
         /// Wait this long before, because the last try failed.
         after_ms: u64,
+    },
+    /// Delete checkpoints that nothing needs any more; no answer is awaited.
+    Prune {
+        /// Position of the stage.
+        stage: usize,
+        /// Only those with fewer steps.
+        before: u64,
+        /// Steps and generations of those that stay.
+        pinned: BTreeSet<(u64, Generation)>,
+        /// The group at work, whose unfinished checkpoints stay; none once the stage has ended.
+        live: Option<Generation>,
     },
     /// For the log and for `status`.
     Explain(Decision),

@@ -1,5 +1,6 @@
 //! Checkpoints that members report: taken into the record once they were read, and the last one seals its stage.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use distillery_common::group::CheckpointCommitted;
@@ -10,6 +11,7 @@ use super::event::Trouble;
 use super::group::Group;
 use super::machine::Machine;
 use super::record::Record;
+use crate::plan::Work;
 
 impl Machine {
     /// A checkpoint's COMMIT was read.
@@ -99,5 +101,40 @@ impl Machine {
             self.dissolve(at, out);
             self.seal_stage(at, checkpoint.digest, false, out);
         }
+        self.prune(at, checkpoint.step, out);
+    }
+
+    /// Lets go of what lies behind step `before`, all but the newest on the lineage and what the live group started
+    /// from. What lies beyond may have been written but not yet reported.
+    fn prune(&self, at: usize, before: u64, out: &mut Vec<Action>) {
+        let stage = &self.plan.stages[at];
+        let Work::Training(training) = &stage.work else {
+            return;
+        };
+        let log = self.durable.stage(&stage.name);
+        let mut lineage: Vec<_> = log
+            .checkpoints
+            .iter()
+            .filter(|checkpoint| log.on_lineage(checkpoint))
+            .map(|checkpoint| (checkpoint.step, checkpoint.generation))
+            .collect();
+        lineage.sort();
+        let mut pinned: BTreeSet<_> = lineage
+            .iter()
+            .rev()
+            .take(training.keep_last as usize)
+            .copied()
+            .collect();
+        let last = log.generations.last();
+        let base = last.map_or(0, |formed| formed.base_step);
+        pinned.extend(lineage.iter().filter(|(step, _)| *step == base));
+        out.push(Action::Prune {
+            stage: at,
+            before,
+            pinned,
+            live: last
+                .map(|formed| formed.generation)
+                .filter(|_| log.sealed.is_none()),
+        });
     }
 }

@@ -223,7 +223,9 @@ impl Machine {
             }
             Event::Sealed { stage, result } => self.sealed(stage, result, out),
             Event::StopRequested { now: at_once } => self.stop(at_once, now, out),
-            Event::LauncherFailed { message } if self.fleet.is_empty() => self.fail(message, out),
+            Event::LauncherFailed { message } if self.fleet.is_empty() && !self.is_stopping() => {
+                self.fail(message, out);
+            }
             Event::LauncherFailed { message } => {
                 out.push(Action::Explain(Decision::Postponed { what: message }));
             }
