@@ -78,11 +78,14 @@ impl Figure {
     }
 
     fn text(&self) -> String {
-        let sign = if self.more { '≥' } else { '≤' };
-        format!(
-            "{} {:.3} (goal {sign} {})",
-            self.name, self.value, self.goal
-        )
+        let (sign, reached) = if self.more {
+            ('≥', self.value >= self.goal)
+        } else {
+            ('≤', self.value <= self.goal)
+        };
+        let verdict = if reached { "" } else { ", MISSED" };
+        let (name, value, goal) = (self.name, self.value, self.goal);
+        format!("{name} {value:.4} (goal {sign} {goal}{verdict})")
     }
 }
 
