@@ -234,7 +234,7 @@ mod tests {
             ("file://host/x", "three slashes"),
             ("memory://", "plain name"),
             ("memory://a b", "plain name"),
-            ("s3:///run", "host"),
+            ("s3:///run", "names no bucket"),
             ("s3://bucket/a//b", "folders"),
         ] {
             let message = refusal(uri);
