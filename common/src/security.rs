@@ -18,6 +18,7 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
+use crate::cryptography;
 use crate::ids::Digest;
 
 mod join;
@@ -243,14 +244,14 @@ impl Authority {
 
     /// How the coordinator proves who it is.
     pub fn server_tls(&self) -> ServerTlsConfig {
-        choose_cryptography();
+        cryptography::choose();
         let identity = Identity::from_pem(&self.server_pem, &self.server_key_pem);
         ServerTlsConfig::new().identity(identity)
     }
 
     /// How a worker or a person's command checks that.
     pub fn client_tls(&self) -> ClientTlsConfig {
-        choose_cryptography();
+        cryptography::choose();
         ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(&self.certificate_pem))
             .domain_name(SERVER_NAME)
@@ -261,12 +262,6 @@ impl fmt::Debug for Authority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Authority({})", self.fingerprint())
     }
-}
-
-/// Says which of the two implementations in this program rustls takes where nobody names one.
-fn choose_cryptography() {
-    // The only failure is that one was chosen before.
-    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// The contents of a certificate. Everything in it is fixed or follows from its arguments.

@@ -16,6 +16,7 @@ use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig};
 use url::Url;
 
 use super::{Error, Store};
+use crate::cryptography;
 
 /// Longest time of one request with its body.
 const REQUEST_TIMEOUT: &str = "120 seconds";
@@ -113,6 +114,7 @@ fn open_cloud(uri: &str, scheme: &str) -> Result<Store, Error> {
     if !path.is_empty() && !path.split('/').all(super::layout::is_segment) {
         return Err(bad(uri, "folders are made of letters, digits and `._=-`"));
     }
+    cryptography::choose();
     let built = match scheme {
         "s3" | "s3a" => s3(uri),
         "gs" => google(uri),
