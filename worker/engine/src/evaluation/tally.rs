@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::frechet::{GaussianFit, Reference, features};
+use super::frechet::{MIN_SAMPLES, Reference, features};
 use super::interval::{Estimate, jackknife, mean};
 use super::scorer::Score;
 
@@ -58,34 +58,38 @@ impl Tally {
         mean(&self.distances, run_seed)
     }
 
-    /// The Fréchet distance to `reference`; none for fewer than two samples. Its interval is unbounded where a
-    /// group left out would leave fewer than two.
+    /// The Fréchet distance to `reference`; none for fewer than four samples. Its interval is unbounded where a
+    /// group left out would leave fewer than that.
     pub fn frechet(&self, reference: &Reference) -> Option<Estimate> {
-        if self.samples < 2 {
+        let all = match &self.features[..] {
+            [] => return None,
+            blocks => Tensor::cat(blocks, 0),
+        };
+        let n = all.size()[0];
+        if n < MIN_SAMPLES {
             return None;
         }
-        let all = Tensor::cat(&self.features, 0);
-        let value = reference.distance(&GaussianFit::new(&all));
-        let n = all.size()[0];
+        let value = reference.distance(&all);
         if n < 2 * GROUPS {
-            return Some(jackknife(value, &[]));
+            return Some(at_least_zero(jackknife(value, &[])));
         }
         let group = Tensor::arange(n, (Kind::Int64, all.device())).remainder(GROUPS);
         let without: Vec<f64> = (0..GROUPS)
             .map(|left_out| {
                 let kept = group.not_equal(left_out).nonzero().squeeze_dim(1);
-                reference.distance(&GaussianFit::new(&all.index_select(0, &kept)))
+                reference.distance(&all.index_select(0, &kept))
             })
             .collect();
-        let Estimate {
-            value,
-            interval: (low, high),
-        } = jackknife(value, &without);
-        // A squared distance is never negative, whatever the normal approximation says.
-        Some(Estimate {
-            value,
-            interval: (low.max(0.0), high),
-        })
+        Some(at_least_zero(jackknife(value, &without)))
+    }
+}
+
+/// A squared distance is never negative, whatever its unbiased estimate and the normal approximation say.
+fn at_least_zero(estimate: Estimate) -> Estimate {
+    let (low, high) = estimate.interval;
+    Estimate {
+        value: estimate.value.max(0.0),
+        interval: (low.max(0.0), high.max(0.0)),
     }
 }
 
@@ -132,16 +136,24 @@ mod tests {
         assert_eq!(tally.distances, [4.5, 1.0]);
         assert_eq!(tally.teacher_distance(1).expect("two samples").value, 2.75);
         assert_eq!(tally.samples(), 2);
+    }
+
+    #[test]
+    fn a_handful_of_samples_has_no_interval_and_fewer_have_no_distance() {
+        let reference = reference(&[0.0, 0.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0]);
+        let mut tally = Tally::default();
+        assert_eq!(tally.frechet(&reference), None);
+        tally.add_latents(&latents(&[1.0, 2.0, 0.0, 0.0, 5.0, 1.0]), None);
+        assert_eq!(tally.frechet(&reference), None);
+        tally.add_latents(&latents(&[3.0, 1.0]), None);
         assert_eq!(
-            tally
-                .frechet(&reference(&[0.0, 0.0, 2.0, 2.0]))
-                .map(|e| e.interval.1),
+            tally.frechet(&reference).map(|e| e.interval.1),
             Some(f64::INFINITY)
         );
     }
 
     fn reference(values: &[f32]) -> Reference {
-        Reference::new(GaussianFit::new(&features(&latents(values))))
+        Reference::new(&features(&latents(values)))
     }
 
     /// Sets that differ by a shift alone have the square of that shift as their distance.
@@ -172,7 +184,7 @@ mod tests {
             * Tensor::arange(16, (Kind::Float, Device::Cpu)).view([16, 1, 1, 1]);
         let mut tally = Tally::default();
         tally.add_latents(&own, Some(&own));
-        let reference = Reference::new(GaussianFit::new(&features(&own)));
+        let reference = Reference::new(&features(&own));
         assert!(tally.frechet(&reference).expect("16 samples").value < 1e-6);
         assert_eq!(
             tally.teacher_distance(1).map(|e| e.interval),

@@ -20,7 +20,7 @@ use super::student::Student;
 use super::studio::{Block, Studio, evaluate_section, finished};
 use super::{Fault, OrFault as _, reference};
 use crate::diffusion::denoiser::{Conditioning, Denoiser};
-use crate::evaluation::frechet::{GaussianFit, Reference, features};
+use crate::evaluation::frechet::{MIN_SAMPLES, Reference, features};
 use crate::evaluation::interval::Estimate;
 use crate::evaluation::scorer::{self, Rules};
 use crate::evaluation::tally::Tally;
@@ -281,7 +281,7 @@ impl Session {
 
     /// The teacher's independent set; none when there are too few samples for a covariance.
     fn reference(&self, bench: &Workbench) -> Result<Option<Reference>, Fault> {
-        if self.evaluate.samples < 2 {
+        if self.evaluate.samples < MIN_SAMPLES as u64 {
             return Ok(None);
         }
         let rows = (0..Block::tasks(&self.evaluate))
@@ -290,9 +290,7 @@ impl Session {
                 Ok(features(reference::pick(&stored, reference::INDEPENDENT)?))
             })
             .collect::<Result<Vec<_>, Fault>>()?;
-        Ok(Some(Reference::new(GaussianFit::new(&Tensor::cat(
-            &rows, 0,
-        )))))
+        Ok(Some(Reference::new(&Tensor::cat(&rows, 0))))
     }
 }
 
