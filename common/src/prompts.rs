@@ -3,6 +3,7 @@
 //! A prompt is its normalised text: two spellings that differ in white space are one prompt. Which trajectory
 //! has which prompt is a pure function of the seed. This module must never know a tokenizer.
 
+mod parquet;
 mod read;
 mod stored;
 #[cfg(test)]

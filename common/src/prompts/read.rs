@@ -5,19 +5,16 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 
-use arrow_array::{LargeStringArray, RecordBatch, StringArray, StringViewArray};
-use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-
-use super::{Error, Prompt, Report, Skipped};
+use super::{Error, Prompt, Report, Skipped, parquet};
 
 /// Endings of files that can be read.
 pub(super) const FORMS: [&str; 3] = ["txt", "jsonl", "parquet"];
 
 /// Names of the field or column that holds the text, in the order they are looked for.
-const FIELDS: [&str; 3] = ["prompt", "text", "caption"];
+pub(super) const FIELDS: [&str; 3] = ["prompt", "text", "caption"];
 
-/// Longest line.
-const MAX_LINE_BYTES: u64 = 64 << 10;
+/// Longest line, or text of a row.
+pub(super) const MAX_LINE_BYTES: u64 = 64 << 10;
 
 /// Reads the distinct prompts of a .txt (one per line), .jsonl (an object per line) or .parquet file, in the
 /// order of the file. The text is in `prompt`, `text` or `caption`.
@@ -30,7 +27,7 @@ pub fn load(path: &Path) -> Result<(Vec<Prompt>, Report), Error> {
     match path.extension().and_then(|e| e.to_str()) {
         Some("txt") => lines(path, &mut list, |line| Ok(Some(line.to_owned())))?,
         Some("jsonl") => lines(path, &mut list, json_text)?,
-        Some("parquet") => parquet(path, &mut list)?,
+        Some("parquet") => parquet::read(path, &mut list)?,
         _ => {
             return Err(Error::UnknownForm {
                 file: path.to_owned(),
@@ -41,7 +38,7 @@ pub fn load(path: &Path) -> Result<(Vec<Prompt>, Report), Error> {
 }
 
 /// Distinct prompts so far.
-struct List {
+pub(super) struct List {
     prompts: Vec<Prompt>,
     seen: BTreeMap<[u8; 16], ()>,
     report: Report,
@@ -60,7 +57,7 @@ impl List {
     }
 
     /// Takes the text of line or row `number`, counted from 1.
-    fn push(&mut self, number: u64, text: &str) {
+    pub(super) fn push(&mut self, number: u64, text: &str) {
         let Some(prompt) = Prompt::new(text) else {
             skip(&mut self.report.blank, number);
             return;
@@ -91,7 +88,7 @@ fn skip(skipped: &mut Option<Skipped>, number: u64) {
     skipped.get_or_insert(first).count += 1;
 }
 
-fn unreadable(path: &Path, source: std::io::Error) -> Error {
+pub(super) fn unreadable(path: &Path, source: std::io::Error) -> Error {
     Error::Unreadable {
         file: path.to_owned(),
         source,
@@ -152,75 +149,5 @@ fn json_text(line: &str) -> Result<Option<String>, String> {
         Some(serde_json::Value::Null) => Ok(None),
         Some(_) => Err("the prompt is not text".into()),
         None => Err(format!("none of the keys {}", FIELDS.join(", "))),
-    }
-}
-
-fn parquet(path: &Path, list: &mut List) -> Result<(), Error> {
-    let fault = |problem: String| Error::Parquet {
-        file: path.to_owned(),
-        problem,
-    };
-    let file = File::open(path).map_err(|e| unreadable(path, e))?;
-    // Without the writer's Arrow hints, text is plain text whatever wrote it.
-    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options)
-        .map_err(|e| fault(e.to_string()))?;
-    let names: Vec<String> = builder
-        .schema()
-        .fields()
-        .iter()
-        .map(|f| f.name().clone())
-        .collect();
-    let wanted = FIELDS.iter().find(|f| names.iter().any(|n| n == *f));
-    let Some(wanted) = wanted else {
-        let found = if names.is_empty() {
-            "none".into()
-        } else {
-            names.join(", ")
-        };
-        return Err(fault(format!(
-            "no column {}; it has {found}",
-            FIELDS.join(", ")
-        )));
-    };
-    let mask = parquet::arrow::ProjectionMask::columns(builder.parquet_schema(), [*wanted]);
-    let reader = builder
-        .with_projection(mask)
-        .build()
-        .map_err(|e| fault(e.to_string()))?;
-    let mut row = 0;
-    for batch in reader {
-        let batch = batch.map_err(|e| fault(format!("{e}; write it without compression")))?;
-        for text in texts(&batch, wanted).map_err(&fault)? {
-            row += 1;
-            if text
-                .as_ref()
-                .is_some_and(|t| t.len() as u64 > MAX_LINE_BYTES)
-            {
-                return Err(fault(format!(
-                    "row {row} is longer than {MAX_LINE_BYTES} bytes"
-                )));
-            }
-            list.push(row, text.as_deref().unwrap_or(""));
-        }
-    }
-    Ok(())
-}
-
-/// The texts of one column.
-fn texts(batch: &RecordBatch, column: &str) -> Result<Vec<Option<String>>, String> {
-    let array = batch
-        .column_by_name(column)
-        .ok_or_else(|| format!("no column {column}"))?
-        .as_any();
-    let own = |text: Option<&str>| text.map(str::to_owned);
-    if let Some(array) = array.downcast_ref::<StringArray>() {
-        Ok(array.iter().map(own).collect())
-    } else if let Some(array) = array.downcast_ref::<LargeStringArray>() {
-        Ok(array.iter().map(own).collect())
-    } else if let Some(array) = array.downcast_ref::<StringViewArray>() {
-        Ok(array.iter().map(own).collect())
-    } else {
-        Err(format!("column {column} does not hold text"))
     }
 }

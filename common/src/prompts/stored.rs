@@ -1,40 +1,65 @@
 //! The lists of a run as Parquet: equal prompts are equal bytes, whenever and wherever they are written.
+//!
+//! Written and read column by column, without Arrow, which would be most of the programs that only pass prompts on.
 
 use std::sync::Arc;
 
-use arrow_array::{Array as _, FixedSizeBinaryArray, RecordBatch, StringArray};
-use arrow_schema::{DataType, Field, Schema};
+use ::parquet::data_type::{
+    ByteArray, ByteArrayType, DataType, FixedLenByteArray, FixedLenByteArrayType,
+};
+use ::parquet::errors::Result as ParquetResult;
+use ::parquet::file::metadata::ParquetMetaDataReader;
+use ::parquet::file::properties::{EnabledStatistics, WriterProperties};
+use ::parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
+use ::parquet::schema::parser::parse_message_type;
 use bytes::Bytes;
-use parquet::arrow::ArrowWriter;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use parquet::file::properties::{EnabledStatistics, WriterProperties};
 
-use super::{Error, Prompt};
+use super::{Error, Prompt, parquet};
+
+/// The columns: the first 16 bytes of a text's SHA-256, and the text.
+const SCHEMA: &str = "message prompts {
+    REQUIRED FIXED_LEN_BYTE_ARRAY (16) prompt_id;
+    REQUIRED BYTE_ARRAY text (STRING);
+}";
 
 /// Writes columns `prompt_id` and `text`, one row for each prompt, in order.
 pub fn to_parquet(prompts: &[Prompt]) -> Bytes {
-    let ids: Vec<[u8; 16]> = prompts.iter().map(Prompt::id).collect();
-    let ids = if ids.is_empty() {
-        FixedSizeBinaryArray::new_null(16, 0)
-    } else {
-        FixedSizeBinaryArray::try_from_iter(ids.iter()).expect("all ids have 16 bytes")
-    };
-    let texts = StringArray::from_iter_values(prompts.iter().map(Prompt::text));
-    let batch = RecordBatch::try_new(schema(), vec![Arc::new(ids), Arc::new(texts)])
-        .expect("both columns have a row for each prompt");
+    write(prompts)
+        .expect("writing to memory does not fail")
+        .into()
+}
+
+fn write(prompts: &[Prompt]) -> ParquetResult<Vec<u8>> {
     let properties = WriterProperties::builder()
         .set_created_by("distillery".to_owned())
         .set_dictionary_enabled(false)
         .set_statistics_enabled(EnabledStatistics::None)
         .build();
+    let ids: Vec<FixedLenByteArray> = prompts
+        .iter()
+        .map(|p| ByteArray::from(p.id().to_vec()).into())
+        .collect();
+    let texts: Vec<ByteArray> = prompts.iter().map(|p| p.text().into()).collect();
     let mut bytes = Vec::new();
-    let mut writer = ArrowWriter::try_new(&mut bytes, schema(), Some(properties))
-        .expect("the schema has a Parquet form");
-    writer
-        .write(&batch)
-        .expect("writing to memory does not fail");
-    writer.close().expect("writing to memory does not fail");
-    bytes.into()
+    let schema = Arc::new(parse_message_type(SCHEMA)?);
+    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::new(properties))?;
+    if !prompts.is_empty() {
+        let mut group = writer.next_row_group()?;
+        write_column::<FixedLenByteArrayType>(&mut group, &ids)?;
+        write_column::<ByteArrayType>(&mut group, &texts)?;
+        group.close()?;
+    }
+    writer.close()?;
+    Ok(bytes)
+}
+
+fn write_column<T: DataType>(
+    group: &mut SerializedRowGroupWriter<'_, &mut Vec<u8>>,
+    values: &[T::T],
+) -> ParquetResult<()> {
+    let mut column = group.next_column()?.expect("the schema has two columns");
+    column.typed::<T>().write_batch(values, None, None)?;
+    column.close()
 }
 
 /// Reads what [`to_parquet`] wrote.
@@ -43,43 +68,40 @@ pub fn to_parquet(prompts: &[Prompt]) -> Bytes {
 ///
 /// Bytes that are no such file, or ids that do not belong to their texts.
 pub fn from_parquet(bytes: &Bytes) -> Result<Vec<Prompt>, Error> {
-    let stored = |e: &dyn std::fmt::Display| Error::Stored(e.to_string());
-    let builder =
-        ParquetRecordBatchReaderBuilder::try_new(bytes.clone()).map_err(|e| stored(&e))?;
-    let found: Vec<&DataType> = builder
-        .schema()
-        .fields()
-        .iter()
-        .map(|f| f.data_type())
-        .collect();
-    if found != [&DataType::FixedSizeBinary(16), &DataType::Utf8] {
-        return Err(stored(&format!("its columns are {found:?}")));
+    read(bytes).map_err(Error::Stored)
+}
+
+fn read(bytes: &Bytes) -> Result<Vec<Prompt>, String> {
+    let metadata = ParquetMetaDataReader::new()
+        .parse_and_finish(bytes)
+        .map_err(parquet::words)?;
+    let columns = metadata.file_metadata().schema_descr().columns();
+    let wanted = parse_message_type(SCHEMA).map_err(parquet::words)?;
+    let is_ours = columns.len() == 2
+        && columns
+            .iter()
+            .zip(wanted.get_fields())
+            .all(|(found, wanted)| found.self_type() == wanted.as_ref());
+    if !is_ours {
+        let names: Vec<String> = columns.iter().map(|c| c.path().string()).collect();
+        return Err(format!(
+            "its columns are {}, or of other types",
+            names.join(", ")
+        ));
     }
     let mut prompts = Vec::new();
-    for batch in builder.build().map_err(|e| stored(&e))? {
-        let batch = batch.map_err(|e| stored(&e))?;
-        let ids = batch
-            .column(0)
-            .as_any()
-            .downcast_ref::<FixedSizeBinaryArray>();
-        let texts = batch.column(1).as_any().downcast_ref::<StringArray>();
-        let (ids, texts) = (ids.expect("checked above"), texts.expect("checked above"));
-        for row in 0..batch.num_rows() {
-            let prompt = Prompt::new(texts.value(row))
-                .filter(|p| p.text() == texts.value(row) && p.id() == ids.value(row));
+    for group in metadata.row_groups() {
+        let ids = parquet::stored_ids(bytes, group.column(0))?;
+        let texts = parquet::stored_texts(bytes, group.column(1))?;
+        if ids.len() != texts.len() {
+            return Err("its columns differ in length".into());
+        }
+        for (id, text) in ids.iter().zip(&texts) {
             let number = prompts.len();
+            let prompt = Prompt::new(text).filter(|p| p.text() == text && p.id() == *id);
             prompts
-                .push(prompt.ok_or_else(|| {
-                    stored(&format!("row {number} has another id than its text"))
-                })?);
+                .push(prompt.ok_or_else(|| format!("row {number} has another id than its text"))?);
         }
     }
     Ok(prompts)
-}
-
-fn schema() -> Arc<Schema> {
-    Arc::new(Schema::new(vec![
-        Field::new("prompt_id", DataType::FixedSizeBinary(16), false),
-        Field::new("text", DataType::Utf8, false),
-    ]))
 }
