@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume bench-data lint libtorch servers
+.PHONY: help demo test kill-resume compare bench-data lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -29,6 +29,11 @@ SEED ?= 1
 kill-resume: libtorch ## Kill runs at N seeded moments (SEED) and compare what they make in the end.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin kill-resume
 	$(target)/release/kill-resume --number $(N) --seed $(SEED)
+
+compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows, and say which is ahead.
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin compare
+	$(target)/release/coordinator run configs/compare.yaml
+	$(target)/release/compare runs/compare
 
 bench-data: ## Measure rows and checkpoints against the bytes themselves, side by side.
 	cargo build $(cargo_flags) -p distillery-tests --bin bench-data

@@ -28,7 +28,9 @@ pub fn init(level: &str, format: Format) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(ansi)
-        .with_target(false);
+        .with_target(false)
+        // It would be told on standard error, which has just failed, by a macro that panics then.
+        .log_internal_errors(false);
     // The only failure is that a subscriber is there already.
     let _ = match format {
         Format::Plain => logs.try_init(),

@@ -66,6 +66,7 @@ fn small_plan() -> Plan {
 
 /// A machine, the virtual clock, and a driver whose store never fails unless told to.
 struct Scene {
+    plan: Plan,
     machine: Machine,
     now: Duration,
     records: Vec<Record>,
@@ -87,8 +88,9 @@ impl Scene {
             term: Term(1),
             endpoint: "here:1".into(),
         };
-        let machine = Machine::new(plan, timings, Durable::replay([&claim]));
+        let machine = Machine::new(plan.clone(), timings, Durable::replay([&claim]));
         let mut scene = Self {
+            plan,
             machine,
             now: Duration::ZERO,
             records: vec![claim],
@@ -109,7 +111,8 @@ impl Scene {
             term,
             endpoint: "there:1".into(),
         });
-        self.machine = Machine::new(plan, timings, Durable::replay(&self.records));
+        self.machine = Machine::new(plan.clone(), timings, Durable::replay(&self.records));
+        self.plan = plan;
         self.now = Duration::ZERO;
         self.told.clear();
         self.happens(Event::Tick);
@@ -167,9 +170,8 @@ impl Scene {
     }
 
     fn finding(&self, at: usize) -> Finding {
-        let names = ["trajectories", "seg8", "export", "seg4"];
-        let name = names[at];
-        if name.starts_with("seg") {
+        let name = self.plan.stages[at].name.as_str();
+        if matches!(self.plan.stages[at].work, Work::Training(_)) {
             return Finding::Checkpoints(self.checkpoints.get(name).cloned().unwrap_or_default());
         }
         let commits = self
@@ -886,6 +888,55 @@ fn a_group_whose_members_do_not_come_back_is_replaced() {
     );
 }
 
+/// Found by the simulation when plans got branches: the worker was free, and joined the other stage's group too.
+#[test]
+fn a_group_whose_member_comes_back_without_it_is_given_up_at_once() {
+    let mut scene = Scene::new(branching_plan());
+    let group = scene.reach_stepping();
+    scene.restart(branching_plan(), Timings::default());
+    let [one, two] = [1, 2].map(|n| Incarnation::new(Term(1), n));
+    scene.hello(11, Some(one), vec![], Some(group.clone()));
+    scene.hello(12, Some(two), vec![], None);
+    assert!(scene.was_told(11, |m| matches!(m, ToWorker::GroupAbort { .. })));
+    let next = [11, 12].map(|n| scene.joined(n).pop().expect("a new group").group);
+    assert_eq!(next[0], next[1]);
+    assert_eq!(
+        (next[0].stage.as_str(), next[0].generation),
+        ("seg8", Generation(2))
+    );
+    let log = scene.machine.durable().stage("seg8");
+    assert_eq!(log.fruitless, 0, "a restart is no failure");
+}
+
+#[test]
+fn a_group_of_another_size_than_its_states_is_told_of() {
+    let mut plan = small_plan();
+    plan.stages[1] = training("seg8", 20, (1, 2), &[0], None);
+    let mut scene = Scene::new(plan.clone());
+    let group = scene.reach_stepping();
+    scene.checkpoint(1, &group, 10, false);
+    let told = |scene: &Scene| {
+        let explained = scene.done.iter().filter_map(|action| match action {
+            Action::Explain(decision @ Decision::Resized { .. }) => Some(decision.to_string()),
+            _ => None,
+        });
+        explained.collect::<Vec<_>>()
+    };
+    scene.restart(plan, Timings::default());
+    assert!(told(&scene).is_empty());
+    scene.join(11);
+    for _ in 0..60 {
+        scene.wait(ms(1_000));
+        scene.beat(11);
+    }
+    let next = scene.joined(11).pop().expect("a new group");
+    assert_eq!((next.world, next.base_step), (1, 10));
+    assert_eq!(
+        told(&scene),
+        ["seg8 goes on with 1 engine instead of 2: the result will not be bit-equal to that of an undisturbed run"]
+    );
+}
+
 #[test]
 fn idle_workers_wait_for_their_group_instead_of_taking_later_work() {
     let mut plan = small_plan();
@@ -929,6 +980,64 @@ fn a_stage_starts_from_its_parents_final_checkpoint() {
         (membership.base_step, membership.base_checkpoint),
         (0, None)
     );
+}
+
+/// Two stages from the teacher, and one from the first of them.
+fn branching_plan() -> Plan {
+    Plan {
+        stages: vec![
+            tasks("trajectories", Kind::Trajectories, 2, &[], 0),
+            training("seg8", 20, (2, 2), &[0], None),
+            training("lcm", 20, (2, 2), &[0], None),
+            training("seg4", 20, (2, 2), &[0, 1], Some(1)),
+        ],
+    }
+}
+
+#[test]
+fn stages_from_the_teacher_take_turns_and_get_no_parent() {
+    let mut scene = Scene::new(branching_plan());
+    let first = scene.reach_stepping();
+    assert_eq!(first.stage, "seg8");
+    // Longer than idle workers are kept for a group.
+    for _ in 0..20 {
+        scene.wait(ms(2_000));
+        scene.beat(1);
+        scene.beat(2);
+    }
+    scene.checkpoint(1, &first, 20, true);
+    let second = scene.joined(1).pop().expect("the next stage");
+    assert_eq!(
+        (second.group.stage.as_str(), second.parent_checkpoint),
+        ("lcm", None)
+    );
+    scene.exchange(&[1, 2]);
+    scene.checkpoint(1, &second.group, 20, true);
+    let third = scene.joined(1).pop().expect("the last stage");
+    assert_eq!(third.group.stage, "seg4");
+    let parent = Some(String::from("checkpoints/seg8/20-g1"));
+    assert_eq!(
+        third.parent_checkpoint, parent,
+        "not that of the stage before"
+    );
+}
+
+#[test]
+fn stages_from_the_teacher_train_at_once_where_workers_are_many() {
+    let mut scene = Scene::new(branching_plan());
+    scene.make_rows();
+    scene.join(3);
+    scene.join(4);
+    let stage = |memberships: Vec<Membership>| memberships.last().map(|m| m.group.stage.clone());
+    let stages: Vec<_> = (1..=4).map(|n| stage(scene.joined(n))).collect();
+    for (name, members) in [("seg8", 2), ("lcm", 2), ("seg4", 0)] {
+        let n = stages
+            .iter()
+            .flatten()
+            .filter(|stage| *stage == name)
+            .count();
+        assert_eq!(n, members, "{name}: {stages:?}");
+    }
 }
 
 #[test]

@@ -51,8 +51,11 @@ fn plan() -> Plan {
             tasks("trajectories", Kind::Trajectories, 12, &[]),
             training("seg8", &[0], None),
             training("seg4", &[0, 1], Some(1)),
+            // A second line of students from the teacher, and a second one from seg8.
+            training("mcd", &[0], None),
+            training("side", &[0, 1], Some(1)),
             tasks("reference", Kind::Reference, 6, &[]),
-            tasks("evaluate", Kind::Evaluate, 3, &[1, 2, 3]),
+            tasks("evaluate", Kind::Evaluate, 3, &[1, 2, 3, 4, 5]),
         ],
     }
 }
@@ -510,6 +513,15 @@ impl World {
                     let is_there = self.checkpoints.values().any(|c| c.key == *key);
                     assert!(is_there, "{key} was deleted before {}", membership.group);
                 }
+                let parent = match membership.group.stage.as_str() {
+                    "seg4" | "side" => Some(("seg8", STEPS)),
+                    _ => None,
+                };
+                let from = membership.parent_checkpoint.as_ref().and_then(|key| {
+                    let parent = self.checkpoints.iter().find(|(_, c)| c.key == *key);
+                    parent.map(|((stage, step, _), _)| (stage.as_str(), *step))
+                });
+                assert_eq!(from, parent, "{} starts elsewhere", membership.group);
                 own.step = membership.base_step;
                 own.has_peers = false;
                 own.group = Some(membership.clone());

@@ -2,5 +2,6 @@
 //!
 //! Sees the other crates' programs only from outside, as processes. Must never link a tensor library.
 
+pub mod compare;
 pub mod harness;
 pub mod sim;

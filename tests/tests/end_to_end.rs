@@ -3,9 +3,11 @@
 use std::process::Command;
 use std::time::Duration;
 
+use distillery_common::checkpoint;
 use distillery_common::proto::wire::coordinator_client::CoordinatorClient;
 use distillery_common::proto::{PROTOCOL_VERSION, wire};
 use distillery_common::security::{Join, ShowToken};
+use distillery_common::storage::Store;
 use distillery_tests::harness::{EngineKind, Run, sim_recipe};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -100,6 +102,38 @@ fn two_runs_of_one_recipe_make_the_same_bits() {
         })
         .collect();
     assert_eq!(made[0], made[1]);
+}
+
+#[test]
+fn students_start_from_what_the_recipe_says() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let recipe = sim_recipe().replace(
+        "checkpoint:",
+        "  - {name: lcm, method: lcm, from: teacher, steps: 10}\n  \
+         - {name: side, from: seg4, segments: 2, steps: 10}\ncheckpoint:",
+    );
+    assert_ne!(recipe, sim_recipe());
+    let run = Run::new(folder.path(), &recipe, EngineKind::Sim);
+    let mut run = run.expect("the programs are built");
+    run.finish(PATIENCE).expect("it finishes");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let store = Store::open(&run.output().display().to_string()).expect("a folder");
+    for (stage, parent) in [
+        ("seg4", None),
+        ("seg2", Some("checkpoints/seg4/0000000040-g")),
+        ("lcm", None),
+        ("side", Some("checkpoints/seg4/0000000040-g")),
+    ] {
+        let newest = runtime.block_on(checkpoint::newest(&store, stage, |_, _| true));
+        let newest = newest.expect("readable").expect("it was trained");
+        let found = newest.manifest().parent.clone();
+        let fits = match (&found, parent) {
+            (Some(key), Some(start)) => key.starts_with(start),
+            (None, None) => true,
+            _ => false,
+        };
+        assert!(fits, "{stage} starts from {found:?}, not from {parent:?}");
+    }
 }
 
 /// Runs a worker with `join` beside a living run; gives its exit code and what it said.

@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use distillery_common::recipe::{self, Recipe};
+use distillery_common::recipe::{self, Method, Recipe, Stage};
 
 fn root() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -58,12 +58,53 @@ fn every_recipe_of_the_repository_is_read() {
 }
 
 #[test]
-fn the_demo_and_the_tiny_recipe_name_files_that_are_there() {
-    for name in ["quickstart.yaml", "tiny.yaml"] {
+fn recipes_that_need_nothing_else_name_files_that_are_there() {
+    for name in ["quickstart.yaml", "tiny.yaml", "compare.yaml"] {
         if let Err(faults) = recipe::load(&root().join("configs").join(name), &[]) {
             panic!("{faults}");
         }
     }
+}
+
+/// `configs/compare.yaml` promises it; whoever changes one of the two changes the other.
+#[test]
+fn the_comparison_is_the_quickstart_with_other_methods_beside_it() {
+    let of = |name: &str| parse(&root().join("configs").join(name), &[]);
+    let (quick, compare) = (of("quickstart.yaml"), of("compare.yaml"));
+    assert_eq!(compare.seed, quick.seed);
+    assert_eq!(compare.teacher, quick.teacher);
+    assert_eq!(compare.prompts, quick.prompts);
+    assert_eq!(compare.trajectories, quick.trajectories);
+    assert_eq!(compare.compute, quick.compute);
+    let is_mlcm = |stage: &&Stage| stage.method == Method::Mlcm;
+    let mlcm: Vec<&Stage> = compare.stages.iter().filter(is_mlcm).collect();
+    assert_eq!(mlcm.len(), quick.stages.len());
+    for (own, theirs) in mlcm.iter().zip(&quick.stages) {
+        assert_eq!(compare.origin_of(own), quick.origin_of(theirs));
+        let from = theirs.from;
+        let own = Stage {
+            from,
+            ..(*own).clone()
+        };
+        assert_eq!(own, *theirs);
+    }
+    let total: u64 = mlcm.iter().map(|stage| stage.steps).sum();
+    let first = mlcm[0];
+    for other in compare.stages.iter().filter(|stage| !is_mlcm(stage)) {
+        assert_eq!(other.from, None, "{} starts from the teacher", other.name);
+        assert_eq!(
+            other.steps, total,
+            "{} has as many steps as all MLCM stages",
+            other.name
+        );
+        assert_eq!(other.batch, first.batch, "{}", other.name);
+        assert_eq!(other.student, first.student, "{}", other.name);
+        assert_eq!(other.optimizer.lr, first.optimizer.lr, "{}", other.name);
+        assert_eq!(other.loss, first.loss, "{}", other.name);
+        assert_eq!(other.teacher_step, first.teacher_step, "{}", other.name);
+    }
+    let last = compare.stages.last().map(|stage| stage.method);
+    assert_eq!(last, Some(Method::Mlcm), "the last student is exported");
 }
 
 /// What `check` says about a broken recipe, with this checkout's folder written as `ROOT`.

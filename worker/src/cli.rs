@@ -80,14 +80,14 @@ pub fn main() -> ExitCode {
     let config = match checked {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say(&error);
             return ExitCode::from(USAGE);
         }
     };
     match app::run(config) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say(&error);
             ExitCode::FAILURE
         }
     }
@@ -177,4 +177,10 @@ mod tests {
         use clap::CommandFactory as _;
         Command::command().debug_assert();
     }
+}
+
+/// Says what went wrong; whoever should read it may be gone.
+fn say(error: &anyhow::Error) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stderr(), "error: {error:#}");
 }

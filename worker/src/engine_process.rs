@@ -336,6 +336,7 @@ struct Tail(Arc<Mutex<VecDeque<String>>>);
 impl Tail {
     /// Logs and keeps every line until the pipe closes.
     async fn follow(self, pipe: impl AsyncRead + Unpin) {
+        use std::io::Write as _;
         let mut reader = BufReader::new(pipe);
         let mut line = Vec::new();
         loop {
@@ -346,7 +347,8 @@ impl Tail {
                     line.truncate(LINE_BYTES);
                     let text = String::from_utf8_lossy(&line).trim_end().to_owned();
                     // Formatted by the engine; a second time stamp would only hide it.
-                    eprintln!("engine: {text}");
+                    // Whoever reads this may be gone; the engine's output must be taken off it all the same.
+                    let _ = writeln!(std::io::stderr(), "engine: {text}");
                     self.push(text);
                 }
             }

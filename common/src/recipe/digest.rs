@@ -51,7 +51,7 @@ impl Recipe {
             },
             "trajectories": trajectories(self),
             "compute": compute(self.compute),
-            "stages": self.stages.iter().map(stage).collect::<Vec<_>>(),
+            "stages": self.stages.iter().map(|s| stage(s, self.origin_of(s))).collect::<Vec<_>>(),
             "checkpoint": {
                 "every_steps": self.checkpoint.every_steps,
                 "keep": {
@@ -95,6 +95,15 @@ impl Recipe {
         for (section, key) in PLACES {
             if fields[section][key].is_string() {
                 fields[section][key] = json!("path");
+            }
+        }
+        // A stage that follows the one before is what stages were before `from` could say otherwise.
+        for (i, stage) in self.stages.iter().enumerate() {
+            if let (true, Some(fields)) = (
+                stage.from == i.checked_sub(1),
+                fields["stages"][i].as_object_mut(),
+            ) {
+                fields.shift_remove("from");
             }
         }
         let contents = contents
@@ -143,7 +152,7 @@ fn trajectories(recipe: &Recipe) -> Value {
     })
 }
 
-fn stage(stage: &Stage) -> Value {
+fn stage(stage: &Stage, from: &str) -> Value {
     json!({
         "name": stage.name,
         "method": match stage.method {
@@ -151,6 +160,7 @@ fn stage(stage: &Stage) -> Value {
             Method::Lcm => "lcm",
             Method::Mcd => "mcd",
         },
+        "from": from,
         "segments": stage.segments,
         "skip": stage.skip,
         "steps": stage.steps,

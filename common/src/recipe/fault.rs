@@ -31,12 +31,13 @@ use super::raw::{Origin, Span};
 /// | E0218 | a global batch that cannot be shared out |
 /// | E0219 | shards that cut a batch in two |
 /// | E0220 | a method that cannot train these segments |
-/// | E0221 | a student that cannot start from the stage before |
+/// | E0221 | a student that cannot start from the stage it should |
 /// | E0222 | an export that the student does not allow |
 /// | E0223 | samplers and step counts that do not go together |
 /// | E0224 | a file or folder that is not there |
 /// | E0225 | a run URI or an address that cannot be used |
 /// | E0226 | a rate schedule longer than its stage |
+/// | E0227 | a stage to start from that is not there, or not yet |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Code {
     /// The file cannot be read.
@@ -79,7 +80,7 @@ pub enum Code {
     Shards,
     /// A method that cannot train these segments.
     Method,
-    /// A student that cannot start from the stage before.
+    /// A student that cannot start from the stage it should.
     Student,
     /// An export that the student does not allow.
     Export,
@@ -91,6 +92,8 @@ pub enum Code {
     Address,
     /// A rate schedule longer than its stage.
     Schedule,
+    /// A stage to start from that is not there, or not yet.
+    Lineage,
 }
 
 impl fmt::Display for Code {
@@ -429,5 +432,6 @@ mod tests {
         assert_eq!(Code::Unreadable.to_string(), "E0201");
         assert_eq!(Code::Segments.to_string(), "E0214");
         assert_eq!(Code::Schedule.to_string(), "E0226");
+        assert_eq!(Code::Lineage.to_string(), "E0227");
     }
 }

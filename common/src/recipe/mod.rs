@@ -154,6 +154,9 @@ pub struct Stage {
     pub name: String,
     /// What is minimised.
     pub method: Method,
+    /// Position in [`Recipe::stages`] of the stage whose student it starts from, smaller than its own; none = the
+    /// teacher.
+    pub from: Option<usize>,
     /// Number of segments M.
     pub segments: u32,
     /// Distance from t_m to t_n in timesteps.
@@ -398,6 +401,18 @@ impl Secret {
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Secret(…)")
+    }
+}
+
+/// What `from` calls the teacher.
+pub const TEACHER: &str = "teacher";
+
+impl Recipe {
+    /// The name of what `stage` starts from: an earlier stage, or [`TEACHER`].
+    pub fn origin_of(&self, stage: &Stage) -> &str {
+        stage
+            .from
+            .map_or(TEACHER, |at| self.stages[at].name.as_str())
     }
 }
 

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use distillery_common::storage::Store;
 
 use super::TRY_AGAIN;
+use crate::console;
 use crate::journal;
 use crate::scheduler::{Durable, Outcome};
 use crate::service::client::Client;
@@ -27,7 +28,7 @@ pub(super) async fn follow(mut client: Client, store: &Store) -> anyhow::Result<
                 };
                 let line = status.summary();
                 if line != shown {
-                    eprintln!("{line}");
+                    console::note(&line);
                     shown = line;
                 }
             }
@@ -41,11 +42,11 @@ pub(super) async fn follow(mut client: Client, store: &Store) -> anyhow::Result<
     match Durable::replay(&history.records).outcome {
         Some(Outcome::Succeeded) => Ok(ExitCode::SUCCESS),
         Some(Outcome::Failed { message }) => {
-            eprintln!("error: {message}");
+            console::note(format_args!("error: {message}"));
             Ok(ExitCode::FAILURE)
         }
         Some(Outcome::Stopped { .. }) | None => {
-            eprintln!("the coordinator is gone; run the same command to resume");
+            console::note("the coordinator is gone; run the same command to resume");
             Ok(ExitCode::from(TRY_AGAIN))
         }
     }

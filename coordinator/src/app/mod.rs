@@ -24,6 +24,7 @@ use distillery_common::security::Join;
 use distillery_common::storage::Store;
 use distillery_common::storage::layout::{self, Key};
 
+use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
 use crate::journal::{self, Journal};
 use crate::launch::local;
@@ -60,7 +61,7 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
     let history = journal::read(&store).await?;
     let durable = Durable::replay(&history.records);
     if durable.outcome == Some(Outcome::Succeeded) {
-        eprintln!("run {} has succeeded already", recipe.name);
+        console::note(format_args!("run {} has succeeded already", recipe.name));
         show_results(&recipe, &store, &prepared.record, config.json).await?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -68,10 +69,10 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
     if !config.takeover && !history.records.is_empty() {
         let join = access.join(&durable.endpoint, tls)?;
         if let Some(client) = Client::find(&join).await {
-            eprintln!(
+            console::note(format_args!(
                 "a coordinator at {} has this run; attached",
                 durable.endpoint
-            );
+            ));
             return attach::follow(client, &store).await;
         }
     }
@@ -126,7 +127,7 @@ async fn coordinate(
         },
     ));
     if !config.json {
-        eprintln!("{}", prepared.plan);
+        console::note(&prepared.plan);
     }
     let launched = launch(&recipe, &config, &access, &join, handle.clone())?;
     let watching = tokio::spawn(watch_signals(handle.clone()));
@@ -160,25 +161,28 @@ async fn show_results(
         .context("collecting the results")?;
     report.publish(store).await?;
     if json {
-        println!("{}", report.summary);
+        console::result(&report.summary)?;
         return Ok(());
     }
     if !report.figures.is_empty() {
-        println!("{}", report.table());
+        console::result(report.table())?;
     }
-    eprintln!("run {} succeeded", recipe.name);
+    console::note(format_args!("run {} succeeded", recipe.name));
     let place = |key: &Key| match store.local_file(key) {
         Some(path) => path.display().to_string(),
         None => format!("{}/{key}", store.uri()),
     };
-    eprintln!("report:  {}", place(&layout::report("report.html")));
+    console::note(format_args!(
+        "report:  {}",
+        place(&layout::report("report.html"))
+    ));
     if let (Some(_), Some(last)) = (&recipe.export, recipe.stages.last()) {
         let student =
             layout::export_file(&layout::export(&last.name), "diffusers/model_index.json");
-        eprintln!(
+        console::note(format_args!(
             "student: {}",
             place(&student).trim_end_matches("/model_index.json")
-        );
+        ));
     }
     Ok(())
 }
@@ -245,10 +249,10 @@ fn launch(
     let file = access.write_join(join)?;
     match recipe.cluster.launcher {
         Launcher::External => {
-            eprintln!(
+            console::note(format_args!(
                 "start workers with: worker join --coordinator @{}",
                 file.display()
-            );
+            ));
             Ok(None)
         }
         Launcher::Local => {
@@ -282,7 +286,7 @@ async fn watch_signals(handle: Handle) -> anyhow::Result<()> {
         } else {
             "stopping after a checkpoint; once more to stop now"
         };
-        eprintln!("{text}");
+        console::note(text);
         handle.event(Event::StopRequested { now }).await?;
         now = true;
     }
@@ -307,15 +311,16 @@ fn say_why(recipe: &Recipe, ended: Result<Outcome, journal::Error>, json: bool) 
         let summary = serde_json::json!({
             "name": recipe.name, "output": recipe.output, "state": state, "message": message,
         });
-        println!("{summary}");
+        // The exit code says it too.
+        let _ = console::result(summary);
     } else if code == 1 {
-        eprintln!("error: run {} failed: {message}", recipe.name);
+        console::note(format_args!("error: run {} failed: {message}", recipe.name));
     } else {
-        eprintln!(
+        console::note(format_args!(
             "run {} {state}{}{message}",
             recipe.name,
             if message.is_empty() { "" } else { ": " }
-        );
+        ));
     }
     ExitCode::from(code)
 }

@@ -1,8 +1,9 @@
 //! Progress for people: a live display on a terminal, plain lines otherwise.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::time::Duration;
 
+use crate::console;
 use crate::driver::{Handle, Snapshot};
 use crate::plan::{Kind, grouped};
 use crate::scheduler::StageView;
@@ -16,7 +17,7 @@ const BAR: usize = 24;
 /// Shows the run until its driver ends.
 pub(super) async fn show(handle: Handle, resumed: bool) {
     if resumed {
-        eprintln!("resuming");
+        console::note("resuming");
     }
     let live = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let mut display = Display::default();
@@ -83,17 +84,24 @@ impl Display {
     }
 
     fn print(&mut self, snapshot: &Snapshot) {
-        let lines: Vec<_> = snapshot
+        let started: Vec<_> = snapshot
             .view
             .stages
             .iter()
             .filter(|stage| !["blocked", "sealed"].contains(&stage.state))
+            .collect();
+        // Stages that wait for workers are worth a word only while no other has them.
+        let waits = |stage: &StageView| stage.state == "gathering";
+        let all_wait = started.iter().all(|stage| waits(stage));
+        let lines: Vec<_> = started
+            .into_iter()
+            .filter(|stage| all_wait || !waits(stage))
             .map(describe)
             .collect();
         let line = lines.join("; ");
         if !line.is_empty() && line != self.last {
             let left = self.left(snapshot).map(clock).unwrap_or_default();
-            eprintln!("{} {line}{left}", hms(snapshot.elapsed));
+            console::note(format_args!("{} {line}{left}", hms(snapshot.elapsed)));
             self.last = line;
         }
     }
@@ -128,9 +136,7 @@ impl Display {
             snapshot.view.workers.len(),
         ));
         self.lines += 1;
-        let mut stderr = std::io::stderr();
-        // A terminal that is gone needs no display.
-        let _ = stderr.write_all(frame.as_bytes());
+        console::draw(&frame);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Context, RecipeArguments};
+use crate::console;
 
 pub(super) fn run(arguments: &RecipeArguments, context: Context) -> anyhow::Result<ExitCode> {
     let recipe = super::load(arguments)?;
@@ -11,9 +12,9 @@ pub(super) fn run(arguments: &RecipeArguments, context: Context) -> anyhow::Resu
         recipe.teacher.variant.as_deref(),
     )?;
     if context.json {
-        println!("{}", serde_json::json!({"faults": []}));
+        console::result(serde_json::json!({"faults": []}))?;
     } else {
-        eprintln!("{} has no faults", arguments.file.display());
+        console::note(format_args!("{} has no faults", arguments.file.display()));
     }
     Ok(ExitCode::SUCCESS)
 }

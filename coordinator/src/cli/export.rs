@@ -53,5 +53,5 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
         result["step"],
         arguments.out.display()
     );
-    Ok(show(&result, context.json, &sentence))
+    show(&result, context.json, &sentence)
 }

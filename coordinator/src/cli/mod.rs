@@ -19,6 +19,7 @@ use clap::{Parser, Subcommand};
 use distillery_common::recipe::{self, Faults, Recipe};
 use distillery_common::telemetry;
 
+use crate::console;
 use crate::driver::Clock;
 
 /// Exit code of a wrong command line.
@@ -130,13 +131,14 @@ fn init_logs(arguments: &Arguments) {
 fn fail(error: &anyhow::Error, context: Context) -> ExitCode {
     if let Some(faults) = error.downcast_ref::<Faults>() {
         if context.json {
-            println!("{}", faults.to_json());
+            // The exit code says it too.
+            let _ = console::result(faults.to_json());
         } else {
-            eprint!("{}", faults.render(color()));
+            console::draw(faults.render(color()));
         }
         return ExitCode::from(FAULTS);
     }
-    eprintln!("error: {error:#}");
+    console::note(format_args!("error: {error:#}"));
     ExitCode::FAILURE
 }
 

@@ -9,6 +9,7 @@ use distillery_common::once::{Host, Line, MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, R
 use serde_json::Value;
 
 use super::run::program;
+use crate::console;
 
 /// Who computes.
 #[derive(Debug, clap::Args)]
@@ -95,7 +96,9 @@ fn listen(engine: &mut Child) -> anyhow::Result<Option<Value>> {
     for line in BufReader::new(output.take(MAX_ANSWER_BYTES)).lines() {
         let line = line.context("the engine's answer cannot be read")?;
         match serde_json::from_str(&line) {
-            Ok(Line::Progress { done, total }) if shows => eprint!("\r{done} of {total}\x1b[K"),
+            Ok(Line::Progress { done, total }) if shows => {
+                console::draw(format_args!("\r{done} of {total}\x1b[K"));
+            }
             Ok(Line::Progress { .. } | Line::Written(_)) => {}
             Ok(Line::Result(value)) => result = Some(value),
             Ok(Line::Error(message)) => {
@@ -111,18 +114,18 @@ fn listen(engine: &mut Child) -> anyhow::Result<Option<Value>> {
 
 fn clear(shows: bool) {
     if shows {
-        eprint!("\r\x1b[K");
+        console::draw("\r\x1b[K");
     }
 }
 
 /// Shows a result: the whole of it as JSON, or in one sentence.
-pub(super) fn show(result: &Value, json: bool, sentence: &str) -> ExitCode {
+pub(super) fn show(result: &Value, json: bool, sentence: &str) -> anyhow::Result<ExitCode> {
     if json {
-        println!("{result}");
+        console::result(result)?;
     } else {
-        println!("{sentence}");
+        console::result(sentence)?;
     }
-    ExitCode::SUCCESS
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

@@ -2,10 +2,12 @@
 
 use std::process::ExitCode;
 
+use distillery_common::recipe::TEACHER;
 use serde_json::{Value, json};
 
 use super::{Context, RecipeArguments};
 use crate::app;
+use crate::console;
 use crate::plan::{Plan, Stage, Work, build};
 
 pub(super) fn run(arguments: &RecipeArguments, context: Context) -> anyhow::Result<ExitCode> {
@@ -16,9 +18,9 @@ pub(super) fn run(arguments: &RecipeArguments, context: Context) -> anyhow::Resu
     )?;
     let plan = build(&recipe, &app::facts(&folder));
     if context.json {
-        println!("{}", to_json(&plan));
+        console::result(to_json(&plan))?;
     } else {
-        print!("{plan}");
+        console::result(plan.to_string().trim_end())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -45,6 +47,7 @@ fn stage_to_json(plan: &Plan, stage: &Stage) -> Value {
             "global_batch": training.global_batch,
             "checkpoint_every": training.checkpoint_every,
             "workers": [training.min_world, training.max_world],
+            "from": training.parent.map_or(TEACHER, |at| plan.stages[at].name.as_str()),
         }),
     };
     json!({"name": stage.name, "kind": stage.kind.as_str(), "after": after, "work": work})

@@ -10,6 +10,7 @@ use distillery_common::run::RunRecord;
 use distillery_common::storage::{Store, layout};
 
 use super::Context;
+use crate::console;
 use crate::report::{gather, render};
 
 #[derive(Debug, clap::Args)]
@@ -37,9 +38,9 @@ async fn write(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCo
     std::fs::write(&arguments.out, render(&report))
         .with_context(|| format!("writing {}", arguments.out.display()))?;
     if context.json {
-        println!("{}", report.summary);
+        console::result(&report.summary)?;
     } else {
-        println!("{}", arguments.out.display());
+        console::result(arguments.out.display())?;
     }
     Ok(ExitCode::SUCCESS)
 }

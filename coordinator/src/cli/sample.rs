@@ -96,7 +96,7 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
         result["pictures"],
         places.join(" and ")
     );
-    Ok(show(&result, context.json, &sentence))
+    show(&result, context.json, &sentence)
 }
 
 /// What `text` names: a pipeline folder, an export with one in it, or a run.

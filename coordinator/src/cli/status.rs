@@ -1,5 +1,6 @@
 //! `coordinator status RUN`.
 
+use std::io;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -10,6 +11,7 @@ use distillery_common::storage::{Store, layout};
 
 use super::Context;
 use crate::app::Access;
+use crate::console;
 use crate::journal;
 use crate::scheduler::Durable;
 use crate::service::client::{Client, Status};
@@ -42,22 +44,22 @@ async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCod
         endpoint => Client::find(&access.join(endpoint, tls)?).await,
     };
     match client {
-        Some(mut client) => live(&client.status().await?, context),
-        None => stored(&record, &durable, context),
+        Some(mut client) => live(&client.status().await?, context)?,
+        None => stored(&record, &durable, context)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn live(status: &Status, context: Context) {
+fn live(status: &Status, context: Context) -> io::Result<()> {
     if context.json {
-        println!("{}", status.to_json());
+        console::result(status.to_json())
     } else {
-        print!("{}", status.text());
+        console::result(status.text().trim_end())
     }
 }
 
 /// What is known of a run that nobody works on.
-fn stored(record: &RunRecord, durable: &Durable, context: Context) {
+fn stored(record: &RunRecord, durable: &Durable, context: Context) -> io::Result<()> {
     let state = match &durable.outcome {
         Some(outcome) => outcome.to_string(),
         None => "no coordinator has it; `coordinator run` with its recipe resumes it".into(),
@@ -76,16 +78,14 @@ fn stored(record: &RunRecord, durable: &Durable, context: Context) {
             .map(|(name, sealed, step)| json!({"name": name, "sealed": sealed, "step": step}))
             .collect();
         let run_id = record.run_id.to_string();
-        println!(
-            "{}",
-            json!({"run_id": run_id, "state": state, "stages": stages})
-        );
-        return;
+        return console::result(json!({"run_id": run_id, "state": state, "stages": stages}));
     }
-    println!("run {}: {state}", record.run_id);
+    console::result(format_args!("run {}: {state}", record.run_id))?;
     for (name, sealed, step) in stages {
         let state = if sealed { "sealed" } else { "open" };
         let step = step.map(|step| format!(", checkpoint at step {step}"));
-        println!("  {name:<14} {state}{}", step.unwrap_or_default());
+        let step = step.unwrap_or_default();
+        console::result(format_args!("  {name:<14} {state}{step}"))?;
     }
+    Ok(())
 }

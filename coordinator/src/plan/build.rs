@@ -16,17 +16,16 @@ pub struct Facts {
 /// Makes the plan.
 pub fn build(recipe: &Recipe, facts: &Facts) -> Plan {
     let mut stages = vec![trajectories(recipe, facts)];
-    let mut parent = None;
+    let first_student = stages.len();
     for stage in &recipe.stages {
-        let position = stages.len();
+        let parent = stage.from.map(|at| first_student + at);
         stages.push(distill(recipe, stage, parent));
-        parent = Some(position);
     }
-    let last_student = parent.unwrap_or(0);
+    let last_student = stages.len() - 1;
     if let Some(evaluate) = &recipe.evaluate {
         let reference = stages.len();
         stages.push(reference_stage(evaluate, facts));
-        let after = (1..=last_student).chain([reference]).collect();
+        let after = (first_student..=last_student).chain([reference]).collect();
         stages.push(evaluation(recipe, evaluate, after));
     }
     if recipe.export.is_some() {
@@ -118,5 +117,57 @@ fn export(facts: &Facts, student: usize) -> Stage {
             bytes: 2 * facts.teacher_parameters,
             quarantine_limit: 0,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// A plan with these stages, an evaluation and an export.
+    fn plan(stages: &str) -> Plan {
+        let text = format!(
+            "version: 1\nname: x\noutput: runs/x\nteacher: {{model: t}}\nprompts: {{train: p.txt}}\n\
+             evaluate: true\nstages: [{stages}]\n"
+        );
+        let recipe = recipe::parse(&text, "x.yaml", Path::new("/"), &[]).expect("a recipe");
+        let facts = Facts {
+            latent_elements: 4,
+            teacher_parameters: 10,
+        };
+        build(&recipe, &facts)
+    }
+
+    /// What the stage called `name` comes after, and what it starts from.
+    fn lineage<'p>(plan: &'p Plan, name: &str) -> (Vec<&'p str>, Option<&'p str>) {
+        let name_of = |at: usize| plan.stages[at].name.as_str();
+        let stage = &plan.stages[plan.position(name).expect("a stage")];
+        let parent = match &stage.work {
+            Work::Tasks(_) => None,
+            Work::Training(training) => training.parent.map(name_of),
+        };
+        (stage.after.iter().copied().map(name_of).collect(), parent)
+    }
+
+    #[test]
+    fn stages_follow_each_other_unless_said_otherwise() {
+        let plan = plan("{name: a, segments: 8, steps: 1}, {name: b, segments: 4, steps: 1}");
+        assert_eq!(lineage(&plan, "a"), (vec!["trajectories"], None));
+        assert_eq!(lineage(&plan, "b"), (vec!["trajectories", "a"], Some("a")));
+    }
+
+    #[test]
+    fn a_stage_waits_for_what_it_starts_from_and_for_nothing_else() {
+        let plan = plan(
+            "{name: a, segments: 8, steps: 1}, {name: b, segments: 4, steps: 1}, \
+             {name: c, method: lcm, from: teacher, steps: 1}, {name: d, segments: 2, steps: 1, from: a}",
+        );
+        assert_eq!(lineage(&plan, "c"), (vec!["trajectories"], None));
+        assert_eq!(lineage(&plan, "d"), (vec!["trajectories", "a"], Some("a")));
+        let everybody = vec!["a", "b", "c", "d", "reference"];
+        assert_eq!(lineage(&plan, "evaluate"), (everybody, None));
+        assert_eq!(lineage(&plan, "export"), (vec!["d"], None), "the last one");
     }
 }

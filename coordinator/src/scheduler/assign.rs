@@ -119,8 +119,21 @@ impl Machine {
         }
     }
 
-    /// The same for the group.
+    /// The same for the group; then looks at every group that waits for its members.
     fn reconcile_group(
+        &mut self,
+        member: Incarnation,
+        held: Option<GroupId>,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
+        self.reconcile_membership(member, held, now, out);
+        for at in 0..self.stages.len() {
+            self.reattached(at, now, out);
+        }
+    }
+
+    fn reconcile_membership(
         &mut self,
         member: Incarnation,
         held: Option<GroupId>,
@@ -147,9 +160,6 @@ impl Machine {
         if may_go_on {
             self.fleet
                 .update(member, |worker| worker.group = Some(id.clone()));
-            if let Some(at) = self.plan.position(&id.stage) {
-                self.reattached(at, now);
-            }
         } else {
             let abort = ToWorker::GroupAbort {
                 group: id,
@@ -174,17 +184,20 @@ impl Machine {
         is_member && is_awaited && !self.timings.reattach.is_zero()
     }
 
-    /// Lets a group go on when all its members are back.
-    pub(super) fn reattached(&mut self, at: usize, now: Duration) {
+    /// Lets a group go on when all its members are back, and gives it up when one came back without it: that one
+    /// is free for another group.
+    pub(super) fn reattached(&mut self, at: usize, now: Duration, out: &mut Vec<Action>) {
         let Some(Group::Reattaching { id, members, .. }) = self.stages[at].group() else {
             return;
         };
-        let all = members.iter().all(|&member| {
-            self.fleet
-                .get(member)
-                .is_some_and(|worker| worker.group.as_ref() == Some(id))
-        });
-        if all {
+        let back: Vec<bool> = members
+            .iter()
+            .filter_map(|&member| self.fleet.get(member))
+            .map(|worker| worker.group.as_ref() == Some(id))
+            .collect();
+        if back.contains(&false) {
+            self.abort(at, "a member came back without its group", false, now, out);
+        } else if back.len() == members.len() {
             let group = group::stepping(id.clone(), members.clone(), now);
             self.stages[at] = State::Training(group);
         }

@@ -212,7 +212,7 @@ impl Machine {
             | State::Sealing { .. }
             | State::Sealed => {}
         }
-        self.reattached(at, now);
+        self.reattached(at, now, out);
     }
 
     /// The group of the last life, if its members may still be at work.

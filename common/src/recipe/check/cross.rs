@@ -1,7 +1,9 @@
-//! What keys mean to each other: segments, grid, batches, students, exports.
+//! What keys mean to each other: grid, batches, exports, and in `lineage` what stages mean to each other.
 //!
 //! A rule that touches a value with a fault of its own stays silent, so that one mistake is told once. This
 //! module must never touch a disk.
+
+mod lineage;
 
 use std::collections::BTreeMap;
 
@@ -10,7 +12,7 @@ use super::super::table::RESERVED_STAGES;
 use super::super::{
     Evaluate, ExportFormat, Method, Optimizer, Recipe, Sampler, Stage, StudentKind,
 };
-use super::numbers::{divisors, first_off_grid, lcm, near_divisors};
+use super::numbers::{first_off_grid, lcm, near_divisors};
 use super::resolve::{Checked, Resolved};
 use super::scalar::either;
 use super::sections::TIMES;
@@ -35,9 +37,10 @@ pub(super) fn check(recipe: &Recipe, top: &Resolved) -> Vec<Fault> {
             path: format!("stages.{i}"),
         };
         rules.method(&place);
-        rules.segments(recipe, &place, i);
+        let origin = rules.origin(recipe, &place, i);
+        rules.segments(recipe, &place, origin);
         rules.skip(recipe, &place);
-        rules.student(recipe, &place, i);
+        rules.student(&place, origin);
         rules.batch(recipe, &place);
         rules.schedule(&place);
     }
@@ -219,42 +222,6 @@ impl Rules<'_> {
         }
     }
 
-    /// Coarser from finer: M divides the stored segments and, after an mlcm stage, that stage's M.
-    fn segments(&mut self, recipe: &Recipe, at: &Place<'_>, i: usize) {
-        let path = at.of("segments");
-        let stored = recipe.trajectories.segments;
-        let (segments, name) = (at.stage.segments, &at.stage.name);
-        let before = recipe.stages[..i]
-            .last()
-            .filter(|s| s.method == Method::Mlcm && at.stage.method == Method::Mlcm);
-        let earlier = format!("stages.{}.segments", i.saturating_sub(1));
-        match before {
-            Some(before) if !before.segments.is_multiple_of(segments) => {
-                let mut whose = format!("stage {}", before.name);
-                if before.segments == stored {
-                    whose.push_str(", trajectories.segments");
-                }
-                let message = format!("{segments} segments cannot follow {}", before.segments);
-                let label = format!("{segments} does not divide {} ({whose})", before.segments);
-                let help = format!("use {}", divisors(before.segments));
-                self.refuse(Code::Segments, &[&path, &earlier], message, label, help);
-            }
-            Some(_) | None if !stored.is_multiple_of(segments) => {
-                let message = format!("stage {name} cannot use rows of {stored} segments");
-                let label = format!("{segments} does not divide {stored} (trajectories.segments)");
-                let help = format!("use {}, or other trajectories.segments", divisors(stored));
-                self.refuse(
-                    Code::Segments,
-                    &[&path, "trajectories.segments"],
-                    message,
-                    label,
-                    help,
-                );
-            }
-            Some(_) | None => {}
-        }
-    }
-
     fn skip(&mut self, recipe: &Recipe, at: &Place<'_>) {
         let Some(grid) = recipe.trajectories.time_grid.map(u64::from) else {
             return;
@@ -278,63 +245,6 @@ impl Rules<'_> {
                 help,
             );
         }
-    }
-
-    /// A stage goes on with the student of the stage before, so its shape must be the same.
-    fn student(&mut self, recipe: &Recipe, at: &Place<'_>, i: usize) {
-        let Some(before) = recipe.stages[..i].last() else {
-            return;
-        };
-        let (old, new) = (&before.student.kind, &at.stage.student.kind);
-        if old == new {
-            return;
-        }
-        let (key, message, label) = match (old, new) {
-            (StudentKind::Full, StudentKind::Lora { .. }) => (
-                "kind",
-                format!(
-                    "stage {} cannot train adapters after a full student",
-                    at.stage.name
-                ),
-                "adapters would be measured from the teacher, and the full student lost".to_owned(),
-            ),
-            (StudentKind::Lora { .. }, StudentKind::Full) => (
-                "kind",
-                format!(
-                    "stage {} cannot train every weight after adapters",
-                    at.stage.name
-                ),
-                "the adapters of the stage before would be lost".to_owned(),
-            ),
-            (StudentKind::Lora { lora_rank: a, .. }, StudentKind::Lora { lora_rank: b, .. })
-                if a != b =>
-            {
-                (
-                    "lora_rank",
-                    format!("adapters of rank {b} cannot follow adapters of rank {a}"),
-                    format!("stage {} has lora_rank {a}", before.name),
-                )
-            }
-            (StudentKind::Lora { lora_alpha: a, .. }, StudentKind::Lora { lora_alpha: b, .. })
-                if a != b =>
-            {
-                (
-                    "lora_alpha",
-                    format!("lora_alpha {b} cannot follow lora_alpha {a}"),
-                    "the student would jump: its adapters are scaled by lora_alpha / lora_rank"
-                        .to_owned(),
-                )
-            }
-            _ => (
-                "targets",
-                format!("stage {} cannot train other modules", at.stage.name),
-                format!("stage {} has other targets", before.name),
-            ),
-        };
-        let path = at.of(&format!("student.{key}"));
-        let earlier = format!("stages.{}.student.{key}", i - 1);
-        let help = "set student once, above the stages".to_owned();
-        self.refuse(Code::Student, &[&path, &earlier], message, label, help);
     }
 
     fn batch(&mut self, recipe: &Recipe, at: &Place<'_>) {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::super::{
     Batch, Checkpoint, Cluster, Compute, Dtype, Evaluate, Export, ExportFormat, Holdout, Launcher,
     Loss, Method, Metric, Optimizer, Preview, Prompts, RateSchedule, Recipe, Sampler, Secret,
-    Stage, Student, StudentKind, Teacher, TeacherStep, Tls, Trajectories, TrajectoryMode,
+    Stage, Student, StudentKind, TEACHER, Teacher, TeacherStep, Tls, Trajectories, TrajectoryMode,
 };
 use super::resolve::{Checked, Resolved};
 
@@ -112,7 +112,7 @@ impl<'a> View<'a> {
 pub(super) fn recipe(top: &Resolved, scorer: bool) -> Recipe {
     let view = View(top);
     let grid = view.get("trajectories").get("time_grid").maybe_small();
-    let stages: Vec<Stage> = view.get("stages").items().map(|v| stage(v, grid)).collect();
+    let stages = stages(view.get("stages"), grid);
     let lora = stages
         .last()
         .is_some_and(|s| s.student.kind != StudentKind::Full);
@@ -178,7 +178,26 @@ fn trajectories(v: View<'_>) -> Trajectories {
     }
 }
 
-fn stage(v: View<'_>, grid: Option<u32>) -> Stage {
+fn stages(v: View<'_>, grid: Option<u32>) -> Vec<Stage> {
+    let mut stages: Vec<Stage> = Vec::new();
+    for v in v.items() {
+        let from = origin(&stages, v.get("from").maybe_text());
+        stages.push(stage(v, grid, from));
+    }
+    stages
+}
+
+/// The stage of `earlier` that `said` names; the last one when nothing usable is said.
+fn origin(earlier: &[Stage], said: Option<&str>) -> Option<usize> {
+    let before = earlier.len().checked_sub(1);
+    match said {
+        Some(TEACHER) => None,
+        Some(name) => earlier.iter().position(|s| s.name == name).or(before),
+        None => before,
+    }
+}
+
+fn stage(v: View<'_>, grid: Option<u32>, from: Option<usize>) -> Stage {
     let method = match v.get("method").text() {
         "lcm" => Method::Lcm,
         "mcd" => Method::Mcd,
@@ -189,6 +208,7 @@ fn stage(v: View<'_>, grid: Option<u32>) -> Stage {
     Stage {
         name: v.get("name").text().into(),
         method,
+        from,
         segments: v.get("segments").maybe_small().unwrap_or(1),
         skip: v.get("skip").maybe_small().unwrap_or(one_step),
         steps,

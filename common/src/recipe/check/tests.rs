@@ -286,6 +286,54 @@ fn students_keep_their_shape() {
     );
 }
 
+/// Five stages: b follows a, c starts afresh, d follows c, e branches off from a.
+const BRANCHES: &str = "stages=[{name: a, segments: 8, steps: 1}, {name: b, segments: 4, steps: 1}, \
+    {name: c, method: lcm, from: teacher, steps: 1}, {name: d, method: mcd, segments: 4, steps: 1}, \
+    {name: e, from: a, segments: 2, steps: 1}]";
+
+#[test]
+fn a_stage_starts_from_the_one_before_or_from_what_it_says() {
+    let recipe = read(SMALL, &[BRANCHES]);
+    let from: Vec<Option<usize>> = recipe.stages.iter().map(|s| s.from).collect();
+    assert_eq!(from, [None, Some(0), None, Some(2), Some(0)]);
+    let names: Vec<&str> = recipe.stages.iter().map(|s| recipe.origin_of(s)).collect();
+    assert_eq!(names, ["teacher", "a", "teacher", "c", "a"]);
+}
+
+#[test]
+fn a_stage_starts_from_what_is_there_by_then() {
+    for bad in ["f", "c", "d", "A"] {
+        check_branches(&[&format!("stages.c.from={bad}")], "stages.2.from");
+    }
+    check_branches(&["stages.a.from=a"], "stages.0.from");
+    check_branches(&["stages.a.from=b"], "stages.0.from");
+}
+
+fn check_branches(sets: &[&str], path: &str) {
+    let sets = [&[BRANCHES], sets].concat();
+    check_one(&sets, Code::Lineage, path);
+}
+
+#[test]
+fn segments_and_students_are_compared_along_the_lineage() {
+    // 8 cannot follow the 4 of b, but the 8 of a.
+    let sets = [BRANCHES, "stages.e.from=b", "stages.e.segments=8"];
+    check_one(&sets, Code::Segments, "stages.4.segments");
+    read(SMALL, &[BRANCHES, "stages.e.segments=8"]);
+    // A full student between adapters disturbs nobody that does not start from it.
+    let full = ["stages.c.student={kind: full}", "stages.d.from=a"];
+    read(SMALL, &[&[BRANCHES], &full[..]].concat());
+    let sets = [BRANCHES, full[0]];
+    check_one(&sets, Code::Student, "stages.3.student.kind");
+    let rank = ["stages.e.student={lora_rank: 4}"];
+    check_one(
+        &[&[BRANCHES], &rank[..]].concat(),
+        Code::Student,
+        "stages.4.student.lora_rank",
+    );
+    read(SMALL, &[BRANCHES, rank[0], "stages.e.from=teacher"]);
+}
+
 #[test]
 fn run_uris_are_absolute_and_hold_no_credentials() {
     assert_eq!(
@@ -321,7 +369,7 @@ fn a_stored_recipe_is_the_same_recipe() {
             "prompts.preview=p.txt",
         ],
         &[
-            "stages=[{name: l, method: lcm, steps: 3}]",
+            BRANCHES,
             "batch.micro=2",
             "compute.threads=1",
             "seed=18446744073709551615",
@@ -382,6 +430,43 @@ fn the_plan_digest_follows_results_not_processes() {
         assert_ne!(digest(&[other], b"t"), base, "{other}");
     }
     assert_ne!(digest(&[], b"u"), base);
+}
+
+#[test]
+fn the_plan_digest_follows_the_lineage_however_it_is_spelt() {
+    let digest = |sets: &[&str]| read(SMALL, &[&[BRANCHES], sets].concat()).plan_digest(&[]);
+    let base = digest(&[]);
+    for same in [
+        "stages.a.from=teacher",
+        "stages.b.from=a",
+        "stages.d.from=c",
+    ] {
+        assert_eq!(digest(&[same]), base, "{same}");
+    }
+    for other in [
+        "stages.b.from=teacher",
+        "stages.c.from=b",
+        "stages.e.from=d",
+    ] {
+        assert_ne!(digest(&[other]), base, "{other}");
+    }
+}
+
+/// Pinned: a run that was begun before `from` was there goes on.
+#[test]
+fn a_recipe_without_a_lineage_of_its_own_has_the_digest_it_always_had() {
+    let recipe = read(SMALL, &[]);
+    let mut stored = recipe.to_stored();
+    assert_eq!(stored["stages"][0]["from"], json!("teacher"));
+    stored["stages"][0]
+        .as_object_mut()
+        .expect("a stage")
+        .shift_remove("from");
+    assert_eq!(Recipe::from_stored(&stored), Ok(recipe.clone()));
+    assert_eq!(
+        recipe.plan_digest(&[]).to_string(),
+        "01763902e81ac1a479be06507685f74a98e83cf957ddbf5f322b4073b34a855a"
+    );
 }
 
 /// Keys of an object schema, through `anyOf` and `items`.

@@ -192,6 +192,12 @@ pub(super) static STAGE: Section = Section {
             "what is minimised",
         ),
         field(
+            "from",
+            Name,
+            Open,
+            "whose weights it starts from: teacher, or the name of an earlier stage; unless said, the stage before",
+        ),
+        field(
             "segments",
             Or("auto", &Whole(1, 500)),
             Open,
