@@ -131,7 +131,8 @@ impl Comparison {
             let order = a.value.total_cmp(&b.value);
             if metric.more { order } else { order.reverse() }
         };
-        self.figures.iter().filter(is_of).max_by(better)
+        // Of equals the last is taken: backwards, the first, so that the headline sampler goes before.
+        self.figures.iter().rev().filter(is_of).max_by(better)
     }
 
     /// What each method's students cost at most, if that is not the same for all.

@@ -108,7 +108,7 @@ fn a_tie_or_a_lag_misses_the_goal_where_it_is() {
     assert_eq!(
         last,
         Some(
-            "8 steps: 0.820 by seg4 (segments), 0.820 by mcd4 (segments): NOT ahead, intervals overlap"
+            "8 steps: 0.820 by seg4 (segments), 0.820 by mcd4 (tlcm9): NOT ahead, intervals overlap"
         )
     );
 }

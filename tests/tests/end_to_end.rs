@@ -126,7 +126,7 @@ fn students_start_from_what_the_recipe_says() {
     ] {
         let newest = runtime.block_on(checkpoint::newest(&store, stage, |_, _| true));
         let newest = newest.expect("readable").expect("it was trained");
-        let found = newest.manifest().parent.clone();
+        let found = newest.manifest().training.parent.clone();
         let fits = match (&found, parent) {
             (Some(key), Some(start)) => key.starts_with(start),
             (None, None) => true,

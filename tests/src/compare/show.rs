@@ -179,9 +179,11 @@ fn row<'a>(name: &str, figures: impl Iterator<Item = Option<&'a Figure>>, text: 
 }
 
 fn figure_text(figure: &Figure) -> String {
+    let value = figure.value;
+    let digits = if value < 100.0 { 3 } else { 1 };
     match figure.interval {
-        Some((low, high)) => format!("{:.3} {low:.3}…{high:.3}", figure.value),
-        None => format!("{:.3}", figure.value),
+        Some((low, high)) => format!("{value:.digits$} {low:.digits$}…{high:.digits$}"),
+        None => format!("{value:.digits$}"),
     }
 }
 
