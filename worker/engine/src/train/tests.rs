@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use distillery_common::group::GroupId;
 use distillery_common::ids::Generation;
+use distillery_common::latents::loader::Order;
 use distillery_common::recipe::{Batch, Loss, Optimizer, RateSchedule};
 use distillery_common::seed::{Purpose, Stream, normal};
 use tch::{Device, Kind, Tensor};
 
-use super::batch::DataOrder;
 use super::flat::Parameters;
 use super::snapshot::{self, Part};
 use super::{Control, Error, Plan, Sink, Source, StepReport, Trainer};
@@ -73,20 +73,25 @@ impl Denoiser for Mlp {
 
 /// Rows that are a pure function of their position in the data order.
 struct Rowmaker {
-    order: DataOrder,
+    order: Order,
 }
 
 impl Rowmaker {
     fn new() -> Self {
         Self {
-            order: DataOrder::new(9, 0, 50),
+            order: Order {
+                seed: 9,
+                stage: 0,
+                rows: 50,
+                global_batch: 1,
+            },
         }
     }
 }
 
 impl Source for Rowmaker {
     fn rows(&mut self, positions: Range<u64>) -> anyhow::Result<Rows> {
-        let rows: Vec<u64> = positions.map(|p| self.order.row(p)).collect();
+        let rows: Vec<u64> = positions.map(|p| self.order.row_at(p)).collect();
         let draw = |purpose| {
             let values: Vec<f32> = rows
                 .iter()

@@ -6,7 +6,7 @@ use distillery_common::curves::{TIME_BINS, time_bin};
 use distillery_common::recipe;
 use tch::{Kind, Tensor};
 
-use super::batch::DataOrder;
+use super::batch::passes;
 use super::ema::Ema;
 use super::flat::Parameters;
 use super::optimizer::{AdamW, clip_norm};
@@ -160,7 +160,7 @@ impl Trainer {
         while self.position.step < self.plan.steps {
             let step = self.position.step;
             let handover = |source| Error::Handover { step, source };
-            let passes = DataOrder::passes(self.plan.batch, step, group.rank(), group.world());
+            let passes = passes(self.plan.batch, step, group.rank(), group.world());
             let rows: Vec<Rows> = passes
                 .into_iter()
                 .map(|positions| source.rows(positions))

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::thread;
 
+use distillery_common::latents::loader::Order;
 use distillery_common::recipe::{Batch, Loss, Optimizer, RateSchedule};
 use distillery_common::seed::{Purpose, Stream, normal};
 use distillery_engine::collective::solo::Solo;
@@ -321,10 +322,14 @@ struct Stored {
 
 impl Source for Stored {
     fn rows(&mut self, positions: Range<u64>) -> anyhow::Result<Rows> {
-        use distillery_engine::train::batch::DataOrder;
-        let order = DataOrder::new(RUN_SEED, self.stage, self.rows.len() as u64);
+        let order = Order {
+            seed: RUN_SEED,
+            stage: self.stage,
+            rows: self.rows.len() as u64,
+            global_batch: 1,
+        };
         let rows: Vec<&Row> = positions
-            .map(|p| &self.rows[order.row(p) as usize])
+            .map(|p| &self.rows[order.row_at(p) as usize])
             .collect();
         let column = |of: &dyn Fn(&Row) -> f32| {
             Tensor::from_slice(&rows.iter().map(|r| of(r)).collect::<Vec<f32>>())
