@@ -15,6 +15,7 @@ use crate::ids::{Digest, Incarnation, Term};
 use crate::storage::layout::Prefix;
 use crate::storage::{self, BadEntry, Damaged, FileEntry, Store, StoredFile};
 use crate::task::{Lease, TaskId};
+use crate::telemetry::Cost;
 
 /// The version of the body that this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -38,6 +39,8 @@ pub struct TaskCommit {
     pub ordinals: Range<u64>,
     /// What else the task found, such as the values of metrics. Null when nothing.
     pub result: Value,
+    /// What the attempt cost; none where nobody measured it.
+    pub cost: Option<Cost>,
 }
 
 /// A COMMIT that cannot be used.
@@ -93,6 +96,8 @@ struct Stored {
     end_ordinal: u64,
     files: Vec<StoredFile>,
     result: Value,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cost: Option<Cost>,
 }
 
 impl TaskCommit {
@@ -112,6 +117,7 @@ impl TaskCommit {
             end_ordinal: self.ordinals.end,
             files: self.files.iter().map(StoredFile::from).collect(),
             result: sorted(&self.result),
+            cost: self.cost,
         };
         let mut bytes = serde_json::to_vec(&stored).expect("text, numbers and JSON become JSON");
         bytes.push(b'\n');
@@ -160,6 +166,7 @@ impl TaskCommit {
             schema: stored.schema,
             ordinals: stored.first_ordinal..stored.end_ordinal,
             result: stored.result,
+            cost: stored.cost,
         })
     }
 
@@ -245,6 +252,10 @@ mod tests {
             schema: String::new(),
             ordinals: 448..512,
             result: json!({"zeta": 1.5, "alpha": {"b": [1, 2], "a": null}}),
+            cost: Some(Cost {
+                seconds: 1.25,
+                peak_bytes: Some(4096),
+            }),
         };
         (folder, commit)
     }
@@ -258,11 +269,23 @@ mod tests {
         assert_eq!(read.lease, commit.lease);
         assert_eq!(read.files, commit.files);
         assert_eq!(read.ordinals, 448..512);
+        assert_eq!(read.cost, commit.cost);
         let text = std::str::from_utf8(&bytes).expect("JSON is text");
         assert!(
             text.contains(r#""result":{"alpha":{"a":null,"b":[1,2]},"zeta":1.5}"#),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_commit_whose_cost_nobody_measured_is_read() {
+        let (folder, mut commit) = commit();
+        commit.cost = None;
+        let bytes = commit.to_bytes();
+        let text = std::str::from_utf8(&bytes).expect("JSON is text");
+        assert!(!text.contains("cost"), "{text}");
+        let read = TaskCommit::from_bytes(&folder, &bytes).expect("readable");
+        assert_eq!(read.cost, None);
     }
 
     #[test]

@@ -31,6 +31,12 @@ pub struct StepRecord {
     pub step_ms: f64,
     /// Part of it that waited for rows.
     pub wait_ms: f64,
+    /// Part of it that took a copy of the state for a checkpoint; none where no checkpoint was due.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save_ms: Option<f64>,
+    /// On a checkpoint's last step, the most memory that the engine which saves had since it joined the group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
 }
 
 /// One line each, with a newline at the end.
@@ -91,6 +97,8 @@ mod tests {
             skipped: false,
             step_ms: 3.25,
             wait_ms: 0.0,
+            save_ms: step.is_multiple_of(2).then_some(0.5),
+            peak_bytes: step.is_multiple_of(2).then_some(1 << 20),
         }
     }
 
@@ -99,6 +107,15 @@ mod tests {
         let records = vec![record(1), record(2)];
         let text = to_jsonl(&records);
         assert_eq!(from_jsonl(&text).expect("own lines"), records);
+    }
+
+    #[test]
+    fn what_was_not_measured_is_left_out() {
+        let text = String::from_utf8(to_jsonl(&[record(1)])).expect("JSON is text");
+        assert!(
+            !text.contains("save_ms") && !text.contains("peak_bytes"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -1,10 +1,11 @@
-//! Logs, and the stopwatch of whatever is measured.
+//! Logs, and the measures of what work costs: time and memory.
 //!
 //! Apart from the driver and the agent this is the only place that reads the clock (law L10): a stopwatch tells
 //! how long something took and can never decide anything.
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 
 /// How logs are written.
@@ -70,5 +71,67 @@ impl Stopwatch {
         let elapsed = self.elapsed();
         *self = Self::start();
         elapsed
+    }
+}
+
+/// What a piece of work cost the process that did it. For people: nothing follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cost {
+    /// Wall time.
+    pub seconds: f64,
+    /// The most memory of the host that the process had at a time; none where it cannot be told.
+    pub peak_bytes: Option<u64>,
+}
+
+/// Measures what a piece of work costs.
+#[derive(Debug, Clone, Copy)]
+pub struct Meter {
+    stopwatch: Stopwatch,
+}
+
+impl Meter {
+    /// Starts measuring. A process has one peak, so an earlier meter of the same process ends here.
+    pub fn start() -> Self {
+        // Makes the kernel forget the peak. Where it refuses, the figure is that of the whole process.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+        Self {
+            stopwatch: Stopwatch::start(),
+        }
+    }
+
+    /// The cost since the start.
+    pub fn cost(&self) -> Cost {
+        Cost {
+            seconds: self.stopwatch.elapsed().as_secs_f64(),
+            peak_bytes: peak_memory(),
+        }
+    }
+}
+
+/// The most memory of the host that this process had at a time, since its start or its last [`Meter`]'s.
+pub fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_meter_sees_memory_that_is_used_and_given_back() {
+        const BYTES: usize = 64 << 20;
+        let meter = Meter::start();
+        let before = meter.cost().peak_bytes.expect("Linux tells");
+        drop(std::hint::black_box(vec![1u8; BYTES]));
+        let cost = meter.cost();
+        let after = cost.peak_bytes.expect("Linux tells");
+        assert!(after >= before + BYTES as u64 / 2, "{before} then {after}");
+        assert!(cost.seconds > 0.0);
     }
 }

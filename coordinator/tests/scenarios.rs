@@ -8,8 +8,8 @@ use distillery_common::ids::{Digest, Generation, Incarnation, Term};
 use distillery_common::task::{CommitSummary, Failure, FailureClass, Lease, TaskId};
 use distillery_coordinator::plan::{Kind, Plan, Stage, Tasks, Training, Work};
 use distillery_coordinator::scheduler::{
-    Action, Checkpoint, ConnectionId, Durable, Event, Finding, FromWorker, Hello, Machine, Outcome,
-    Record, Timings, ToWorker, Trouble,
+    Action, Checkpoint, ConnectionId, Decision, Durable, Event, Finding, FromWorker, Hello,
+    Machine, Outcome, Record, Timings, ToWorker, Trouble,
 };
 
 fn ms(n: u64) -> Duration {
@@ -933,7 +933,9 @@ fn a_group_of_another_size_than_its_states_is_told_of() {
     assert_eq!((next.world, next.base_step), (1, 10));
     assert_eq!(
         told(&scene),
-        ["seg8 goes on with 1 engine instead of 2: the result will not be bit-equal to that of an undisturbed run"]
+        [
+            "seg8 goes on with 1 engine instead of 2: the result will not be bit-equal to that of an undisturbed run"
+        ]
     );
 }
 

@@ -61,6 +61,51 @@ fn a_coordinator_that_dies_takes_everything_of_its_host_along() {
 }
 
 #[test]
+fn a_resumed_run_adds_up_its_lives_and_tells_of_fewer_engines() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder);
+    run.start().expect("starts");
+    let first = run.output().join("checkpoints/seg4/0000000010-g1/COMMIT");
+    run.read_when_there(&first, PATIENCE).expect("a checkpoint");
+    run.kill(Target::Coordinator, 0).expect("killed");
+    run.wait(PATIENCE).expect("it is gone");
+    let recipe = folder.path().join("recipe.yaml");
+    let two = std::fs::read_to_string(&recipe).expect("readable");
+    let one = two.replace("workers: {min: 2, max: 2}", "workers: {min: 1, max: 1}");
+    assert_ne!(one, two);
+    std::fs::write(&recipe, one).expect("writable");
+    run.start().expect("the same command again");
+    run.finish(PATIENCE).expect("it finishes");
+    let warning = "seg4 goes on with 1 engine instead of 2";
+    assert!(run.log_tail().contains(warning), "{}", run.log_tail());
+
+    let summary = run.output().join("report/summary.json");
+    let summary = std::fs::read(summary).expect("a summary");
+    let summary: serde_json::Value = serde_json::from_slice(&summary).expect("JSON");
+    assert_eq!(summary["coordinator_lives"], 2);
+    let number = |value: &serde_json::Value| value.as_f64().unwrap_or_default();
+    let stages = &summary["stages"];
+    let names = ["trajectories", "seg4", "seg2"];
+    let walls = names.map(|name| number(&stages[name]["wall_seconds"]));
+    let wall = number(&summary["wall_seconds"]);
+    assert!(walls.iter().all(|&stage| stage > 0.0), "{summary:#}");
+    assert!(walls.iter().sum::<f64>() <= wall, "{summary:#}");
+    // Eight shards, each at least as long as a task.
+    let engines = number(&stages["trajectories"]["engine_seconds"]);
+    assert!(engines >= 8.0 * f64::from(TASK_MS) / 1e3, "{summary:#}");
+    for name in names {
+        assert!(
+            number(&stages[name]["engine_peak_bytes"]) > 1e6,
+            "{summary:#}"
+        );
+    }
+    let engines = stages["seg4"]["engines"].as_str().expect("text");
+    assert!(engines.starts_with("2 to step "), "{engines}");
+    assert!(engines.ends_with(", 1 to step 40"), "{engines}");
+    assert_eq!(stages["seg2"]["engines"], "1");
+}
+
+#[test]
 fn a_worker_that_was_away_past_its_lease_commits_nothing_a_second_time() {
     let (expected, _) = undisturbed();
     let folder = tempfile::tempdir().expect("a folder");

@@ -146,6 +146,7 @@ pub(crate) async fn commit_shard(
         schema: schema.id(),
         ordinals,
         result: serde_json::Value::Null,
+        cost: None,
     };
     store
         .create(&layout::commit(&place), commit.to_bytes())

@@ -92,7 +92,8 @@ async fn coordinate(
     let listener = listen(&recipe, config.insecure).await?;
     let endpoint = advertised(&listener)?;
     let join = access.join(&endpoint, tls)?;
-    let (journal, records) = Journal::claim(&store, &endpoint, driver::unique_id()).await?;
+    let (journal, records) =
+        Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
     let timings = timings(&recipe);
     let machine = Machine::new(
         prepared.plan.clone(),

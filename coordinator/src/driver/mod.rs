@@ -9,10 +9,11 @@ mod errands;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use distillery_common::telemetry::peak_memory;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use crate::journal::{self, Journal};
+use crate::journal::{self, Journal, Spent};
 use crate::plan::Plan;
 use crate::scheduler::{
     Action, ConnectionId, Decision, Event, FromWorker, Hello, Machine, Outcome, Record, ToWorker,
@@ -140,6 +141,14 @@ impl Clock {
     pub fn now(&self) -> Duration {
         self.start.elapsed()
     }
+
+    /// What this process has spent so far.
+    pub fn spent(&self) -> Spent {
+        Spent {
+            elapsed: self.now(),
+            peak_bytes: peak_memory(),
+        }
+    }
 }
 
 /// A name for one process that writes a journal; unique because it holds time and chance.
@@ -263,9 +272,13 @@ impl Driver {
     }
 
     async fn append(&mut self, records: &mut Vec<Record>) -> Result<(), journal::Error> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let spent = self.clock.spent();
         let mut tries = 0;
         while !records.is_empty() {
-            match self.journal.append(records).await {
+            match self.journal.append(records, spent).await {
                 Ok(()) => records.clear(),
                 Err(error) if error.is_transient() && tries < APPENDS => {
                     tries += 1;
@@ -342,6 +355,7 @@ impl Driver {
             | Decision::Retrying { .. }
             | Decision::Quarantined { .. }
             | Decision::Aborted { .. }
+            | Decision::Resized { .. }
             | Decision::Postponed { .. } => tracing::warn!("{text}"),
             Decision::Welcomed { .. }
             | Decision::StageStarted { .. }

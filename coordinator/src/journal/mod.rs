@@ -4,6 +4,7 @@
 //! old coordinator's next append then meets a number that exists, sees the higher term, and ends. Nothing is ever
 //! overwritten, so every store with atomic creation will do. Must never know what the records lead to.
 
+mod spent;
 mod stored;
 
 use bytes::Bytes;
@@ -15,6 +16,9 @@ use distillery_common::storage::layout;
 use distillery_common::storage::{self, Created, Store};
 
 use crate::scheduler::Record;
+
+pub use spent::{Account, Spent};
+use stored::Segment;
 
 /// Segments read at a time.
 const READS_IN_FLIGHT: usize = 16;
@@ -75,6 +79,8 @@ pub struct History {
     pub term: Term,
     /// The number of the next segment.
     pub next: u64,
+    /// What the coordinators had spent at each segment that counts, oldest first.
+    pub account: Account,
 }
 
 /// The right to write to one run's journal.
@@ -108,6 +114,8 @@ pub async fn read(store: &Store) -> Result<History, Error> {
         // A coordinator that has been fenced cannot append; this guards against foreign tools.
         if segment.term >= history.term {
             history.term = segment.term;
+            let Segment { spent, records, .. } = &segment;
+            history.account.add(segment.term, *spent, records);
             history.records.extend(segment.records);
         }
     }
@@ -121,11 +129,12 @@ async fn read_segment(store: &Store, seq: u64) -> Result<stored::Segment, Error>
 
 impl Journal {
     /// Takes the run: everybody with a lower term can no longer write. `writer` must be unique. Gives back all
-    /// records, the new claim being the last.
+    /// records, the new claim being the last. `spent` is what this process has spent so far.
     pub async fn claim(
         store: &Store,
         endpoint: &str,
         writer: Uuid,
+        spent: Spent,
     ) -> Result<(Self, Vec<Record>), Error> {
         for _ in 0..CLAIMS {
             let history = read(store).await?;
@@ -140,7 +149,7 @@ impl Journal {
                 writer: writer.to_string(),
                 next: history.next,
             };
-            match journal.append(std::slice::from_ref(&claim)).await {
+            match journal.append(std::slice::from_ref(&claim), spent).await {
                 Ok(()) => {
                     let mut records = history.records;
                     records.push(claim);
@@ -159,12 +168,12 @@ impl Journal {
     }
 
     /// Makes `records` durable, all of them or none. After an error that is transient the same call may be
-    /// made again, with the same records.
-    pub async fn append(&mut self, records: &[Record]) -> Result<(), Error> {
+    /// made again, with the same records and the same `spent`.
+    pub async fn append(&mut self, records: &[Record], spent: Spent) -> Result<(), Error> {
         if records.is_empty() {
             return Ok(());
         }
-        let body = stored::write(self.term, &self.writer, records);
+        let body = stored::write(self.term, &self.writer, spent, records);
         let key = layout::journal_segment(self.next);
         match self.store.create(&key, Bytes::from(body)).await? {
             Created::Won => {
@@ -185,6 +194,11 @@ impl Journal {
 mod tests {
     use super::*;
 
+    const SPENT: Spent = Spent {
+        elapsed: std::time::Duration::from_millis(1500),
+        peak_bytes: Some(20 << 20),
+    };
+
     fn started(stage: &str) -> Record {
         Record::StageStarted {
             stage: stage.into(),
@@ -194,15 +208,15 @@ mod tests {
     #[tokio::test]
     async fn what_was_appended_is_read_back_in_order() {
         let store = Store::in_memory();
-        let (mut journal, records) = Journal::claim(&store, "a:1", Uuid::from_u128(1))
+        let (mut journal, records) = Journal::claim(&store, "a:1", Uuid::from_u128(1), SPENT)
             .await
             .expect("an empty run can be claimed");
         assert_eq!(records.len(), 1);
         journal
-            .append(&[started("x"), started("y")])
+            .append(&[started("x"), started("y")], SPENT)
             .await
             .expect("nobody else is there");
-        journal.append(&[]).await.expect("nothing to do");
+        journal.append(&[], SPENT).await.expect("nothing to do");
         let history = read(&store).await.expect("readable");
         assert_eq!(history.next, 2);
         assert_eq!(history.records[1..], [started("x"), started("y")]);
@@ -211,18 +225,26 @@ mod tests {
     #[tokio::test]
     async fn only_the_higher_term_writes() {
         let store = Store::in_memory();
-        let (mut old, _) = Journal::claim(&store, "a:1", Uuid::from_u128(1))
+        let (mut old, _) = Journal::claim(&store, "a:1", Uuid::from_u128(1), SPENT)
             .await
             .expect("free");
-        let (mut new, records) = Journal::claim(&store, "b:1", Uuid::from_u128(2))
+        let (mut new, records) = Journal::claim(&store, "b:1", Uuid::from_u128(2), SPENT)
             .await
             .expect("a claim takes over");
         assert_eq!((old.term(), new.term()), (Term(1), Term(2)));
         assert_eq!(records.len(), 2);
-        let fenced = old.append(&[started("x")]).await.expect_err("fenced");
+        let fenced = old
+            .append(&[started("x")], SPENT)
+            .await
+            .expect_err("fenced");
         assert!(matches!(fenced, Error::Fenced { by: Term(2) }), "{fenced}");
-        new.append(&[started("y")]).await.expect("it has the run");
-        let again = old.append(&[started("x")]).await.expect_err("still fenced");
+        new.append(&[started("y")], SPENT)
+            .await
+            .expect("it has the run");
+        let again = old
+            .append(&[started("x")], SPENT)
+            .await
+            .expect_err("still fenced");
         assert!(matches!(again, Error::Fenced { .. }), "{again}");
         let history = read(&store).await.expect("readable");
         assert_eq!(history.records.last(), Some(&started("y")));
@@ -235,7 +257,7 @@ mod tests {
         let claims = (1..=8).map(|n| {
             let store = store.clone();
             async move {
-                let (journal, _) = Journal::claim(&store, "a:1", Uuid::from_u128(n)).await?;
+                let (journal, _) = Journal::claim(&store, "a:1", Uuid::from_u128(n), SPENT).await?;
                 Ok::<_, Error>(journal.term())
             }
         });

@@ -1,10 +1,13 @@
 //! The stored form of segments: one JSON object each. Serde stops here.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use distillery_common::ids::{Digest, Generation, Incarnation, Term};
 use distillery_common::task::FailureClass;
 
+use super::Spent;
 use crate::scheduler::{Checkpoint, Outcome, Record};
 
 const FORMAT_VERSION: u32 = 1;
@@ -12,6 +15,8 @@ const FORMAT_VERSION: u32 = 1;
 /// A segment as it is used.
 pub(super) struct Segment {
     pub(super) term: Term,
+    /// None in journals of before it was recorded.
+    pub(super) spent: Option<Spent>,
     pub(super) records: Vec<Record>,
 }
 
@@ -22,7 +27,16 @@ struct StoredSegment {
     term: u64,
     /// Makes the bytes of two writers differ, so that a store can tell them apart.
     writer: String,
+    #[serde(default)]
+    spent: Option<StoredSpent>,
     records: Vec<StoredRecord>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredSpent {
+    elapsed_ms: u64,
+    peak_bytes: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -91,11 +105,15 @@ enum StoredOutcome {
 }
 
 /// The bytes of a segment.
-pub(super) fn write(term: Term, writer: &str, records: &[Record]) -> Vec<u8> {
+pub(super) fn write(term: Term, writer: &str, spent: Spent, records: &[Record]) -> Vec<u8> {
     let segment = StoredSegment {
         format_version: FORMAT_VERSION,
         term: term.0,
         writer: writer.to_owned(),
+        spent: Some(StoredSpent {
+            elapsed_ms: u64::try_from(spent.elapsed.as_millis()).unwrap_or(u64::MAX),
+            peak_bytes: spent.peak_bytes,
+        }),
         records: records.iter().map(to_stored).collect(),
     };
     let mut bytes = serde_json::to_vec(&segment).expect("text and numbers become JSON");
@@ -115,6 +133,10 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Segment, String> {
     }
     Ok(Segment {
         term: Term(segment.term),
+        spent: segment.spent.map(|spent| Spent {
+            elapsed: Duration::from_millis(spent.elapsed_ms),
+            peak_bytes: spent.peak_bytes,
+        }),
         records: segment
             .records
             .into_iter()
@@ -360,17 +382,31 @@ mod tests {
         ]
     }
 
+    fn spent() -> Spent {
+        Spent {
+            elapsed: Duration::from_millis(2500),
+            peak_bytes: Some(30 << 20),
+        }
+    }
+
+    #[test]
+    fn a_segment_of_before_costs_were_recorded_is_read() {
+        let old = br#"{"format_version":1,"term":2,"writer":"w","records":[]}"#;
+        let segment = parse(old).expect("it is whole");
+        assert_eq!((segment.term, segment.spent), (Term(2), None));
+    }
+
     #[test]
     fn every_record_is_read_as_it_was_written() {
-        let bytes = write(Term(3), "w", &every_record());
+        let bytes = write(Term(3), "w", spent(), &every_record());
         let segment = parse(&bytes).expect("our own bytes are readable");
-        assert_eq!(segment.term, Term(3));
+        assert_eq!((segment.term, segment.spent), (Term(3), Some(spent())));
         assert_eq!(segment.records, every_record());
     }
 
     #[test]
     fn a_broken_or_later_segment_is_refused() {
-        let bytes = write(Term(3), "w", &every_record());
+        let bytes = write(Term(3), "w", spent(), &every_record());
         for end in 0..bytes.len() - 1 {
             assert!(parse(&bytes[..end]).is_err(), "cut at {end}");
         }

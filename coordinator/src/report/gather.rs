@@ -3,17 +3,18 @@
 use anyhow::Context as _;
 use distillery_common::checkpoint;
 use distillery_common::commit::TaskCommit;
-use distillery_common::curves::{StepRecord, from_jsonl};
+use distillery_common::curves::from_jsonl;
 use distillery_common::figures::Figure;
 use distillery_common::latents::manifest::DatasetManifest;
-use distillery_common::recipe::Recipe;
+use distillery_common::recipe::{Recipe, Stage};
 use distillery_common::run::RunRecord;
 use distillery_common::storage::{self, Store, layout};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Grid, Report, StageCurves};
-use crate::plan::EVALUATE;
+use super::{Grid, Report, StageCurves, costs};
+use crate::journal;
+use crate::plan::{EVALUATE, EXPORT, REFERENCE, TRAJECTORIES};
 
 /// What an evaluation task's COMMIT says it found.
 #[derive(Deserialize)]
@@ -46,12 +47,28 @@ pub async fn gather(store: &Store, record: &RunRecord, recipe: &Recipe) -> anyho
         json!(record.software.cpu_capability),
     );
     add_dataset(store, record, &mut summary).await?;
+    let account = journal::read(store).await?.account;
+    costs::of_run(store, record, recipe, &account, &mut summary).await?;
+    let mut stages = Map::new();
     let mut curves = Vec::new();
+    let of_tasks = async |stage| costs::of_tasks(store, record, stage, account.stage(stage)).await;
+    stages.extend(
+        of_tasks(TRAJECTORIES)
+            .await?
+            .map(|costs| (TRAJECTORIES.into(), costs)),
+    );
     for stage in &recipe.stages {
-        if let Some(stage) = read_stage(store, &stage.name, stage.steps, &mut summary).await? {
-            curves.push(stage);
+        let from = recipe.origin_of(stage);
+        if let Some((read, mut shown)) = read_stage(store, stage, from).await? {
+            costs::of_training(&read.records, account.stage(&stage.name), &mut shown);
+            stages.insert(stage.name.clone(), Value::Object(shown));
+            curves.push(read);
         }
     }
+    for stage in [REFERENCE, EVALUATE, EXPORT] {
+        stages.extend(of_tasks(stage).await?.map(|costs| (stage.into(), costs)));
+    }
+    summary.insert("stages".into(), Value::Object(stages));
     let (figures, grids) = read_evaluation(store, recipe).await?;
     Ok(Report {
         title: format!("Distillery: {}", recipe.name),
@@ -90,14 +107,14 @@ async fn add_dataset(
     Ok(())
 }
 
-/// The curves of a stage's last checkpoint, and what they sum up to.
+/// The curves of a stage's last checkpoint, and what that is.
 async fn read_stage(
     store: &Store,
-    name: &str,
-    steps: u64,
-    summary: &mut Map<String, Value>,
-) -> anyhow::Result<Option<StageCurves>> {
-    let Some(last) = checkpoint::newest(store, name, |step, _| step <= steps).await? else {
+    stage: &Stage,
+    from: &str,
+) -> anyhow::Result<Option<(StageCurves, Map<String, Value>)>> {
+    let name = stage.name.as_str();
+    let Some(last) = checkpoint::newest(store, name, |step, _| step <= stage.steps).await? else {
         return Ok(None);
     };
     let manifest = last.manifest();
@@ -112,30 +129,21 @@ async fn read_stage(
         .map(|t| json!([t.spec.kind.name(), t.spec.name, format!("{:016x}", t.xxh3)]))
         .collect();
     let digest = distillery_common::ids::Digest::of(&serde_json::to_vec(&tensors)?);
-    summary.insert(
-        name.to_owned(),
-        json!({
-            "steps": manifest.step,
-            "steps_per_second": steps_per_second(&records),
-            "skipped_steps": records.iter().filter(|r| r.skipped).count(),
-            "checkpoint_bytes": manifest.total_bytes(),
-            "tensor_digest": digest.to_string(),
-        }),
-    );
-    Ok(Some(StageCurves {
-        stage: name.to_owned(),
-        records,
-    }))
-}
-
-/// Over the median step, so that the first steps and waits do not count.
-fn steps_per_second(records: &[StepRecord]) -> f64 {
-    let mut times: Vec<f64> = records.iter().map(|r| r.step_ms).collect();
-    times.sort_by(f64::total_cmp);
-    match times.get(times.len() / 2) {
-        Some(&median) if median > 0.0 => 1e3 / median,
-        _ => 0.0,
+    let mut shown = Map::new();
+    for (key, value) in [
+        ("from", json!(from)),
+        ("steps", json!(manifest.step)),
+        (
+            "skipped_steps",
+            json!(records.iter().filter(|r| r.skipped).count()),
+        ),
+        ("checkpoint_bytes", json!(manifest.total_bytes())),
+        ("tensor_digest", json!(digest.to_string())),
+    ] {
+        shown.insert(key.into(), value);
     }
+    let stage = name.to_owned();
+    Ok(Some((StageCurves { stage, records }, shown)))
 }
 
 async fn read_evaluation(
@@ -171,31 +179,4 @@ async fn read_evaluation(
         }
     }
     Ok((figures, grids))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rate_is_that_of_the_median_step() {
-        let record = |step_ms| StepRecord {
-            step: 1,
-            generation: 1,
-            world: 1,
-            loss: 0.0,
-            loss_by_segment: Vec::new(),
-            loss_by_time: Vec::new(),
-            grad_norm: 0.0,
-            lr: 0.0,
-            skipped: false,
-            step_ms,
-            wait_ms: 0.0,
-        };
-        assert_eq!(
-            steps_per_second(&[record(1000.0), record(20.0), record(25.0)]),
-            40.0
-        );
-        assert_eq!(steps_per_second(&[]), 0.0);
-    }
 }

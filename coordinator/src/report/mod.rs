@@ -1,8 +1,10 @@
 //! What a finished run shows: figures, curves, grids and a summary, as JSON files and one page.
 //!
-//! Everything here is read from the run URI; it must never know how the run was scheduled.
+//! Everything here is read from the run URI; it must never know how the run was scheduled, and asks the journal for
+//! nothing but what was spent.
 
 pub mod chart;
+mod costs;
 pub mod gather;
 pub mod page;
 
@@ -19,7 +21,7 @@ pub use page::render;
 pub struct Report {
     /// Heading.
     pub title: String,
-    /// Times, rows, bytes, rates and digests: a JSON object, shown in order.
+    /// Times, rows, bytes, rates and digests: a JSON object, shown in order; its `stages` are one for each.
     pub summary: serde_json::Value,
     /// All measured figures.
     pub figures: Vec<Figure>,

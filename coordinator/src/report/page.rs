@@ -6,6 +6,8 @@ use std::fmt::Write as _;
 use distillery_common::curves::{StepRecord, TIME_BINS};
 use distillery_common::figures::{Figure, TEACHER};
 
+use serde_json::Value;
+
 use super::chart::{Chart, Series, escape};
 use super::{Grid, Report, StageCurves};
 
@@ -45,12 +47,65 @@ pub fn render(report: &Report) -> String {
 fn summary(report: &Report, html: &mut String) {
     html.push_str("<h2>Summary</h2><table>");
     for (name, value) in report.summary.as_object().into_iter().flatten() {
-        let shown = value
-            .as_str()
-            .map_or_else(|| value.to_string(), str::to_owned);
-        let _ = write!(html, "<tr><td>{}<td>{}", escape(name), escape(&shown));
+        if !value.is_object() {
+            let shown = shown(name, value);
+            let _ = write!(html, "<tr><td>{}<td>{}", escape(name), escape(&shown));
+        }
     }
     html.push_str("</table>");
+    stages(&report.summary["stages"], html);
+}
+
+/// What each stage cost: a row each, and a column for every figure that one of them has.
+fn stages(stages: &Value, html: &mut String) {
+    const COLUMNS: [(&str, &str); 12] = [
+        ("wall_seconds", "wall time, s"),
+        ("tasks", "tasks"),
+        ("steps", "steps"),
+        ("steps_per_second", "steps/s"),
+        ("rows", "rows"),
+        ("rows_per_second", "rows/s"),
+        ("engine_seconds", "engines' time, s"),
+        ("engines", "engines"),
+        ("engine_peak_bytes", "an engine's peak memory"),
+        ("loader_wait_seconds", "waited for rows, s"),
+        ("checkpoint_stall_seconds", "waited for checkpoints, s"),
+        ("checkpoint_bytes", "checkpoint"),
+    ];
+    let Some(stages) = stages.as_object().filter(|stages| !stages.is_empty()) else {
+        return;
+    };
+    let columns: Vec<_> = COLUMNS
+        .into_iter()
+        .filter(|(key, _)| stages.values().any(|stage| stage.get(key).is_some()))
+        .collect();
+    html.push_str("<h2>Stages</h2><table><tr><th>stage");
+    for (_, heading) in &columns {
+        let _ = write!(html, "<th>{heading}");
+    }
+    for (name, stage) in stages {
+        let _ = write!(html, "<tr><td>{}", escape(name));
+        for (key, _) in &columns {
+            let shown = stage.get(key).map(|value| shown(key, value));
+            let _ = write!(html, "<td>{}", escape(&shown.unwrap_or_default()));
+        }
+    }
+    html.push_str(
+        "</table><p><small>Wall time adds up the lives of a run that was resumed; a life that was killed counts to its \
+         last entry in the journal. Memory is the host's, not a GPU's; in training it is that of the engine that saves, \
+         and at its saves.</small></p>",
+    );
+}
+
+/// A value for people: bytes in MiB, text without quotes.
+fn shown(name: &str, value: &Value) -> String {
+    match (value, value.as_f64()) {
+        (Value::String(text), _) => text.clone(),
+        (_, Some(bytes)) if name.contains("bytes") => {
+            format!("{:.1} MiB", bytes / f64::from(1 << 20))
+        }
+        _ => value.to_string(),
+    }
 }
 
 fn picture(grid: &Grid, html: &mut String) {
@@ -238,7 +293,10 @@ mod tests {
     fn a_table_has_the_teacher_first_and_a_column_for_each_number_of_steps() {
         let report = Report {
             title: "a <run>".into(),
-            summary: serde_json::json!({"rows": 9}),
+            summary: serde_json::json!({"rows": 9, "stored_bytes": 3 << 19, "stages": {
+                "trajectories": {"wall_seconds": 1.5, "rows": 9},
+                "<seg8>": {"wall_seconds": 2.0, "steps": 7, "engines": "2 to step 3, 1 to step 7"},
+            }}),
             figures: vec![figure("seg2", 4, 0.9), figure("teacher", 25, 0.95)],
             curves: Vec::new(),
             grids: Vec::new(),
@@ -248,6 +306,10 @@ mod tests {
         assert!(html.contains("<h1>a &lt;run&gt;</h1>"));
         assert!(html.contains("<th>4 steps<th>25 steps<tr><td>teacher"));
         assert!(html.contains("<td>0.900 <small>0.890…0.910</small><td>"));
+        assert!(html.contains("<tr><td>rows<td>9<tr><td>stored_bytes<td>1.5 MiB</table>"));
+        assert!(html.contains("<tr><th>stage<th>wall time, s<th>steps<th>rows<th>engines<tr>"));
+        assert!(html.contains("<tr><td>trajectories<td>1.5<td><td>9<td><tr>"));
+        assert!(html.contains("<td>&lt;seg8&gt;<td>2.0<td>7<td><td>2 to step 3, 1 to step 7<"));
         assert!(!html.contains("<script"));
     }
 }

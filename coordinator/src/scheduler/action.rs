@@ -185,6 +185,15 @@ pub enum Decision {
         /// Step it starts from.
         base_step: u64,
     },
+    /// A group goes on from a state that a group of another size made.
+    Resized {
+        /// Which formation.
+        group: GroupId,
+        /// Number of members.
+        world: u32,
+        /// Members of the group that made the state.
+        earlier: u32,
+    },
     /// All members of a group know each other.
     Exchanged {
         /// Which formation.
@@ -272,6 +281,17 @@ impl fmt::Display for Decision {
                 world,
                 base_step,
             } => write!(f, "formed {group} of {world} from step {base_step}"),
+            Self::Resized {
+                group,
+                world,
+                earlier,
+            } => {
+                let (stage, noun) = (&group.stage, if *world == 1 { "engine" } else { "engines" });
+                write!(
+                    f,
+                    "{stage} goes on with {world} {noun} instead of {earlier}: the result will not be bit-equal to that of an undisturbed run"
+                )
+            }
             Self::Exchanged { group } => write!(f, "{group} is connected"),
             Self::Aborted {
                 group,

@@ -7,6 +7,7 @@ use distillery_common::ids::{Generation, Incarnation};
 use distillery_common::task::{Failure, Remedy};
 
 use super::action::{Action, Decision, ToWorker};
+use super::durable::{Checkpoint, Formed};
 use super::machine::Machine;
 use super::record::Record;
 use super::stage;
@@ -145,6 +146,7 @@ impl Machine {
         let generation = Generation(self.durable.generation.0 + 1);
         let base = self.durable.stage(&stage).newest(&[]).cloned();
         let base_step = base.as_ref().map_or(0, |base| base.step);
+        let earlier = self.world_before(at, training, base.as_ref());
         let base_key = base.map(|base| base.key);
         let parent = training.parent.and_then(|parent| self.final_key(parent));
         self.journal(
@@ -178,6 +180,13 @@ impl Machine {
             world,
             base_step,
         }));
+        if let Some(earlier) = earlier.filter(|&earlier| earlier != world) {
+            out.push(Action::Explain(Decision::Resized {
+                group: id.clone(),
+                world,
+                earlier,
+            }));
+        }
         self.stages[at] = stage::State::Training(Group::Exchanging {
             id,
             addresses: vec![None; members.len()],
@@ -186,10 +195,34 @@ impl Machine {
         });
     }
 
-    fn final_key(&self, at: usize) -> Option<String> {
+    /// Members of the group that made the state which a group starts from: `base`, or else the parent's student. The
+    /// order of sums depends on their number, so bits do.
+    fn world_before(
+        &self,
+        at: usize,
+        training: &Training,
+        base: Option<&Checkpoint>,
+    ) -> Option<u32> {
+        let made_by = |at: usize, checkpoint: &Checkpoint| {
+            let log = self.durable.stage(&self.plan.stages[at].name);
+            let is_maker = |formed: &&Formed| formed.generation == checkpoint.generation;
+            let maker = log.generations.iter().find(is_maker)?;
+            u32::try_from(maker.members.len()).ok()
+        };
+        match (base, training.parent) {
+            (Some(base), _) => made_by(at, base),
+            (None, Some(parent)) => made_by(parent, &self.final_checkpoint(parent)?),
+            (None, None) => None,
+        }
+    }
+
+    fn final_checkpoint(&self, at: usize) -> Option<Checkpoint> {
         let log = self.durable.stage(&self.plan.stages[at].name);
-        let last = log.checkpoints.into_iter().rev().find(|c| c.is_final);
-        last.map(|checkpoint| checkpoint.key)
+        log.checkpoints.into_iter().rev().find(|c| c.is_final)
+    }
+
+    fn final_key(&self, at: usize) -> Option<String> {
+        self.final_checkpoint(at).map(|checkpoint| checkpoint.key)
     }
 
     /// A member listens.

@@ -237,6 +237,7 @@ impl Set {
             schema: self.schema.id(),
             ordinals: 0..TRAJECTORIES,
             result: serde_json::Value::Null,
+            cost: None,
         };
         store
             .create(&layout::commit(&shard), commit.to_bytes())

@@ -10,6 +10,7 @@ use distillery_common::seed::{Purpose, Stream};
 use distillery_common::storage::FileEntry;
 use distillery_common::storage::layout::{self, Prefix};
 use distillery_common::task::{Failure, FailureClass, Lease};
+use distillery_common::telemetry::Meter;
 use serde_json::json;
 
 use super::{Bench, fault};
@@ -42,6 +43,7 @@ fn pause(bench: &mut Bench, lease: &Lease, done: u64, total: u64) -> bool {
 }
 
 fn shard(bench: &mut Bench, lease: &Lease) -> Result<Option<CommitRequest>, Failure> {
+    let meter = Meter::start();
     let wanted = bench.recipe.trajectories.clone();
     let dataset = bench
         .record
@@ -93,6 +95,7 @@ fn shard(bench: &mut Bench, lease: &Lease) -> Result<Option<CommitRequest>, Fail
         schema: schema.id(),
         ordinals,
         result: serde_json::Value::Null,
+        cost: Some(meter.cost()),
     };
     Ok(Some(request(&folder, commit)))
 }
@@ -140,6 +143,7 @@ fn numbers(seed: u64, purpose: Purpose, ordinal: u64, draw: u16) -> Vec<u8> {
 /// A task whose result is a pure function of its name and the checkpoints before it.
 fn result(bench: &mut Bench, lease: &Lease) -> Result<Option<CommitRequest>, Failure> {
     const PARTS: u64 = 4;
+    let meter = Meter::start();
     for part in 1..=PARTS {
         if !pause(bench, lease, part, PARTS) {
             return Ok(None);
@@ -164,6 +168,7 @@ fn result(bench: &mut Bench, lease: &Lease) -> Result<Option<CommitRequest>, Fai
         schema: String::new(),
         ordinals: lease.task.index..lease.task.index + 1,
         result: json!([]),
+        cost: Some(meter.cost()),
     };
     Ok(Some(request(&folder, commit)))
 }

@@ -18,9 +18,11 @@ use distillery_common::latents::loader::Order;
 use distillery_common::latents::{self, Dataset, Options, Staging};
 use distillery_common::proto::engine_link::{CommitOutcome, CommitRequest, Committed, Event};
 use distillery_common::recipe;
+use distillery_common::run::dataset_store;
 use distillery_common::seed::{Purpose, Stream};
 use distillery_common::storage::layout;
 use distillery_common::task::{Failure, FailureClass};
+use distillery_common::telemetry::peak_memory;
 
 use super::wires::{Broken, Star, WIDTH};
 use super::{Bench, fault, superseded};
@@ -134,13 +136,15 @@ impl Work {
             .dataset_digest
             .ok_or_else(|| fault(FailureClass::Config, "the run's record names no dataset"))?;
         let folder = layout::dataset(&digest.short());
+        let store = dataset_store(&bench.store, &bench.recipe)
+            .map_err(|error| fault(FailureClass::Config, error))?;
         let manifest = bench
             .runtime
-            .block_on(latents::manifest::find(&bench.store, &folder))
+            .block_on(latents::manifest::find(&store, &folder))
             .map_err(|error| fault(FailureClass::Schema, error))?
             .ok_or_else(|| fault(FailureClass::Schema, "the trajectories are not sealed"))?;
         let digest = manifest.digest();
-        let dataset = Dataset::new(bench.store.clone(), manifest, Options::default());
+        let dataset = Dataset::new(store, manifest, Options::default());
         let order = Order {
             seed: bench.recipe.seed,
             stage: number as u64,
@@ -333,6 +337,8 @@ impl Work {
             skipped: false,
             step_ms: 1.0,
             wait_ms: 0.0,
+            save_ms: None,
+            peak_bytes: peak_memory(),
         }
     }
 

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use distillery_common::group::Membership;
 use distillery_common::task::{Failure, FailureClass, Lease};
+use distillery_common::telemetry::Meter;
 
 use crate::cli::Serve;
 use crate::device;
@@ -87,6 +88,7 @@ impl Server<'_> {
     fn perform(&mut self, lease: &Lease) {
         tracing::info!(%lease, "task started");
         let bench = &mut self.bench;
+        bench.meter = Meter::start();
         let made = contained(|| match lease.task.stage.as_str() {
             "trajectories" => trajectories::draw(bench, lease),
             "reference" => reference::draw(bench, lease),
@@ -125,6 +127,7 @@ impl Server<'_> {
         let group = &membership.group;
         tracing::info!(%group, rank = membership.rank, world = membership.world, "joining");
         let bench = &mut self.bench;
+        bench.meter = Meter::start();
         let current = &self.current;
         let advertise = self.args.advertise;
         let failure = match contained(|| distill::train(bench, membership, advertise, current)) {

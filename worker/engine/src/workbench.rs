@@ -8,6 +8,7 @@ use distillery_common::run::RunRecord;
 use distillery_common::storage::{Store, layout};
 use distillery_common::task::FailureClass;
 use distillery_common::teacher::{self, BetaSchedule, Folder, ScheduleConfig};
+use distillery_common::telemetry::Meter;
 use tch::{Device, Kind};
 
 use crate::device;
@@ -41,6 +42,8 @@ pub struct Workbench {
     pub device: Device,
     /// Who works here.
     pub setup: Setup,
+    /// Measures the work under way.
+    pub meter: Meter,
     teacher: Option<(Kind, Rc<TeacherModel>)>,
 }
 
@@ -94,6 +97,7 @@ impl Workbench {
             inbox,
             device,
             setup,
+            meter: Meter::start(),
             teacher: None,
         })
     }

@@ -17,7 +17,7 @@ use distillery_common::group::{CheckpointCommitted, Membership, Phase, Progress}
 use distillery_common::ids::Digest;
 use distillery_common::storage::Store;
 use distillery_common::task::{Failure, FailureClass};
-use distillery_common::telemetry::Stopwatch;
+use distillery_common::telemetry::{Stopwatch, peak_memory};
 use tokio::task::JoinHandle;
 
 use super::rows::StoredRows;
@@ -68,6 +68,8 @@ pub struct Saver<'a> {
     /// The newest step whose upload was begun here.
     saved_step: Option<u64>,
     stopwatch: Stopwatch,
+    /// How long the last checkpoint kept the step that follows it waiting.
+    stall: Option<Duration>,
     /// Checkpoints left out because one was in flight.
     pub left_out: u64,
 }
@@ -101,6 +103,7 @@ impl<'a> Saver<'a> {
             in_flight: None,
             saved_step: None,
             stopwatch: Stopwatch::start(),
+            stall: None,
             left_out: 0,
         }
     }
@@ -124,6 +127,7 @@ impl<'a> Saver<'a> {
         if self.place.membership.rank != 0 {
             return;
         }
+        let stopwatch = Stopwatch::start();
         let mut buffer = self
             .buffer
             .take()
@@ -131,6 +135,9 @@ impl<'a> Saver<'a> {
         trainer.snapshot(&mut buffer);
         let step = trainer.position().step;
         self.saved_step = Some(step);
+        if let Some(last) = self.curves.last_mut() {
+            last.peak_bytes = peak_memory();
+        }
         let upload = upload(
             self.store.clone(),
             self.link.clone(),
@@ -141,6 +148,7 @@ impl<'a> Saver<'a> {
             step == self.place.steps,
         );
         self.in_flight = Some(self.io.spawn(upload));
+        self.stall = Some(stopwatch.elapsed());
     }
 
     /// Takes in an upload that has ended; with `wait`, waits for it first.
@@ -176,6 +184,8 @@ impl<'a> Saver<'a> {
             skipped: report.skipped,
             step_ms: millis(step_time),
             wait_ms: millis(waited),
+            save_ms: self.stall.take().map(millis),
+            peak_bytes: None,
         }
     }
 

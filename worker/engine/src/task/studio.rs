@@ -251,6 +251,7 @@ pub fn finished(
         schema: String::new(),
         ordinals,
         result,
+        cost: Some(bench.meter.cost()),
     };
     CommitRequest {
         key: layout::commit(&layout::task(&lease.task.stage, lease.task.index)),

@@ -321,6 +321,7 @@ impl Shard {
             schema: self.schema.id(),
             ordinals: self.ordinals,
             result: serde_json::Value::Null,
+            cost: Some(bench.meter.cost()),
         };
         Ok(CommitRequest {
             key: layout::commit(&self.folder),
