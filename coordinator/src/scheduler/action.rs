@@ -192,7 +192,7 @@ pub enum Decision {
         /// Number of members.
         world: u32,
         /// Members of the group that made the state.
-        earlier: u32,
+        was: u32,
     },
     /// All members of a group know each other.
     Exchanged {
@@ -281,17 +281,7 @@ impl fmt::Display for Decision {
                 world,
                 base_step,
             } => write!(f, "formed {group} of {world} from step {base_step}"),
-            Self::Resized {
-                group,
-                world,
-                earlier,
-            } => {
-                let (stage, noun) = (&group.stage, if *world == 1 { "engine" } else { "engines" });
-                write!(
-                    f,
-                    "{stage} goes on with {world} {noun} instead of {earlier}: the result will not be bit-equal to that of an undisturbed run"
-                )
-            }
+            Self::Resized { group, world, was } => resized(f, group, *world, *was),
             Self::Exchanged { group } => write!(f, "{group} is connected"),
             Self::Aborted {
                 group,
@@ -315,4 +305,14 @@ impl fmt::Display for Decision {
             Self::Finished(outcome) => write!(f, "run {outcome}"),
         }
     }
+}
+
+fn resized(f: &mut fmt::Formatter<'_>, group: &GroupId, world: u32, was: u32) -> fmt::Result {
+    let engines = if world == 1 { "engine" } else { "engines" };
+    write!(
+        f,
+        "{} goes on with {world} {engines} instead of {was}: the result will not be bit-equal to that of an \
+         undisturbed run",
+        group.stage
+    )
 }

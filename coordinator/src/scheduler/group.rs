@@ -146,7 +146,7 @@ impl Machine {
         let generation = Generation(self.durable.generation.0 + 1);
         let base = self.durable.stage(&stage).newest(&[]).cloned();
         let base_step = base.as_ref().map_or(0, |base| base.step);
-        let earlier = self.world_before(at, training, base.as_ref());
+        let was = self.world_before(at, training, base.as_ref());
         let base_key = base.map(|base| base.key);
         let parent = training.parent.and_then(|parent| self.final_key(parent));
         self.journal(
@@ -180,12 +180,9 @@ impl Machine {
             world,
             base_step,
         }));
-        if let Some(earlier) = earlier.filter(|&earlier| earlier != world) {
-            out.push(Action::Explain(Decision::Resized {
-                group: id.clone(),
-                world,
-                earlier,
-            }));
+        if let Some(was) = was.filter(|&was| was != world) {
+            let group = id.clone();
+            out.push(Action::Explain(Decision::Resized { group, world, was }));
         }
         self.stages[at] = stage::State::Training(Group::Exchanging {
             id,
