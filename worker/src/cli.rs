@@ -157,6 +157,12 @@ fn host_name() -> String {
     if name.is_empty() { "host".into() } else { name }
 }
 
+/// Says what went wrong; whoever should read it may be gone.
+fn say(error: &anyhow::Error) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stderr(), "error: {error:#}");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,10 +183,4 @@ mod tests {
         use clap::CommandFactory as _;
         Command::command().debug_assert();
     }
-}
-
-/// Says what went wrong; whoever should read it may be gone.
-fn say(error: &anyhow::Error) {
-    use std::io::Write as _;
-    let _ = writeln!(std::io::stderr(), "error: {error:#}");
 }
