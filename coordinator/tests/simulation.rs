@@ -506,32 +506,7 @@ impl World {
                     own.lease = None;
                 }
             }
-            ToWorker::GroupJoin(membership) => {
-                let wanted = membership.base_checkpoint.as_ref();
-                let wanted = wanted.into_iter().chain(&membership.parent_checkpoint);
-                for key in wanted {
-                    let is_there = self.checkpoints.values().any(|c| c.key == *key);
-                    assert!(is_there, "{key} was deleted before {}", membership.group);
-                }
-                let parent = match membership.group.stage.as_str() {
-                    "seg4" | "side" => Some(("seg8", STEPS)),
-                    _ => None,
-                };
-                let from = membership.parent_checkpoint.as_ref().and_then(|key| {
-                    let parent = self.checkpoints.iter().find(|(_, c)| c.key == *key);
-                    parent.map(|((stage, step, _), _)| (stage.as_str(), *step))
-                });
-                assert_eq!(from, parent, "{} starts elsewhere", membership.group);
-                own.step = membership.base_step;
-                own.has_peers = false;
-                own.group = Some(membership.clone());
-                self.report(worker, |seq| FromWorker::GroupReady {
-                    seq,
-                    group: membership.group,
-                    rank: membership.rank,
-                    address: format!("w{worker}"),
-                });
-            }
+            ToWorker::GroupJoin(membership) => self.worker_joins(worker, membership),
             ToWorker::GroupPeers { group, .. } => {
                 if own.group.as_ref().is_some_and(|m| m.group == group) {
                     own.has_peers = true;
@@ -548,6 +523,34 @@ impl World {
             }
             ToWorker::Drain { .. } => {}
         }
+    }
+
+    fn worker_joins(&mut self, worker: usize, membership: Membership) {
+        let wanted = membership.base_checkpoint.as_ref();
+        let wanted = wanted.into_iter().chain(&membership.parent_checkpoint);
+        for key in wanted {
+            let is_there = self.checkpoints.values().any(|c| c.key == *key);
+            assert!(is_there, "{key} was deleted before {}", membership.group);
+        }
+        let parent = match membership.group.stage.as_str() {
+            "seg4" | "side" => Some(("seg8", STEPS)),
+            _ => None,
+        };
+        let from = membership.parent_checkpoint.as_ref().and_then(|key| {
+            let parent = self.checkpoints.iter().find(|(_, c)| c.key == *key);
+            parent.map(|((stage, step, _), _)| (stage.as_str(), *step))
+        });
+        assert_eq!(from, parent, "{} starts elsewhere", membership.group);
+        let own = &mut self.workers[worker];
+        own.step = membership.base_step;
+        own.has_peers = false;
+        own.group = Some(membership.clone());
+        self.report(worker, |seq| FromWorker::GroupReady {
+            seq,
+            group: membership.group,
+            rank: membership.rank,
+            address: format!("w{worker}"),
+        });
     }
 
     fn task_done(&mut self, worker: usize, lease: Lease) {
