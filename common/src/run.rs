@@ -12,6 +12,8 @@ use uuid::Uuid;
 
 use crate::commit::sorted;
 use crate::ids::Digest;
+use crate::recipe::Recipe;
+use crate::storage::{self, Store};
 
 /// The version of the record that this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -213,6 +215,15 @@ pub struct DatasetParts<'a> {
     pub dtype: &'a str,
     /// What computes.
     pub software: &'a Software,
+}
+
+/// The store that holds the trajectories a run trains on: its own, or that of the run whose set it reuses
+/// (`trajectories.uri`).
+pub fn dataset_store(own: &Store, recipe: &Recipe) -> Result<Store, storage::Error> {
+    match &recipe.trajectories.uri {
+        Some(uri) => Store::open(uri),
+        None => Ok(own.clone()),
+    }
 }
 
 /// Names a set of trajectories: SHA-256 of the JSON of all parts in the order of [`DatasetParts`], after the

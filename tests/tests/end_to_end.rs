@@ -105,6 +105,36 @@ fn two_runs_of_one_recipe_make_the_same_bits() {
 }
 
 #[test]
+fn a_run_trains_on_the_trajectories_of_another() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut first = sim(&folder);
+    first.finish(PATIENCE).expect("it finishes");
+
+    let other = tempfile::tempdir().expect("a folder");
+    let reuse = format!("trajectories: {{uri: {}, ", first.output().display());
+    let recipe = sim_recipe().replace("trajectories: {", &reuse);
+    assert_ne!(recipe, sim_recipe());
+    let second = Run::new(other.path(), &recipe, EngineKind::Sim);
+    let mut second = second.expect("the programs are built");
+    second.finish(PATIENCE).expect("it finishes");
+    assert_eq!(
+        second.made().expect("everything is readable"),
+        first.made().expect("everything is readable"),
+        "the same rows make the same students"
+    );
+    assert!(
+        !second.output().join("trajectories").exists(),
+        "nothing was drawn again"
+    );
+    let summary = std::fs::read_to_string(second.output().join("report/summary.json"));
+    let summary = summary.expect("a summary");
+    assert!(
+        summary.contains("\"trajectory_rows\""),
+        "the summary names the rows that were reused: {summary}"
+    );
+}
+
+#[test]
 fn students_start_from_what_the_recipe_says() {
     let folder = tempfile::tempdir().expect("a folder");
     let recipe = sim_recipe().replace(

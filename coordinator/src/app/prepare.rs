@@ -11,7 +11,9 @@ use serde_json::Value;
 
 use distillery_common::ids::Digest;
 use distillery_common::recipe::{Dtype, Recipe, TrajectoryMode};
-use distillery_common::run::{self, DatasetParts, PromptDigest, RunRecord, Software};
+use distillery_common::run::{
+    self, DatasetParts, PromptDigest, RunRecord, Software, dataset_store,
+};
 use distillery_common::storage::layout::{self, PromptList};
 use distillery_common::storage::{Created, Store};
 use distillery_common::teacher::{self, Folder};
@@ -85,10 +87,12 @@ pub async fn prepare(recipe: &Recipe, store: &Store, engine: &Path) -> anyhow::R
         digest: record
             .dataset_digest
             .expect("a record that was made here names its trajectories"),
-        reused_from: match &recipe.trajectories.uri {
-            Some(uri) => Some(Store::open(uri)?),
-            None => None,
-        },
+        reused_from: recipe
+            .trajectories
+            .uri
+            .as_ref()
+            .map(|_| dataset_store(store, recipe))
+            .transpose()?,
     };
     let record = create_or_find(store, record).await?;
     prompt_lists::store(store, &lists).await?;

@@ -7,7 +7,7 @@ use distillery_common::curves::from_jsonl;
 use distillery_common::figures::Figure;
 use distillery_common::latents::manifest::DatasetManifest;
 use distillery_common::recipe::{Recipe, Stage};
-use distillery_common::run::RunRecord;
+use distillery_common::run::{RunRecord, dataset_store};
 use distillery_common::storage::{self, Store, layout};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -46,7 +46,7 @@ pub async fn gather(store: &Store, record: &RunRecord, recipe: &Recipe) -> anyho
         "cpu_capability".into(),
         json!(record.software.cpu_capability),
     );
-    add_dataset(store, record, &mut summary).await?;
+    add_dataset(&dataset_store(store, recipe)?, record, &mut summary).await?;
     let account = journal::read(store).await?.account;
     costs::of_run(store, record, recipe, &account, &mut summary).await?;
     let mut stages = Map::new();

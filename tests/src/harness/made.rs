@@ -7,7 +7,7 @@ use distillery_common::checkpoint::{self, Checkpoint, Kind};
 use distillery_common::ids::Digest;
 use distillery_common::latents::{self, Dataset, Options};
 use distillery_common::recipe::Recipe;
-use distillery_common::run::RunRecord;
+use distillery_common::run::{RunRecord, dataset_store};
 use distillery_common::storage::{Store, layout};
 
 use super::Run;
@@ -37,10 +37,11 @@ impl Run {
             .map_err(|faults| anyhow::anyhow!("{}", faults.render(false)))?;
         let dataset = record.dataset_digest.context("the run names a dataset")?;
         let folder = layout::dataset(&dataset.short());
-        let manifest = latents::manifest::find(&store, &folder)
+        let rows = dataset_store(&store, &recipe)?;
+        let manifest = latents::manifest::find(&rows, &folder)
             .await?
             .context("the trajectories are sealed")?;
-        let dataset = Dataset::new(store.clone(), manifest, Options::default());
+        let dataset = Dataset::new(rows, manifest, Options::default());
         let rows = latents::row_hash(&dataset).await?;
         let mut students = BTreeMap::new();
         for stage in &recipe.stages {

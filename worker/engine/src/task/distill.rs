@@ -22,6 +22,7 @@ use distillery_common::latents::loader::{Order, Spec};
 use distillery_common::latents::manifest::DatasetManifest;
 use distillery_common::latents::{Dataset, Options};
 use distillery_common::recipe::{self, StudentKind, TeacherStep};
+use distillery_common::run::dataset_store;
 use distillery_common::storage::layout;
 use distillery_common::task::FailureClass;
 
@@ -414,19 +415,20 @@ fn check_start(trainer: &Trainer, membership: &Membership) -> Result<(), Fault> 
     ))
 }
 
-/// The run's sealed trajectories, and the digest of their manifest.
+/// The sealed trajectories to train on, and the digest of their manifest.
 fn open_dataset(bench: &Workbench) -> Result<(Dataset, Digest), Fault> {
     let digest = bench
         .record
         .dataset_digest
         .ok_or_else(|| Fault::config("the run's record names no dataset to train on"))?;
+    let store = dataset_store(&bench.store, &bench.recipe).or_fault(FailureClass::Config)?;
     let folder = layout::dataset(&digest.short());
     let bytes = bench
         .io
-        .wait(bench.store.get(&layout::dataset_manifest(&folder)))?;
+        .wait(store.get(&layout::dataset_manifest(&folder)))?;
     let manifest = DatasetManifest::from_bytes(&folder, &bytes).or_fault(FailureClass::Schema)?;
     Ok((
-        Dataset::new(bench.store.clone(), manifest, Options::default()),
+        Dataset::new(store, manifest, Options::default()),
         Digest::of(&bytes),
     ))
 }
