@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume compare bench-data lint libtorch servers
+.PHONY: help demo test kill-resume compare bench-data bench-engine lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -34,6 +34,9 @@ compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows,
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin compare
 	$(target)/release/coordinator run configs/compare.yaml
 	$(target)/release/compare runs/compare
+
+bench-engine: libtorch ## Measure guided evaluations and training steps beside PyTorch (PYTHON has torch, diffusers, peft).
+	cargo bench --locked -p distillery-engine --bench bench-engine
 
 bench-data: ## Measure rows and checkpoints against the bytes themselves, side by side.
 	cargo build $(cargo_flags) -p distillery-tests --bin bench-data

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use distillery_common::telemetry::{self, Format};
 use distillery_engine::cli::{Cli, Command};
+use distillery_engine::raw_tensor::keep_freed_memory;
 use distillery_engine::{app, once};
 
 /// EX_USAGE of sysexits.
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         }
     };
     telemetry::init("info", Format::Plain);
+    keep_freed_memory();
     let done = match (&cli.command, &cli.serve.socket) {
         (Some(Command::Once), _) => return once::main(),
         (Some(Command::Describe), _) => app::describe(),
