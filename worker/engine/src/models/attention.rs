@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use distillery_common::teacher::UnetConfig;
 
-use super::layers::{Conv2d, GroupNorm, LayerNorm, Linear, attend};
+use super::layers::{Conv2d, GroupNorm, LayerNorm, Linear, attend, plus};
 use super::parameters::Scope;
 
 /// Epsilon of the group norm before a transformer, whatever the resnets have.
@@ -68,10 +68,11 @@ impl Block {
 
     fn forward(&self, x: &Tensor, context: &Tensor) -> Tensor {
         let h = self.norms[0].forward(x);
-        let x = x + self.own.forward(&h, &h);
-        let x = &x + self.cross.forward(&self.norms[1].forward(&x), context);
+        let x = plus(self.own.forward(&h, &h), x);
+        let h = self.norms[1].forward(&x);
+        let x = plus(self.cross.forward(&h, context), &x);
         let halves = self.gate.forward(&self.norms[2].forward(&x)).chunk(2, -1);
-        &x + self.out.forward(&(&halves[0] * halves[1].gelu("none")))
+        plus(self.out.forward(&(&halves[0] * halves[1].gelu("none"))), &x)
     }
 }
 
@@ -145,6 +146,6 @@ impl Transformer {
             Projection::Linear(linear) => unflatten(&linear.forward(&h), size),
             Projection::Conv(conv) => conv.forward(&unflatten(&h, size)),
         };
-        x + h
+        plus(h, x)
     }
 }

@@ -13,6 +13,33 @@ fn like(tensor: &Tensor, x: &Tensor) -> Tensor {
     }
 }
 
+/// `a + b`, written over `a` where no gradient asks for it later. The caller owes an `a` that nobody else reads.
+pub(super) fn plus(mut a: Tensor, b: &Tensor) -> Tensor {
+    if a.requires_grad() || b.requires_grad() {
+        return a + b;
+    }
+    a += b;
+    a
+}
+
+/// `x sigmoid(x)`, written over `x` where no gradient asks for it later. The caller owes an `x` that nobody else reads.
+pub(super) fn silu(mut x: Tensor) -> Tensor {
+    match x.requires_grad() {
+        true => x.silu(),
+        false => x.silu_(),
+    }
+}
+
+/// `out + scale delta`, written over `out`: what a product was is not asked for by its gradient. The caller owes two
+/// fresh products that are no views.
+fn add_scaled(mut out: Tensor, mut delta: Tensor, scale: f64) -> Tensor {
+    if scale != 1.0 {
+        delta *= scale;
+    }
+    out += delta;
+    out
+}
+
 /// `x W^T + b`, and what an adapter adds.
 #[derive(Debug)]
 pub(super) struct Linear {
@@ -33,12 +60,19 @@ impl Linear {
     /// `[.., in]` to `[.., out]`.
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
         let bias = self.bias.as_ref().map(|bias| like(bias, x));
-        let out = x.linear(&like(&self.weight, x), bias.as_ref());
+        let apply = |x: &Tensor| x.linear(&like(&self.weight, x), bias.as_ref());
         match self.adapter.as_ref().filter(|adapter| adapter.is_on()) {
-            None => out,
+            None => apply(x),
             Some(adapter) => {
-                let inner = x.linear(&like(&adapter.down, x), None::<&Tensor>);
-                out + inner.linear(&like(&adapter.up, x), None::<&Tensor>) * adapter.scale
+                // As a matrix: with more sides, `W x` would be a view, on which gradients make writing dear.
+                let rows = x.flatten(0, -2);
+                let inner = rows.linear(&like(&adapter.down, x), None::<&Tensor>);
+                let delta = inner.linear(&like(&adapter.up, x), None::<&Tensor>);
+                let out = add_scaled(apply(&rows), delta, adapter.scale);
+                let mut shape = x.size();
+                shape.pop();
+                shape.push(-1);
+                out.view(&shape[..])
             }
         }
     }
@@ -84,7 +118,8 @@ impl Conv2d {
             Some(adapter) => {
                 let inner = self.convolve(x, &adapter.down, None);
                 let up = like(&adapter.up, x);
-                out + inner.conv2d(&up, None::<&Tensor>, [1, 1], [0, 0], [1, 1], 1) * adapter.scale
+                let delta = inner.conv2d(&up, None::<&Tensor>, [1, 1], [0, 0], [1, 1], 1);
+                add_scaled(out, delta, adapter.scale)
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::layers::{Conv2d, GroupNorm, Linear};
+use super::layers::{Conv2d, GroupNorm, Linear, plus, silu};
 use super::parameters::Scope;
 
 /// `shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time)))`.
@@ -37,14 +37,14 @@ impl Resnet {
 
     /// `x` `[B, C, H, W]`; `time` the embedding `[B, T]` after its silu, where the block takes one.
     pub(super) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
-        let mut h = self.conv1.forward(&self.norm1.forward(x).silu());
+        let mut h = self.conv1.forward(&silu(self.norm1.forward(x)));
         if let (Some(projection), Some(time)) = (&self.time, time) {
             h += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
         }
-        let h = self.conv2.forward(&self.norm2.forward(&h).silu());
+        let h = self.conv2.forward(&silu(self.norm2.forward(&h)));
         match &self.shortcut {
-            Some(shortcut) => shortcut.forward(x) + h,
-            None => x + h,
+            Some(shortcut) => plus(h, &shortcut.forward(x)),
+            None => plus(h, x),
         }
     }
 }

@@ -6,7 +6,7 @@ use distillery_common::teacher::UnetConfig;
 use tch::{Device, Kind, Tensor};
 
 use super::embeddings::{Inputs, TimeEmbedding};
-use super::layers::{Conv2d, GroupNorm, is_compute_kind};
+use super::layers::{Conv2d, GroupNorm, is_compute_kind, silu};
 use super::parameters::{Adapter, Parameters, Source};
 use super::unet_blocks::{Down, Given, Middle, Up};
 use crate::diffusion::denoiser::{Conditioning, Denoiser};
@@ -203,6 +203,6 @@ impl Modules {
         for up in &self.up {
             x = up.forward(x, given, &mut skips);
         }
-        self.conv_out.forward(&self.norm_out.forward(&x).silu())
+        self.conv_out.forward(&silu(self.norm_out.forward(&x)))
     }
 }

@@ -1,10 +1,12 @@
 //! AdamW with its state in the open (arXiv 1711.05101, algorithm 2, decoupled decay).
 
 use distillery_common::recipe;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-/// Elements updated together, so that temporaries stay small beside the state.
-const CHUNK: i64 = 1 << 22;
+/// Elements updated together on a CPU, so that state and temporaries stay in its cache from one operation to the next.
+const CPU_CHUNK: i64 = 1 << 17;
+/// The same on a GPU, so that temporaries stay small beside the state and launches few.
+const GPU_CHUNK: i64 = 1 << 22;
 
 /// First and second moments of a flat gradient, and the steps they have seen.
 #[derive(Debug)]
@@ -55,9 +57,13 @@ impl AdamW {
         let k = self.applied as f64;
         let (correction1, correction2) = (1.0 - self.beta1.powf(k), 1.0 - self.beta2.powf(k));
         let len = gradient.numel() as i64;
+        let chunk = match gradient.device() {
+            Device::Cpu => CPU_CHUNK,
+            Device::Cuda(_) | Device::Mps | Device::Vulkan => GPU_CHUNK,
+        };
         tch::no_grad(|| {
-            for start in (0..len).step_by(CHUNK as usize) {
-                let part = |x: &Tensor| x.narrow(0, start, CHUNK.min(len - start));
+            for start in (0..len).step_by(chunk as usize) {
+                let part = |x: &Tensor| x.narrow(0, start, chunk.min(len - start));
                 let g = part(gradient);
                 let (mut p, mut m, mut v) = (part(masters), part(&self.m), part(&self.v));
                 let _ = m.lerp_(&g, 1.0 - self.beta1);
