@@ -122,6 +122,7 @@ pub struct Run {
     programs: PathBuf,
     mark: String,
     variables: Vec<(String, String)>,
+    json: bool,
     child: Option<Child>,
 }
 
@@ -151,6 +152,7 @@ impl Run {
             engine,
             programs,
             variables: Vec::new(),
+            json: false,
             child: None,
         })
     }
@@ -158,6 +160,12 @@ impl Run {
     /// Sets an environment variable of all its processes.
     pub fn with(mut self, name: &str, value: impl ToString) -> Self {
         self.variables.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Asks the coordinator for JSON, which [`Run::result`] gives.
+    pub fn with_json(mut self) -> Self {
+        self.json = true;
         self
     }
 
@@ -196,13 +204,29 @@ impl Run {
         command
             .arg("--set")
             .arg(format!("output={}", self.output().display()));
-        command.stdout(log.try_clone()?).stderr(log);
+        if self.json {
+            command.arg("--json");
+            command.stdout(File::create(self.result_path())?);
+        } else {
+            command.stdout(log.try_clone()?);
+        }
+        command.stderr(log);
         self.child = Some(command.spawn()?);
         Ok(())
     }
 
     fn log_path(&self) -> PathBuf {
         self.folder.join("coordinator.log")
+    }
+
+    fn result_path(&self) -> PathBuf {
+        self.folder.join("result.json")
+    }
+
+    /// What the last coordinator wrote to standard output, with [`Run::with_json`].
+    pub fn result(&self) -> anyhow::Result<serde_json::Value> {
+        let text = std::fs::read_to_string(self.result_path())?;
+        serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
     }
 
     /// What the coordinators said, the last lines of it.
@@ -321,6 +345,12 @@ impl Run {
                 .filter(|text| text.ends_with('\n'))
         };
         self.await_some(read, &path.display().to_string(), patience)
+    }
+
+    /// Waits for a file or folder.
+    pub fn await_path(&self, path: &Path, patience: Duration) -> anyhow::Result<()> {
+        let found = || path.exists().then_some(());
+        self.await_some(found, &path.display().to_string(), patience)
     }
 
     fn await_some<T>(

@@ -1,0 +1,185 @@
+//! A whole recipe through the real coordinator, workers and engines: everything that it promises is there, and kills
+//! change none of it.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use distillery_common::figures::{Figure, TEACHER, UNDISTILLED, UNDISTILLED_GUIDED};
+use distillery_common::run::RunRecord;
+use distillery_tests::harness::{EngineKind, Made, Run, Target, repository};
+use serde_json::Value;
+
+/// Minutes, where a quiet machine needs seconds.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+fn tiny(folder: &tempfile::TempDir) -> Run {
+    let recipe = repository().join("configs/tiny.yaml");
+    Run::of_file(folder.path(), &recipe, EngineKind::Real).expect("the programs are built")
+}
+
+fn json(path: &Path) -> Value {
+    let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The recipe as the run holds it, with all defaults.
+fn recipe(run: &Run) -> Value {
+    let bytes = std::fs::read(run.output().join("run.json")).expect("a run record");
+    RunRecord::from_bytes(&bytes).expect("sound").recipe
+}
+
+/// The entries of a list of the recipe, as text.
+fn words(list: &Value) -> Vec<String> {
+    let list = list.as_array().expect("a list").iter();
+    list.map(|entry| {
+        entry
+            .as_str()
+            .map_or_else(|| entry.to_string(), str::to_owned)
+    })
+    .collect()
+}
+
+/// `model sampler steps metric` of everything that the recipe asks to be measured.
+fn asked(recipe: &Value) -> BTreeSet<String> {
+    let evaluate = &recipe["evaluate"];
+    let [samplers, steps, teacher_steps, metrics] =
+        ["samplers", "steps", "teacher_steps", "metrics"].map(|key| words(&evaluate[key]));
+    assert!(
+        metrics.len() >= 3,
+        "tiny.yaml measures everything: {metrics:?}"
+    );
+    let stages = recipe["stages"].as_array().expect("stages").iter();
+    let students = stages.map(|stage| stage["name"].as_str().expect("a name"));
+    let mut rows = vec![(TEACHER, "ddim", &teacher_steps)];
+    for model in [UNDISTILLED, UNDISTILLED_GUIDED]
+        .into_iter()
+        .chain(students)
+    {
+        rows.extend(
+            samplers
+                .iter()
+                .map(|sampler| (model, sampler.as_str(), &steps)),
+        );
+    }
+    let mut asked = BTreeSet::new();
+    for (model, sampler, steps) in rows {
+        for step in steps {
+            asked.extend(
+                metrics
+                    .iter()
+                    .map(|m| format!("{model} {sampler} {step} {m}")),
+            );
+        }
+    }
+    asked
+}
+
+fn has_every_figure(run: &Run) {
+    let metrics = json(&run.output().join("report/metrics.json"));
+    let figures: Vec<Figure> = serde_json::from_value(metrics).expect("figures");
+    let name = |f: &Figure| format!("{} {} {} {}", f.model, f.sampler, f.steps, f.metric);
+    let found: BTreeSet<String> = figures.iter().map(name).collect();
+    assert_eq!(found, asked(&recipe(run)));
+    assert_eq!(found.len(), figures.len(), "no figure is there twice");
+    for figure in &figures {
+        assert!(figure.value.is_finite(), "{figure:?}");
+        if let Some((low, high)) = figure.interval {
+            assert!(
+                low.is_finite() && high.is_finite() && low <= high,
+                "{figure:?}"
+            );
+        }
+    }
+}
+
+fn has_its_report(run: &Run) {
+    let report = run.output().join("report");
+    let page = std::fs::read_to_string(report.join("report.html")).expect("a page");
+    let is_whole = page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>");
+    assert!(is_whole, "{page:.60}");
+    for stage in ["seg8", "seg4", "seg2"] {
+        assert!(page.contains(stage), "the page shows {stage}");
+        let grid = report.join(format!("grid-{stage}.png"));
+        let png = std::fs::read(&grid).unwrap_or_else(|e| panic!("{}: {e}", grid.display()));
+        assert!(
+            png.starts_with(b"\x89PNG\r\n"),
+            "{} is a picture",
+            grid.display()
+        );
+    }
+}
+
+/// Every file of a pipeline folder that other programs load, and the adapters.
+fn has_its_export(run: &Run) {
+    let export = run.output().join("export/seg2");
+    for file in [
+        "diffusers/README.md",
+        "diffusers/model_index.json",
+        "diffusers/scheduler/scheduler_config.json",
+        "diffusers/text_encoder/config.json",
+        "diffusers/text_encoder/model.safetensors",
+        "diffusers/tokenizer/merges.txt",
+        "diffusers/tokenizer/vocab.json",
+        "diffusers/unet/config.json",
+        "diffusers/unet/diffusion_pytorch_model.safetensors",
+        "diffusers/vae/config.json",
+        "diffusers/vae/diffusion_pytorch_model.safetensors",
+        "seg2-lora.safetensors",
+    ] {
+        let path = export.join(file);
+        let length = std::fs::metadata(&path).map(|meta| meta.len());
+        let length = length.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        assert!(length > 0, "{} is empty", path.display());
+    }
+    let index = json(&export.join("diffusers/model_index.json"));
+    assert_eq!(index["scheduler"][1], "LCMScheduler");
+}
+
+/// Runs the recipe in peace, checks all it leaves behind, and gives its bits.
+fn undisturbed() -> Made {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = tiny(&folder).with_json();
+    run.finish(PATIENCE).expect("it finishes");
+    run.no_orphans(PATIENCE).expect("all processes end");
+    has_every_figure(&run);
+    has_its_report(&run);
+    has_its_export(&run);
+    let summary = json(&run.output().join("report/summary.json"));
+    assert_eq!(run.result().expect("one JSON value"), summary);
+    assert_eq!(summary["name"], "tiny");
+    assert_eq!(summary["trajectory_rows"], 576);
+    run.made().expect("readable")
+}
+
+#[test]
+fn a_recipe_keeps_its_promises_and_kills_change_no_bit() {
+    let expected = undisturbed();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = tiny(&folder);
+    run.start().expect("starts");
+    // Each kill waits for something that the run writes long before its end, so that it meets work.
+    for (written, target) in [
+        ("trajectories", Target::Worker),
+        ("checkpoints/seg8", Target::Engine),
+        ("checkpoints/seg4", Target::Coordinator),
+        ("checkpoints/seg2", Target::All),
+    ] {
+        let path = run.output().join(written);
+        run.await_path(&path, PATIENCE).expect("the run gets there");
+        run.await_process(target, PATIENCE).expect("a process");
+        let killed = run.kill(target, 0).expect("killed");
+        assert!(killed > 0, "{target:?} lives after {written}");
+        if matches!(target, Target::Coordinator | Target::All) {
+            let status = run.wait(PATIENCE).expect("it is gone");
+            assert_eq!(status.code(), None, "it was killed: {}", run.log_tail());
+            run.no_orphans(PATIENCE).expect("it takes all along");
+            run.start().expect("the same command again");
+        }
+    }
+    run.finish(PATIENCE).expect("it finishes");
+    assert_eq!(run.made().expect("readable"), expected);
+    has_every_figure(&run);
+    has_its_report(&run);
+    has_its_export(&run);
+}
