@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 pub const TIME_BINS: usize = 10;
 
 /// What one optimizer step showed. Losses are means over the global batch; a bin without rows has none.
+///
+/// JSON has no word for NaN or infinity, so a number that is not finite is not there: see [`finite`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StepRecord {
@@ -15,14 +17,14 @@ pub struct StepRecord {
     pub generation: u64,
     /// Engines in the group.
     pub world: u32,
-    /// Mean loss.
-    pub loss: f64,
+    /// Mean loss; none where it was not finite.
+    pub loss: Option<f64>,
     /// Mean loss of the rows of each segment, noisiest last.
     pub loss_by_segment: Vec<Option<f64>>,
     /// Mean loss of the rows of each of [`TIME_BINS`] timestep bins, cleanest first.
     pub loss_by_time: Vec<Option<f64>>,
-    /// Global gradient norm before clipping.
-    pub grad_norm: f64,
+    /// Global gradient norm before clipping; none where it was not finite.
+    pub grad_norm: Option<f64>,
     /// Learning rate of the step.
     pub lr: f64,
     /// Whether a non-finite gradient made the step change nothing.
@@ -37,6 +39,11 @@ pub struct StepRecord {
     /// On a checkpoint's last step, the most memory that the engine which saves had since it joined the group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
+}
+
+/// `value`, unless it is NaN or infinite.
+pub fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
 }
 
 /// One line each, with a newline at the end.
@@ -89,10 +96,10 @@ mod tests {
             step,
             generation: 1,
             world: 2,
-            loss: 0.125,
+            loss: Some(0.125),
             loss_by_segment: vec![Some(0.25), None],
             loss_by_time: vec![None; TIME_BINS],
-            grad_norm: 1.5,
+            grad_norm: Some(1.5),
             lr: 1e-4,
             skipped: false,
             step_ms: 3.25,
@@ -107,6 +114,37 @@ mod tests {
         let records = vec![record(1), record(2)];
         let text = to_jsonl(&records);
         assert_eq!(from_jsonl(&text).expect("own lines"), records);
+    }
+
+    /// A step whose gradient was not finite once made every later checkpoint unreadable.
+    #[test]
+    fn a_skipped_step_is_read_as_it_was_written() {
+        let skipped = StepRecord {
+            loss: finite(f64::NAN),
+            loss_by_segment: vec![finite(f64::INFINITY), Some(0.5)],
+            grad_norm: finite(f64::INFINITY),
+            skipped: true,
+            ..record(2)
+        };
+        let records = vec![record(1), skipped, record(3)];
+        assert_eq!(from_jsonl(&to_jsonl(&records)).expect("own lines"), records);
+    }
+
+    /// Lines of runs from before, with numbers everywhere or with the nulls of a skipped step.
+    #[test]
+    fn older_lines_are_read() {
+        let line = |loss: &str| {
+            format!(
+                r#"{{"step":1,"generation":1,"world":2,"loss":{loss},"loss_by_segment":[{loss},null],"#
+            ) + &format!(
+                r#""loss_by_time":[],"grad_norm":{loss},"lr":0.1,"skipped":true,"step_ms":1.0,"wait_ms":0.0}}"#
+            )
+        };
+        for (written, read) in [("0.5", Some(0.5)), ("null", None)] {
+            let records = from_jsonl(line(written).as_bytes()).expect("an older line");
+            assert_eq!((records[0].loss, records[0].grad_norm), (read, read));
+            assert_eq!(records[0].loss_by_segment, [read, None]);
+        }
     }
 
     #[test]

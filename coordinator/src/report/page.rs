@@ -211,14 +211,10 @@ fn curves(stage: &StageCurves, html: &mut String) {
         .collect();
     let rate = |r: &StepRecord| (r.step_ms > 0.0).then(|| 1000.0 / r.step_ms);
     let charts = [
-        chart("Loss", vec![line("loss", &|r| Some(r.loss))], true),
+        chart("Loss", vec![line("loss", &|r| r.loss)], true),
         chart("Loss by segment (0 = cleanest)", by_segment, true),
         chart("Loss by timestep bin (0 = cleanest)", by_time, true),
-        chart(
-            "Gradient norm",
-            vec![line("norm", &|r| Some(r.grad_norm))],
-            true,
-        ),
+        chart("Gradient norm", vec![line("norm", &|r| r.grad_norm)], true),
         chart(
             "Throughput (steps per second)",
             vec![line("steps/s", &rate)],

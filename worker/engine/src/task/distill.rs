@@ -264,7 +264,7 @@ impl StageWork {
             phase,
             step: membership.base_step,
             total_steps: self.recipe.steps,
-            loss: self.curves.last().map_or(0.0, |record| record.loss),
+            loss: self.curves.iter().rev().find_map(|r| r.loss).unwrap_or(0.0),
             samples_per_second: 0.0,
             step_ms: 0.0,
         }));

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use distillery_common::checkpoint::{self, Dtype, Kind, StateSource, TensorSpec, Training};
-use distillery_common::curves::{StepRecord, to_jsonl};
+use distillery_common::curves::{StepRecord, finite, to_jsonl};
 use distillery_common::group::{CheckpointCommitted, Membership, Phase, Progress};
 use distillery_common::ids::Digest;
 use distillery_common::storage::Store;
@@ -168,33 +168,23 @@ impl<'a> Saver<'a> {
     }
 
     fn record(&mut self, report: &StepReport) -> StepRecord {
-        let step_time = self.stopwatch.lap();
-        let waited = self.rows.borrow_mut().take_waited();
         let millis = |time: Duration| time.as_secs_f64() * 1e3;
-        let some = |&(mean, count): &(f64, u64)| (count > 0).then_some(mean);
         StepRecord {
-            step: report.step + 1,
-            generation: self.place.membership.group.generation.0,
-            world: self.place.membership.world,
-            loss: report.loss,
-            loss_by_segment: report.loss_by_segment.iter().map(some).collect(),
-            loss_by_time: report.loss_by_time.iter().map(some).collect(),
-            grad_norm: report.grad_norm,
-            lr: report.rate,
-            skipped: report.skipped,
-            step_ms: millis(step_time),
-            wait_ms: millis(waited),
+            step_ms: millis(self.stopwatch.lap()),
+            wait_ms: millis(self.rows.borrow_mut().take_waited()),
             save_ms: self.stall.take().map(millis),
-            peak_bytes: None,
+            ..untimed(&self.place.membership, report)
         }
     }
 
     fn report_progress(&self, step: u64) {
         let recent = &self.curves[self.curves.len().saturating_sub(SHOWN_STEPS)..];
-        let mean = |of: &dyn Fn(&StepRecord) -> f64| {
-            recent.iter().map(of).sum::<f64>() / recent.len().max(1) as f64
+        let mean = |of: &dyn Fn(&StepRecord) -> Option<f64>| {
+            let values: Vec<f64> = recent.iter().filter_map(of).collect();
+            // Not a number where none of them is: that is what is shown then.
+            values.iter().sum::<f64>() / values.len() as f64
         };
-        let step_ms = mean(&|r| r.step_ms);
+        let step_ms = mean(&|r| Some(r.step_ms));
         let per_second = 1e3 / step_ms.max(1e-6);
         self.link.send(Event::GroupProgress(Progress {
             group: self.place.membership.group.clone(),
@@ -229,6 +219,26 @@ impl Sink for Saver<'_> {
         } else {
             Control::Continue
         })
+    }
+}
+
+/// The record of a step, without its times.
+fn untimed(membership: &Membership, report: &StepReport) -> StepRecord {
+    let bin = |&(mean, count): &(f64, u64)| (count > 0).then_some(mean).and_then(finite);
+    StepRecord {
+        step: report.step + 1,
+        generation: membership.group.generation.0,
+        world: membership.world,
+        loss: finite(report.loss),
+        loss_by_segment: report.loss_by_segment.iter().map(bin).collect(),
+        loss_by_time: report.loss_by_time.iter().map(bin).collect(),
+        grad_norm: finite(report.grad_norm),
+        lr: report.rate,
+        skipped: report.skipped,
+        step_ms: 0.0,
+        wait_ms: 0.0,
+        save_ms: None,
+        peak_bytes: None,
     }
 }
 
@@ -378,5 +388,62 @@ impl Ended {
     /// Whether it is marked.
     pub fn is_set(&self) -> bool {
         self.0.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use distillery_common::curves::from_jsonl;
+    use distillery_common::group::GroupId;
+    use distillery_common::ids::{Generation, Term};
+
+    use super::*;
+
+    fn membership() -> Membership {
+        Membership {
+            group: GroupId {
+                stage: "seg8".to_owned(),
+                generation: Generation(1),
+            },
+            rank: 0,
+            world: 1,
+            base_step: 0,
+            base_checkpoint: None,
+            parent_checkpoint: None,
+            term: Term(1),
+        }
+    }
+
+    /// A step of loss `loss`, skipped where that is not finite.
+    fn report(step: u64, loss: f64) -> StepReport {
+        StepReport {
+            step,
+            loss,
+            loss_by_segment: vec![(loss, 4), (0.0, 0)],
+            loss_by_time: vec![(0.5, 1), (loss, 3)],
+            grad_norm: loss,
+            rate: 1e-4,
+            skipped: !loss.is_finite(),
+        }
+    }
+
+    #[test]
+    fn curves_with_skipped_steps_can_be_resumed_from() {
+        let losses = [0.5, f64::NAN, 0.25, f64::INFINITY];
+        let curves: Vec<StepRecord> = std::iter::zip(0.., losses)
+            .map(|(step, loss)| untimed(&membership(), &report(step, loss)))
+            .collect();
+        let read = from_jsonl(&to_jsonl(&curves)).expect("a checkpoint reads its own curves");
+        assert_eq!(read, curves);
+        assert_eq!(read[0].loss_by_segment, [Some(0.5), None]);
+        assert_eq!((read[1].loss, read[1].grad_norm), (None, None));
+        assert_eq!(read[1].loss_by_time, [Some(0.5), None]);
+        let expected = Position {
+            step: 4,
+            applied: 2,
+            skipped: 2,
+            skipped_in_a_row: 1,
+        };
+        assert_eq!(position(&read), expected);
     }
 }
