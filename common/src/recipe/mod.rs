@@ -219,7 +219,7 @@ pub struct Optimizer {
     pub schedule: RateSchedule,
     /// Steps of linear warm-up.
     pub warmup: u64,
-    /// Consecutive steps with a non-finite gradient that are skipped before the stage is stopped.
+    /// Steps in a row that a non-finite gradient may cost; one more ends the stage, so 0 allows none.
     pub max_skipped: u32,
 }
 

@@ -92,7 +92,7 @@ pub(super) static OPTIMIZER: Section = Section {
             "max_skipped",
             Whole(0, 1_000_000),
             Yaml("10"),
-            "steps in a row that a non-finite gradient may cost",
+            "steps in a row that a non-finite gradient may cost; one more ends the stage",
         ),
     ],
 };

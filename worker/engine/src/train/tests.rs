@@ -312,10 +312,18 @@ impl Source for Poison {
     }
 }
 
-fn train_poisoned(poisoned: Vec<u64>) -> (Trainer, Vec<StepReport>, Result<(), Error>) {
+fn train_poisoned(
+    plan: &Plan,
+    poisoned: Vec<u64>,
+    from: Option<&snapshot::Snapshot>,
+    until: u64,
+) -> (Trainer, Vec<StepReport>, Result<(), Error>) {
     let student = Mlp::new(Kind::Float);
-    let mut trainer = Trainer::new(plan(None), student.parameters());
-    let mut recorder = Recorder::until(10);
+    let mut trainer = Trainer::new(plan.clone(), student.parameters());
+    if let Some(state) = from {
+        trainer.restore(state).unwrap();
+    }
+    let mut recorder = Recorder::until(until);
     let result = trainer.run(
         &objective(),
         &student,
@@ -329,7 +337,7 @@ fn train_poisoned(poisoned: Vec<u64>) -> (Trainer, Vec<StepReport>, Result<(), E
 
 #[test]
 fn steps_without_a_finite_gradient_are_skipped_and_counted() {
-    let (trainer, reports, result) = train_poisoned(vec![2, 3, 6]);
+    let (trainer, reports, result) = train_poisoned(&plan(None), vec![2, 3, 6], None, 10);
     result.unwrap();
     let skipped: Vec<u64> = reports
         .iter()
@@ -358,21 +366,44 @@ fn steps_without_a_finite_gradient_are_skipped_and_counted() {
     );
 }
 
+/// Going on from the state behind a skipped step is the same as not stopping there.
 #[test]
-fn too_many_skipped_steps_in_a_row_end_the_stage() {
-    let (trainer, _, result) = train_poisoned(vec![4, 5, 6]);
-    let error = result.unwrap_err();
-    assert!(
-        matches!(
-            error,
-            Error::Diverged {
-                step: 6,
-                in_a_row: 3
+fn a_skipped_step_does_not_keep_a_stage_from_being_resumed() {
+    let stage = plan(None);
+    let (first, reports, result) = train_poisoned(&stage, vec![2, 4], None, 5);
+    result.unwrap();
+    assert!(reports[4].skipped && !reports[4].grad_norm.is_finite());
+    let mut state = first.empty_snapshot();
+    first.snapshot(&mut state);
+    let (resumed, ..) = train_poisoned(&stage, vec![2, 4], Some(&state), 10);
+    let (whole, ..) = train_poisoned(&stage, vec![2, 4], None, 10);
+    let (mut a, mut b) = (resumed.empty_snapshot(), whole.empty_snapshot());
+    resumed.snapshot(&mut a);
+    whole.snapshot(&mut b);
+    assert_eq!(a, b);
+    assert_eq!((a.position.step, a.position.applied), (10, 8));
+}
+
+/// `max_skipped` steps in a row may be lost; the next one ends the stage.
+#[test]
+fn one_skipped_step_more_than_allowed_in_a_row_ends_the_stage() {
+    for (max_skipped, poisoned) in [(0, vec![4]), (1, vec![4, 5]), (3, vec![4, 5, 6, 7])] {
+        let mut stage = plan(None);
+        stage.optimizer.max_skipped = max_skipped;
+        let last = *poisoned.last().unwrap();
+        let (trainer, _, result) = train_poisoned(&stage, poisoned.clone(), None, 10);
+        match result.unwrap_err() {
+            Error::Diverged { step, in_a_row } => {
+                assert_eq!((step, in_a_row), (last, max_skipped + 1));
             }
-        ),
-        "{error}"
-    );
-    assert_eq!(trainer.position().applied, 4);
+            other => panic!("{other}"),
+        }
+        assert_eq!(trainer.position().applied, 4);
+        let allowed = poisoned[1..].to_vec();
+        let (trainer, _, result) = train_poisoned(&stage, allowed, None, 10);
+        result.unwrap();
+        assert_eq!(trainer.position().skipped, u64::from(max_skipped));
+    }
 }
 
 /// A group whose sums fail.

@@ -85,7 +85,7 @@ pub trait Sink {
 /// Why training ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Too many steps in a row had to be skipped.
+    /// More steps in a row than `max_skipped` had to be skipped.
     #[error(
         "the gradient was not finite in {in_a_row} steps in a row, the last of them step {step}; \
          a lower learning rate or f32 compute may help"
@@ -243,7 +243,7 @@ impl Trainer {
         self.position.skipped += 1;
         self.position.skipped_in_a_row += 1;
         let in_a_row = self.position.skipped_in_a_row;
-        if in_a_row >= self.plan.optimizer.max_skipped.max(1) {
+        if in_a_row > self.plan.optimizer.max_skipped {
             return Err(Error::Diverged { step, in_a_row });
         }
         Ok(())
