@@ -30,6 +30,21 @@ pub(super) fn silu(mut x: Tensor) -> Tensor {
     }
 }
 
+/// Whether an adapter may be added to its weight for this once: without gradients, and in f32 throughout, since a
+/// narrower format would round small adapters away beside large weights.
+fn may_fold(adapter: &Adapter, x: &Tensor) -> bool {
+    // A view of a trained tensor asks for a gradient, unless gradients are off.
+    let gradients = adapter.up.view_as(&adapter.up).requires_grad();
+    !gradients && x.kind() == Kind::Float
+}
+
+/// `W + scale B A` in f32: one small product here spares passes over all activations.
+fn folded(weight: &Tensor, adapter: &Adapter) -> Tensor {
+    let up = adapter.up.flatten(1, -1) * adapter.scale;
+    let delta = up.matmul(&adapter.down.flatten(1, -1));
+    plus(delta.view_as(weight), &weight.to_kind(Kind::Float))
+}
+
 /// `out + scale delta`, written over `out`: what a product was is not asked for by its gradient. The caller owes two
 /// fresh products that are no views.
 fn add_scaled(mut out: Tensor, mut delta: Tensor, scale: f64) -> Tensor {
@@ -63,12 +78,14 @@ impl Linear {
         let apply = |x: &Tensor| x.linear(&like(&self.weight, x), bias.as_ref());
         match self.adapter.as_ref().filter(|adapter| adapter.is_on()) {
             None => apply(x),
+            Some(adapter) if may_fold(adapter, x) => {
+                x.linear(&folded(&self.weight, adapter), bias.as_ref())
+            }
             Some(adapter) => {
                 // As a matrix: with more sides, `W x` would be a view, on which gradients make writing dear.
                 let rows = x.flatten(0, -2);
-                let inner = rows.linear(&like(&adapter.down, x), None::<&Tensor>);
-                let delta = inner.linear(&like(&adapter.up, x), None::<&Tensor>);
-                let out = add_scaled(apply(&rows), delta, adapter.scale);
+                let inner = rows.linear(&like(&adapter.down, x), None::<&Tensor>) * adapter.scale;
+                let out = apply(&rows).addmm_(&inner, &like(&adapter.up, x).tr());
                 let mut shape = x.size();
                 shape.pop();
                 shape.push(-1);
@@ -112,10 +129,14 @@ impl Conv2d {
     /// `[B, in, H, W]` to `[B, out, H', W']`.
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
         let bias = like(&self.bias, x);
-        let out = self.convolve(x, &self.weight, Some(&bias));
+        let apply = |x: &Tensor| self.convolve(x, &self.weight, Some(&bias));
         match self.adapter.as_ref().filter(|adapter| adapter.is_on()) {
-            None => out,
+            None => apply(x),
+            Some(adapter) if may_fold(adapter, x) => {
+                self.convolve(x, &folded(&self.weight, adapter), Some(&bias))
+            }
             Some(adapter) => {
+                let out = apply(x);
                 let inner = self.convolve(x, &adapter.down, None);
                 let up = like(&adapter.up, x);
                 let delta = inner.conv2d(&up, None::<&Tensor>, [1, 1], [0, 0], [1, 1], 1);
