@@ -67,11 +67,16 @@ pub enum Created {
 impl Store {
     /// Opens the store that `uri` names: a path, `file://`, `memory://name`, `s3://`, `gs://` or `az://`.
     ///
-    /// A folder on disk is made, readable by its owner alone. Cloud credentials come from the environment
-    /// (`AWS_*`, `GOOGLE_*`, `AZURE_*`), never from the URI. `memory://name` is one store for the whole
-    /// process, so that two parts of a test can meet there. No request is made yet.
+    /// A folder on disk must be there. Cloud credentials come from the environment (`AWS_*`, `GOOGLE_*`,
+    /// `AZURE_*`), never from the URI. `memory://name` is one store for the whole process, so that two parts of a
+    /// test can meet there. No request is made yet.
     pub fn open(uri: &str) -> Result<Self, Error> {
-        open::open(uri)
+        open::open(uri, open::Missing::Refuse)
+    }
+
+    /// As [`Store::open`], but a folder on disk that is not there is made, readable by its owner alone.
+    pub fn open_or_create(uri: &str) -> Result<Self, Error> {
+        open::open(uri, open::Missing::Make)
     }
 
     /// A store in memory that nobody else sees.
@@ -247,24 +252,6 @@ impl Store {
             .collect();
         entries.sort();
         Ok(entries)
-    }
-
-    /// The names of the folders directly below `prefix`, sorted.
-    pub async fn list_folders(&self, prefix: &Prefix) -> Result<Vec<String>, Error> {
-        let path = prefix.to_path();
-        let found = self
-            .retry(Operation::List, prefix.as_str(), || async {
-                let listing = self.inner.list_with_delimiter(Some(&path)).await;
-                or_empty(listing.map(|listing| listing.common_prefixes))
-            })
-            .await?;
-        let mut names: Vec<String> = found
-            .iter()
-            .filter_map(|path| path.filename().map(str::to_owned))
-            .filter(|name| layout::is_segment(name))
-            .collect();
-        names.sort();
-        Ok(names)
     }
 
     /// Removes an object; one that is not there is removed already.

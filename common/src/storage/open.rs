@@ -29,10 +29,17 @@ const RETRY_TIMEOUT: Duration = Duration::from_secs(120);
 /// store to every part of the process, as a path does, and nothing else could carry it between them.
 static NAMED_MEMORY: Mutex<BTreeMap<String, Arc<InMemory>>> = Mutex::new(BTreeMap::new());
 
+/// What becomes of a folder that is not there.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Missing {
+    Make,
+    Refuse,
+}
+
 /// Opens the store that `uri` names.
-pub(super) fn open(uri: &str) -> Result<Store, Error> {
+pub(super) fn open(uri: &str, missing: Missing) -> Result<Store, Error> {
     let Some((scheme, rest)) = uri.split_once("://") else {
-        return open_folder(Path::new(uri), uri);
+        return open_folder(Path::new(uri), uri, missing);
     };
     match scheme {
         "file" => {
@@ -43,7 +50,7 @@ pub(super) fn open(uri: &str) -> Result<Store, Error> {
                     "a file URI has three slashes and no host, as in file:///data/run",
                 )
             })?;
-            open_folder(&path, uri)
+            open_folder(&path, uri, missing)
         }
         "memory" => open_memory(uri, rest),
         "s3" | "s3a" | "gs" | "az" | "adl" | "azure" | "abfs" | "abfss" => open_cloud(uri, scheme),
@@ -65,13 +72,17 @@ pub(super) fn nonce() -> String {
     )
 }
 
-fn open_folder(path: &Path, uri: &str) -> Result<Store, Error> {
+fn open_folder(path: &Path, uri: &str, missing: Missing) -> Result<Store, Error> {
     if path.as_os_str().is_empty() {
         return Err(bad(uri, "it is empty; write a path or a URI"));
     }
     let failed = |error: std::io::Error| bad(uri, &format!("{}: {error}", path.display()));
     let absolute = std::path::absolute(path).map_err(failed)?;
-    private_folder(&absolute).map_err(failed)?;
+    match missing {
+        Missing::Make => private_folder(&absolute).map_err(failed)?,
+        Missing::Refuse if absolute.is_dir() => {}
+        Missing::Refuse => return Err(bad(uri, "there is no such folder")),
+    }
     let folder = absolute.canonicalize().map_err(failed)?;
     let store = LocalFileSystem::new_with_prefix(&folder)
         .map_err(|error| bad(uri, &error.to_string()))?
@@ -262,7 +273,10 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let parent = tempfile::tempdir().expect("a temporary folder");
         let path = parent.path().join("runs/one");
-        let store = Store::open(&path.display().to_string()).expect("the folder can be made");
+        let uri = path.display().to_string();
+        assert!(refusal(&uri).contains("no such folder"), "{}", refusal(&uri));
+        assert!(!parent.path().join("runs").exists(), "looking makes nothing");
+        let store = Store::open_or_create(&uri).expect("the folder can be made");
         assert!(store.uri().starts_with("file:///"), "{}", store.uri());
         let mode = std::fs::metadata(&path)
             .expect("it was made")

@@ -32,6 +32,7 @@ impl Access {
     ) -> anyhow::Result<Self> {
         let run_id = record.run_id.to_string();
         let folder = state_folder(store, &run_id)?;
+        make_private(&folder)?;
         let token = match given {
             Some(secret) => Token::parse(secret.reveal()).context("cluster.token")?,
             None => match std::env::var(TOKEN_VARIABLE) {
@@ -44,6 +45,23 @@ impl Access {
             token,
             folder,
         })
+    }
+
+    /// What the environment or the folder beside the run holds already, for whoever only looks; makes nothing.
+    pub fn find(store: &Store, record: &RunRecord) -> anyhow::Result<Option<Self>> {
+        let run_id = record.run_id.to_string();
+        let folder = state_folder(store, &run_id)?;
+        let kept = folder.join("token");
+        let token = match std::env::var(TOKEN_VARIABLE) {
+            Ok(text) => Token::parse(&text).context(TOKEN_VARIABLE)?,
+            Err(_) if kept.exists() => Token::load(&kept)?,
+            Err(_) => return Ok(None),
+        };
+        Ok(Some(Self {
+            run_id,
+            token,
+            folder,
+        }))
     }
 
     /// What admits to the run.
@@ -83,16 +101,18 @@ impl Access {
 
 /// Beside a run on disk; in the user's state folder for others.
 fn state_folder(store: &Store, run_id: &str) -> anyhow::Result<PathBuf> {
-    let folder = match store.local_file(&layout::run_record()) {
+    Ok(match store.local_file(&layout::run_record()) {
         Some(record) => record.parent().map(Path::to_path_buf).unwrap_or_default(),
         None => user_state_folder()?.join(run_id),
-    };
+    })
+}
+
+fn make_private(folder: &Path) -> anyhow::Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(&folder)
-        .with_context(|| format!("{} cannot be made", folder.display()))?;
-    Ok(folder)
+        .create(folder)
+        .with_context(|| format!("{} cannot be made", folder.display()))
 }
 
 fn user_state_folder() -> anyhow::Result<PathBuf> {

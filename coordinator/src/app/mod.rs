@@ -55,7 +55,7 @@ pub struct Config {
 
 /// Runs `recipe` until it ends or is stopped.
 pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result<ExitCode> {
-    let store = Store::open(&recipe.output)?;
+    let store = Store::open_or_create(&recipe.output)?;
     let prepared = prepare(&recipe, &store, &config.engine).await?;
     let access = Access::of_run(&store, &prepared.record, recipe.cluster.token.as_ref())?;
     let history = journal::read(&store).await?;

@@ -38,10 +38,9 @@ async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCod
         .recipe
         .pointer("/cluster/tls")
         .is_none_or(|tls| tls != "off" && tls != false);
-    let access = Access::of_run(&store, &record, None)?;
-    let client = match durable.endpoint.as_str() {
-        "" => None,
-        endpoint => Client::find(&access.join(endpoint, tls)?).await,
+    let client = match (Access::find(&store, &record)?, durable.endpoint.as_str()) {
+        (None, _) | (_, "") => None,
+        (Some(access), endpoint) => Client::find(&access.join(endpoint, tls)?).await,
     };
     match client {
         Some(mut client) => live(&client.status().await?, context)?,

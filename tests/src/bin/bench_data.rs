@@ -111,7 +111,7 @@ fn at_most(name: &'static str, value: f64, goal: f64, floor: f64) -> Figure {
 
 async fn bench() -> Result<ExitCode> {
     let place = tempfile::tempdir().context("a temporary folder")?;
-    let store = Store::open(&place.path().join("run").display().to_string())?;
+    let store = Store::open_or_create(&place.path().join("run").display().to_string())?;
     let set = Set::new();
     let write = write_ratio(&store, &set, place.path()).await?;
     let manifest = set.seal(&store).await?;

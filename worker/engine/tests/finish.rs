@@ -21,7 +21,7 @@ use distillery_common::recipe::{self, Recipe, StudentKind};
 use distillery_common::security::GroupSecret;
 use distillery_common::seed::{Purpose, normal};
 use distillery_common::storage::layout::{self, PromptList};
-use distillery_common::storage::{Store, get_verified};
+use distillery_common::storage::{Store, get_verified, verify};
 use distillery_common::task::{Lease, TaskId};
 use distillery_common::teacher::Folder;
 use distillery_engine::device;
@@ -74,7 +74,7 @@ impl Run {
     }
 
     fn store(&self) -> Store {
-        Store::open(&self.uri()).expect("a folder on disk")
+        Store::open_or_create(&self.uri()).expect("a folder on disk")
     }
 
     fn teacher(&self) -> Folder {
@@ -210,10 +210,11 @@ impl Run {
         assert_eq!(request.key, layout::commit(&folder));
         let commit = TaskCommit::from_bytes(&folder, &request.body).expect("all files lie below");
         bench.io.wait(async {
-            commit
-                .verify_files(&bench.store)
-                .await
-                .expect("files come before their COMMIT");
+            for file in &commit.files {
+                verify(&bench.store, file)
+                    .await
+                    .expect("files come before their COMMIT");
+            }
             bench
                 .store
                 .create(&request.key, request.body)
