@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use distillery_common::teacher::Folder;
+use distillery_common::teacher::scorer::Rules;
+use distillery_common::teacher::{Error, Folder};
 use serde_json::{Value, json};
 
 /// A sound pipeline, copied where it can be broken.
@@ -88,7 +89,12 @@ impl Broken {
     /// Asserts that the folder is refused in words that contain all of `parts`.
     #[track_caller]
     fn check(self, parts: &[&str]) {
-        let error = Folder::open(self.folder.path(), self.variant).expect_err("it is broken");
+        self.refused(Folder::open(self.folder.path(), self.variant), parts);
+    }
+
+    #[track_caller]
+    fn refused<T: std::fmt::Debug>(&self, outcome: Result<T, Error>, parts: &[&str]) {
+        let error = outcome.expect_err("it is broken");
         let mut text = error.to_string();
         if let Some(source) = std::error::Error::source(&error) {
             text = format!("{text}: {source}");
@@ -458,6 +464,92 @@ fn a_tokenizer_that_is_missing() {
         .check(&["tokenizer_2", "tokenizer.json", "merges.txt"]);
 }
 
+/// The tables of a tokenizer were once read by the engine alone, in the middle of a run.
+#[test]
+fn a_tokenizer_whose_tables_cannot_be_read() {
+    let whole = "tokenizer/tokenizer.json";
+    Broken::new("sd15")
+        .write(whole, b"{\"model\": ")
+        .check(&[whole, "not valid JSON"]);
+    Broken::new("sd15")
+        .edit(whole, |json| json["model"]["type"] = json!("WordPiece"))
+        .check(&[whole, "not CLIP's"]);
+    Broken::new("sd15")
+        .edit(whole, |json| json["model"]["merges"][3] = json!("cat"))
+        .check(&[whole, "\"cat\"", "no pair"]);
+    let vocabulary = "tokenizer_2/vocab.json";
+    Broken::new("sdxl")
+        .write(vocabulary, b"<html>")
+        .check(&[vocabulary, "not valid JSON"]);
+    Broken::new("sdxl")
+        .set(vocabulary, "the</w>", json!("twelve"))
+        .check(&[vocabulary, "the</w>", "no whole number"]);
+    let merges = "tokenizer_2/merges.txt";
+    Broken::new("sdxl")
+        .write(merges, b"#version: 0.2\nt h\nquick\n")
+        .check(&[merges, "\"quick\"", "no pair"]);
+    Broken::new("sdxl")
+        .write(merges, b"\xff\xfe\n")
+        .check(&[merges, "UTF-8"]);
+}
+
+#[test]
+fn a_tokenizer_that_does_not_fit_its_encoder() {
+    Broken::new("sdxl")
+        .edit("tokenizer/vocab.json", |json| {
+            let map = json.as_object_mut().expect("an object");
+            map.shift_remove("<|endoftext|>").expect("it is there");
+        })
+        .check(&["tokenizer", "end token", "<|endoftext|>"]);
+    Broken::new("sdxl")
+        .set("tokenizer/vocab.json", "the</w>", json!(533))
+        .check(&["tokenizer", "the</w>", "533"]);
+    Broken::new("sdxl")
+        .set(
+            "tokenizer/tokenizer_config.json",
+            "model_max_length",
+            json!(1),
+        )
+        .check(&["tokenizer", "model_max_length"]);
+}
+
+#[test]
+fn a_scorer_that_is_none() {
+    let file = "scorer/scorer.json";
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/teachers/scenes");
+    Rules::open(&bundled).expect("the bundled scorer is one");
+    let broken = Broken::new("sd15");
+    let refused = |parts: &[&str]| broken.refused(Rules::open(broken.folder.path()), parts);
+    refused(&[file, "cannot read"]);
+    fs::create_dir(broken.path("scorer")).expect("made");
+    for (text, problem) in [
+        ("{", "not readable"),
+        (r#"{"format": "another", "version": 1}"#, "another"),
+        (
+            r#"{"format": "distillery-scene-scorer", "version": 1}"#,
+            "not readable",
+        ),
+    ] {
+        fs::write(broken.path(file), text).expect("written");
+        refused(&[file, "prompt_adherence", problem]);
+    }
+    Folder::open(broken.folder.path(), None).expect("who does not ask for it may go on");
+}
+
+#[test]
+fn adapter_targets_that_name_nothing() {
+    let sound = Broken::new("sd15");
+    let folder = Folder::open(sound.folder.path(), None).expect("sound");
+    let targets = |names: &[&str]| -> Vec<String> { names.iter().map(|&n| n.to_owned()).collect() };
+    let known = targets(&["to_q", "to_out.0", "ff.net.2", "conv_shortcut"]);
+    folder.check_targets(&known).expect("all of them are there");
+    let unknown = folder.check_targets(&targets(&["to_q", "q_proj"]));
+    sound.refused(
+        unknown,
+        &["unet", "\"q_proj\"", "student.targets", "to_q", "conv1"],
+    );
+}
+
 #[test]
 fn schedules_that_cannot_be() {
     let file = "scheduler/scheduler_config.json";
@@ -473,6 +565,43 @@ fn schedules_that_cannot_be() {
         Broken::new("sd15")
             .set(file, key, value)
             .check(&[file, key]);
+    }
+}
+
+/// Everything is laid out for 1000 times; a teacher of 500 was once computed as if it had them.
+#[test]
+fn a_schedule_of_another_number_of_training_times() {
+    let file = "scheduler/scheduler_config.json";
+    for count in [500, 4000] {
+        Broken::new("sd15")
+            .set(file, "num_train_timesteps", json!(count))
+            .check(&[file, "num_train_timesteps", &count.to_string(), "1000"]);
+    }
+}
+
+#[test]
+fn epsilon_where_nothing_of_the_data_is_left() {
+    let file = "scheduler/scheduler_config.json";
+    let broken = Broken::new("sd15").set(file, "rescale_betas_zero_snr", json!(true));
+    let sound = Broken::new("sd15")
+        .set(file, "rescale_betas_zero_snr", json!(true))
+        .set(file, "prediction_type", json!("v_prediction"));
+    broken.check(&[file, "rescale_betas_zero_snr", "epsilon", "v_prediction"]);
+    Folder::open(sound.folder.path(), None).expect("v says enough");
+}
+
+#[test]
+fn ids_of_special_tokens_that_the_encoder_has_not() {
+    let file = "text_encoder/config.json";
+    for key in ["eos_token_id", "bos_token_id"] {
+        for id in [533, -1] {
+            Broken::new("sd15").set(file, key, json!(id)).check(&[
+                file,
+                key,
+                &id.to_string(),
+                "533",
+            ]);
+        }
     }
 }
 

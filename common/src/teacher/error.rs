@@ -39,6 +39,17 @@ pub enum Error {
         /// What is wrong and what would be right.
         problem: String,
     },
+    /// The scorer cannot be used.
+    #[error(
+        "{} cannot be used; leave prompt_adherence out of evaluate.metrics, or mend the scorer",
+        path.display()
+    )]
+    Scorer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: super::scorer::Error,
+    },
     /// A tensor is missing, unexpected, of the wrong shape or of the wrong format.
     #[error("{}: tensor {tensor:?} {problem}", path.display())]
     Tensor {

@@ -2,7 +2,7 @@
 //!
 //! The names are the ones diffusers and transformers write; text encoders without the `text_model.` prefix.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Level, TextConfig, UnetConfig, VaeConfig};
 
@@ -35,6 +35,22 @@ pub fn adapter_modules(shapes: &Shapes, targets: &[String]) -> Shapes {
         .filter(|(path, _)| is_target(path))
         .map(|(path, shape)| (path.to_owned(), shape.clone()))
         .collect()
+}
+
+/// The short names of the modules that can have an adapter: the end of a path, from its last word on.
+pub fn adapter_targets(shapes: &Shapes) -> Vec<String> {
+    let is_word = |part: &str| part.parse::<u32>().is_err();
+    let end_of = |path: &str| {
+        let parts: Vec<&str> = path.split('.').collect();
+        let from = parts.iter().rposition(|part| is_word(part)).unwrap_or(0);
+        parts[from..].join(".")
+    };
+    let ends: BTreeSet<String> = shapes
+        .iter()
+        .filter(|(_, shape)| shape.len() == 2 || shape.len() == 4)
+        .filter_map(|(name, _)| Some(end_of(name.strip_suffix(".weight")?)))
+        .collect();
+    ends.into_iter().collect()
 }
 
 /// Parameters of adapters of width `lora_rank` beside `modules`.

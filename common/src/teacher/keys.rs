@@ -12,6 +12,25 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Largest width, count or side a configuration may name; keeps every product within an i64.
 const MAX_DIMENSION: i64 = 1 << 20;
 
+/// The bytes of a configuration or tokenizer file.
+pub(super) fn read_bytes(path: &Path) -> Result<Vec<u8>, Error> {
+    let io = |source| Error::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() {
+        return Err(Error::file(path, "is not a regular file"));
+    }
+    if metadata.len() > MAX_JSON_BYTES {
+        return Err(Error::file(
+            path,
+            format!("has {} bytes, too many for a configuration", metadata.len()),
+        ));
+    }
+    std::fs::read(path).map_err(io)
+}
+
 /// A JSON object and the file it came from.
 #[derive(Debug)]
 pub(super) struct Keys {
@@ -22,21 +41,7 @@ pub(super) struct Keys {
 impl Keys {
     /// Reads the JSON object in `path`.
     pub(super) fn read(path: &Path) -> Result<Self, Error> {
-        let io = |source| Error::Io {
-            path: path.to_owned(),
-            source,
-        };
-        let metadata = std::fs::metadata(path).map_err(io)?;
-        if !metadata.is_file() {
-            return Err(Error::file(path, "is not a regular file"));
-        }
-        if metadata.len() > MAX_JSON_BYTES {
-            return Err(Error::file(
-                path,
-                format!("has {} bytes, too many for a configuration", metadata.len()),
-            ));
-        }
-        let bytes = std::fs::read(path).map_err(io)?;
+        let bytes = read_bytes(path)?;
         let value = serde_json::from_slice(&bytes).map_err(|source| Error::Json {
             path: path.to_owned(),
             source,
@@ -52,6 +57,11 @@ impl Keys {
 
     pub(super) fn wrong(&self, key: &str, problem: impl Into<String>) -> Error {
         Error::key(&self.path, key, problem)
+    }
+
+    /// All keys with their values.
+    pub(super) fn map(&self) -> &Map<String, Value> {
+        &self.map
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {

@@ -11,9 +11,11 @@ mod expected;
 mod header;
 mod keys;
 mod schedule;
+pub mod scorer;
 mod text;
 mod unet;
 mod vae;
+mod vocabulary;
 mod weights;
 
 use std::path::{Path, PathBuf};
@@ -21,14 +23,15 @@ use std::path::{Path, PathBuf};
 pub use digest::{digest_of_file, digest_of_list};
 pub use error::Error;
 pub use expected::{
-    Shapes, adapter_modules, adapter_parameter_count, parameter_count, text_tensors, unet_tensors,
-    vae_tensors,
+    Shapes, adapter_modules, adapter_parameter_count, adapter_targets, parameter_count,
+    text_tensors, unet_tensors, vae_tensors,
 };
 pub use header::{Entry, StoredDtype, read_header};
 pub use schedule::{BetaSchedule, Prediction, ScheduleConfig, Spacing};
 pub use text::{Activation, TextConfig};
 pub use unet::{Level, TextTime, UnetConfig};
 pub use vae::{MeanStd, VaeConfig};
+pub use vocabulary::{Vocabulary, WORD_END};
 pub use weights::Weights;
 
 use keys::Keys;
@@ -135,6 +138,24 @@ impl Folder {
     /// Side of a picture at the default size, in pixels.
     pub fn image_side(&self) -> i64 {
         self.unet.config.sample_size * self.vae.config.factor()
+    }
+
+    /// Complains unless each of the adapter targets names a module of the denoiser.
+    ///
+    /// # Errors
+    /// Names the first that does not, and what there is.
+    pub fn check_targets(&self, targets: &[String]) -> Result<(), Error> {
+        let shapes = unet_tensors(&self.unet.config);
+        let is_known =
+            |target: &&String| !adapter_modules(&shapes, std::slice::from_ref(*target)).is_empty();
+        let Some(target) = targets.iter().find(|target| !is_known(target)) else {
+            return Ok(());
+        };
+        let problem = format!(
+            "has no module that {target:?} of student.targets names; there are {}",
+            adapter_targets(&shapes).join(", ")
+        );
+        Err(Error::file(&self.path.join("unet"), problem))
     }
 
     /// Complains where components do not fit each other.
@@ -303,6 +324,7 @@ fn text(
             "has neither tokenizer.json nor vocab.json with merges.txt",
         ));
     }
+    Vocabulary::open(&tokenizer, config.positions as usize, config.vocabulary)?;
     Ok(TextComponent {
         encoder: Component { config, weights },
         tokenizer,

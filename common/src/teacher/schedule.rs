@@ -2,6 +2,9 @@
 
 use super::{Error, keys::Keys};
 
+/// Number of training times that trajectories, segments and bins of time are laid out for.
+const TRAIN_TIMESTEPS: i64 = 1000;
+
 /// Shape of beta over time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BetaSchedule {
@@ -108,6 +111,19 @@ impl ScheduleConfig {
     }
 
     fn check(&self, keys: &Keys) -> Result<(), Error> {
+        if self.train_timesteps != TRAIN_TIMESTEPS {
+            let problem = format!(
+                "is {}; only schedules of {TRAIN_TIMESTEPS} training times are supported: choose a teacher that \
+                 was trained with them",
+                self.train_timesteps
+            );
+            return Err(keys.wrong("num_train_timesteps", problem));
+        }
+        if self.zero_snr && self.prediction == Prediction::Epsilon {
+            let problem = "is true, but at the last time, where nothing of the data is left, a network with \
+                           prediction_type epsilon says nothing about it; such teachers have v_prediction or sample";
+            return Err(keys.wrong("rescale_betas_zero_snr", problem));
+        }
         let inside = |beta: f64| beta > 0.0 && beta < 1.0;
         if let Some(betas) = &self.trained_betas {
             if betas.len() as i64 != self.train_timesteps {

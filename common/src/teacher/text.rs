@@ -78,6 +78,18 @@ impl TextConfig {
             eos_token_id: keys.integer("eos_token_id", 49407)?,
             projection,
         };
+        let stated = |key: &str| keys.get(key).map(|_| keys.integer(key, 0)).transpose();
+        for (key, id) in [
+            ("eos_token_id", Some(config.eos_token_id)),
+            ("bos_token_id", stated("bos_token_id")?),
+        ] {
+            if let Some(id) = id
+                && !(0..config.vocabulary).contains(&id)
+            {
+                let problem = format!("is {id}, but vocab_size is {}", config.vocabulary);
+                return Err(keys.wrong(key, problem));
+            }
+        }
         if config.width % config.heads != 0 {
             return Err(keys.wrong(
                 "num_attention_heads",

@@ -33,7 +33,7 @@ use crate::scheduler::{Durable, Event, Machine, Outcome, Record, Timings};
 use crate::service::{self, client::Client};
 
 pub use access::Access;
-pub use prepare::{Prepared, Refused, facts, prepare};
+pub use prepare::{Prepared, Refused, facts, open_teacher, prepare};
 
 /// Exit code of a run that can be resumed by the same command.
 const TRY_AGAIN: u8 = 75;

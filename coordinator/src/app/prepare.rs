@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use serde_json::Value;
 
 use distillery_common::ids::Digest;
-use distillery_common::recipe::{Dtype, Recipe, TrajectoryMode};
+use distillery_common::recipe::{Dtype, Metric, Recipe, StudentKind, TrajectoryMode};
 use distillery_common::run::{
     self, DatasetParts, PromptDigest, RunRecord, Software, dataset_store,
 };
@@ -51,6 +51,21 @@ pub struct Refused {
     pub differences: Vec<String>,
 }
 
+/// Opens the teacher and checks all that the recipe asks of it, before any device is touched.
+pub fn open_teacher(recipe: &Recipe) -> Result<Folder, teacher::Error> {
+    let folder = Folder::open(&recipe.teacher.model, recipe.teacher.variant.as_deref())?;
+    for stage in &recipe.stages {
+        if let StudentKind::Lora { targets, .. } = &stage.student.kind {
+            folder.check_targets(targets)?;
+        }
+    }
+    let metrics = recipe.evaluate.as_ref().map(|e| &e.metrics);
+    if metrics.is_some_and(|metrics| metrics.contains(&Metric::PromptAdherence)) {
+        teacher::scorer::Rules::open(&folder.path)?;
+    }
+    Ok(folder)
+}
+
 /// What the plan needs to know about the teacher.
 pub fn facts(folder: &Folder) -> Facts {
     let elements: i64 = folder.latent_shape().iter().product();
@@ -63,7 +78,7 @@ pub fn facts(folder: &Folder) -> Facts {
 
 /// Reads what the recipe names, and makes or finds the run record.
 pub async fn prepare(recipe: &Recipe, store: &Store, engine: &Path) -> anyhow::Result<Prepared> {
-    let folder = Folder::open(&recipe.teacher.model, recipe.teacher.variant.as_deref())?;
+    let folder = open_teacher(recipe)?;
     for warning in &folder.warnings {
         tracing::warn!("{warning}");
     }
@@ -339,5 +354,18 @@ mod tests {
                 "  gone: was 1, now is null",
             ]
         );
+    }
+
+    /// An engine once found this out, after all trajectories were made.
+    #[test]
+    fn adapters_beside_nothing_are_refused_before_anything_is_started() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.yaml");
+        let with_target = |target: &str| {
+            let student = format!("student={{kind: lora, lora_rank: 4, targets: [{target}]}}");
+            distillery_common::recipe::load(&file, &[student]).expect("the recipe is sound")
+        };
+        open_teacher(&with_target("to_q")).expect("the teacher has it");
+        let error = open_teacher(&with_target("q_proj")).expect_err("the teacher has it not");
+        assert!(error.to_string().contains("q_proj"), "{error}");
     }
 }

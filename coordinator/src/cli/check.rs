@@ -3,14 +3,12 @@
 use std::process::ExitCode;
 
 use super::{Context, RecipeArguments};
+use crate::app;
 use crate::console;
 
 pub(super) fn run(arguments: &RecipeArguments, context: Context) -> anyhow::Result<ExitCode> {
     let recipe = super::load(arguments)?;
-    distillery_common::teacher::Folder::open(
-        &recipe.teacher.model,
-        recipe.teacher.variant.as_deref(),
-    )?;
+    app::open_teacher(&recipe)?;
     if context.json {
         console::result(serde_json::json!({"faults": []}))?;
     } else {

@@ -12,10 +12,7 @@ use crate::plan::{Plan, Stage, Work, build};
 
 pub(super) fn run(arguments: &RecipeArguments, context: Context) -> anyhow::Result<ExitCode> {
     let recipe = super::load(arguments)?;
-    let folder = distillery_common::teacher::Folder::open(
-        &recipe.teacher.model,
-        recipe.teacher.variant.as_deref(),
-    )?;
+    let folder = app::open_teacher(&recipe)?;
     let plan = build(&recipe, &app::facts(&folder));
     if context.json {
         console::result(to_json(&plan))?;

@@ -5,21 +5,18 @@ use std::path::Path;
 use distillery_common::teacher::{Component, Folder, ScheduleConfig, TextComponent, TextConfig};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::{TextEncoder, Tokenizer, Unet, Vae, tokenizer, weights};
+use super::{TextEncoder, Tokenizer, Unet, Vae, weights};
 use crate::diffusion::denoiser::Conditioning;
 
 /// Why a teacher cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its folder is not sound.
+    /// Its folder or a tokenizer in it is not sound.
     #[error(transparent)]
     Folder(#[from] distillery_common::teacher::Error),
     /// Its weights cannot be read.
     #[error(transparent)]
     Weights(#[from] weights::Error),
-    /// Its tokenizer cannot be read.
-    #[error(transparent)]
-    Tokenizer(#[from] tokenizer::Error),
 }
 
 /// A text encoder and its tokenizer.
@@ -52,7 +49,7 @@ impl Text {
 fn tokenizer(
     component: &TextComponent,
     config: &TextConfig,
-) -> Result<Tokenizer, tokenizer::Error> {
+) -> Result<Tokenizer, distillery_common::teacher::Error> {
     Tokenizer::open(
         &component.tokenizer,
         config.positions as usize,

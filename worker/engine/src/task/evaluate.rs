@@ -30,9 +30,6 @@ use crate::workbench::Workbench;
 /// Latents by name.
 type Tensors = BTreeMap<String, Tensor>;
 
-/// Place of the scorer in a teacher's folder.
-const SCORER: &str = "scorer/scorer.json";
-
 /// Judges the model that `lease` names, and gives the request that makes its figures count; none when the worker
 /// took the lease back in between.
 pub fn judge(bench: &mut Workbench, lease: &Lease) -> Result<Option<CommitRequest>, Fault> {
@@ -340,15 +337,7 @@ fn rules(bench: &Workbench, evaluate: &Evaluate) -> Result<Option<Rules>, Fault>
     if !evaluate.metrics.contains(&Metric::PromptAdherence) {
         return Ok(None);
     }
-    let path = bench.recipe.teacher.model.join(SCORER);
-    let text = std::fs::read(&path).map_err(|error| {
-        Fault::config(format!(
-            "cannot read {}: {error}; without a scorer in the teacher's folder leave prompt_adherence out of \
-             evaluate.metrics",
-            path.display()
-        ))
-    })?;
-    Rules::from_json(&text)
+    Rules::open(&bench.recipe.teacher.model)
         .or_fault(FailureClass::Config)
         .map(Some)
 }

@@ -1,6 +1,6 @@
 //! What a caption states (SPEC.md §1).
 
-use super::rules::Rules;
+use super::Rules;
 
 /// "two red discs": how many, of which colour, of which shape.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! The background of a picture: its family of tones and its pattern (SPEC.md §3).
 
-use super::rules::Rules;
+use super::Rules;
 use crate::evaluation::picture::Picture;
 
 /// What the background is.

@@ -7,11 +7,10 @@
 mod caption;
 mod ground;
 mod objects;
-mod rules;
 
 use caption::{Relation, Statement};
+pub use distillery_common::teacher::scorer::{Error, Rules};
 use objects::Object;
-pub use rules::{Error, Rules};
 
 use super::picture::Picture;
 

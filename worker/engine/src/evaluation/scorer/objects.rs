@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use super::rules::Rules;
+use super::Rules;
 use crate::evaluation::picture::Picture;
 
 /// One bright region.

@@ -1,7 +1,13 @@
-//! `scorer.json`, read and checked. The order of its objects decides between equals, so it is kept.
+//! `scorer/scorer.json`, read and checked. The order of its objects decides between equals, so it is kept.
+
+use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+
+/// Its place in a teacher's folder.
+const FILE: &str = "scorer/scorer.json";
 
 /// The format that this program implements.
 const FORMAT: &str = "distillery-scene-scorer";
@@ -41,66 +47,102 @@ pub enum Error {
 /// The rules, in the names of the file.
 #[derive(Debug, Clone)]
 pub struct Rules {
-    pub(super) size: (usize, usize),
-    pub(super) object_colours: Vec<(String, [i64; 3])>,
-    pub(super) families: Vec<Family>,
-    pub(super) words: Words,
-    pub(super) object: ObjectRules,
-    pub(super) shape: ShapeRules,
-    pub(super) relation: RelationRules,
-    pub(super) background: BackgroundRules,
-    pub(super) pattern: PatternRules,
+    /// Width and height of the pictures.
+    pub size: (usize, usize),
+    /// Colours of objects by name, in the order of the file.
+    pub object_colours: Vec<(String, [i64; 3])>,
+    /// Families of background tones, in the order of the file.
+    pub families: Vec<Family>,
+    /// What words of a caption mean.
+    pub words: Words,
+    /// What counts as an object.
+    pub object: ObjectRules,
+    /// What tells shapes apart.
+    pub shape: ShapeRules,
+    /// What counts as a relation.
+    pub relation: RelationRules,
+    /// What counts as a background.
+    pub background: BackgroundRules,
+    /// What tells patterns apart.
+    pub pattern: PatternRules,
 }
 
 /// One family of background tones.
 #[derive(Debug, Clone)]
-pub(super) struct Family {
-    pub(super) name: String,
-    pub(super) dark: [i64; 3],
-    pub(super) light: [i64; 3],
+pub struct Family {
+    /// Its name.
+    pub name: String,
+    /// Its dark tone.
+    pub dark: [i64; 3],
+    /// Its light tone.
+    pub light: [i64; 3],
 }
 
+/// The words that captions are made of.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Words {
-    pub(super) count: std::collections::BTreeMap<String, u64>,
-    pub(super) colour: Table,
-    pub(super) shape: Table,
-    pub(super) relation: Table,
-    pub(super) background: Table,
-    pub(super) pattern: Table,
+pub struct Words {
+    /// Numbers by word.
+    pub count: BTreeMap<String, u64>,
+    /// Colours by word.
+    pub colour: Table,
+    /// Shapes by word.
+    pub shape: Table,
+    /// Relations by word: left or above.
+    pub relation: Table,
+    /// Families by word.
+    pub background: Table,
+    /// Patterns by word.
+    pub pattern: Table,
 }
 
-type Table = std::collections::BTreeMap<String, String>;
+/// Meanings by word.
+pub type Table = BTreeMap<String, String>;
 
+/// What counts as an object.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct ObjectRules {
-    pub(super) min_brightness: u8,
-    pub(super) min_area: usize,
+pub struct ObjectRules {
+    /// A pixel with a byte of at least this belongs to an object.
+    pub min_brightness: u8,
+    /// Pixels of the smallest object.
+    pub min_area: usize,
 }
 
+/// What tells shapes apart.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct ShapeRules {
-    pub(super) ring_min_empty: usize,
-    pub(super) bar_min_elongation: f64,
-    pub(super) triangle_min_asymmetry: f64,
-    pub(super) cross_min_spread: f64,
+pub struct ShapeRules {
+    /// Dark cells around the middle that make a ring.
+    pub ring_min_empty: usize,
+    /// Ratio of the axes that makes a bar.
+    pub bar_min_elongation: f64,
+    /// Third moment that makes a triangle.
+    pub triangle_min_asymmetry: f64,
+    /// Spread that makes a cross.
+    pub cross_min_spread: f64,
 }
 
+/// What counts as a relation.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct RelationRules {
-    pub(super) min_distance: f64,
+pub struct RelationRules {
+    /// Pixels between two middles.
+    pub min_distance: f64,
 }
 
+/// What counts as a background.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct BackgroundRules {
-    pub(super) min_pixels: usize,
+pub struct BackgroundRules {
+    /// Pixels that must be left of the background.
+    pub min_pixels: usize,
 }
 
+/// What tells patterns apart.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct PatternRules {
-    pub(super) plain_max_light: f64,
-    pub(super) striped_max_ratio: f64,
-    pub(super) checkered_min_light: f64,
+pub struct PatternRules {
+    /// Largest share of light pixels of a plain ground.
+    pub plain_max_light: f64,
+    /// Largest ratio of changes along the axes of a striped ground.
+    pub striped_max_ratio: f64,
+    /// Smallest share of light pixels of a checkered ground.
+    pub checkered_min_light: f64,
 }
 
 #[derive(Deserialize)]
@@ -140,7 +182,17 @@ struct Tones {
 }
 
 impl Rules {
-    /// Reads `scorer.json`.
+    /// Reads the scorer of the teacher in `folder`.
+    ///
+    /// # Errors
+    /// When it has none, or one that this program cannot use.
+    pub fn open(folder: &Path) -> Result<Self, super::Error> {
+        let path = folder.join(FILE);
+        let text = super::keys::read_bytes(&path)?;
+        Self::from_json(&text).map_err(|source| super::Error::Scorer { path, source })
+    }
+
+    /// Reads the text of `scorer.json`.
     pub fn from_json(text: &[u8]) -> Result<Self, Error> {
         let head: Head = serde_json::from_slice(text)?;
         if head.format != FORMAT || head.version != VERSION {

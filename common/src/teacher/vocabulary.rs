@@ -1,33 +1,104 @@
-//! The files that hold a tokenizer: tokenizer.json, or vocab.json with merges.txt; and its configuration.
+//! A CLIP tokenizer's tables: tokenizer.json, or vocab.json with merges.txt; and its configuration.
+//!
+//! What ids a text gets is the engine's business; whether the tables can give any is found out here.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Error, WORD_END};
+use super::Error;
+use super::keys::{Keys, read_bytes};
 
-/// Largest file that is read.
-const MAX_FILE_BYTES: u64 = 64 << 20;
+/// What ends a word.
+pub const WORD_END: &str = "</w>";
 
 /// Tokens of CLIP's own files, where nothing else is said.
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
 
-/// What the files say.
+/// A tokenizer's tables, checked for the encoder that reads the ids.
 #[derive(Debug)]
-pub(super) struct Tables {
-    pub(super) ids: HashMap<String, i64>,
-    pub(super) ranks: HashMap<(String, String), usize>,
-    pub(super) special: BTreeSet<String>,
-    pub(super) start: String,
-    pub(super) end: String,
-    pub(super) pad: String,
-    pub(super) unknown: String,
-    pub(super) max_length: Option<usize>,
+pub struct Vocabulary {
+    /// Ids by token.
+    pub ids: HashMap<String, i64>,
+    /// Ranks by pair of neighbours: the lowest is merged first.
+    pub ranks: HashMap<(String, String), usize>,
+    /// Tokens that are found in the raw text, with their ids, longest first.
+    pub special: Vec<(String, i64)>,
+    /// Id of what has none.
+    pub unknown: Option<i64>,
+    /// Id before every text.
+    pub start: i64,
+    /// Id after every text.
+    pub end: i64,
+    /// Id that short texts are filled up with.
+    pub pad: i64,
+    /// Ids in every text.
+    pub length: usize,
 }
 
-pub(super) fn read(folder: &Path) -> Result<Tables, Error> {
+impl Vocabulary {
+    /// Reads the tokenizer in `folder` for an encoder with `positions` positions and `vocabulary` entries.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, is not CLIP's kind, or names ids that the encoder has not.
+    pub fn open(folder: &Path, positions: usize, vocabulary: i64) -> Result<Self, Error> {
+        let tables = read(folder)?;
+        let wrong = |problem: String| Error::file(folder, problem);
+        let outside = |id: &i64| !(0..vocabulary).contains(id);
+        if let Some((token, id)) = tables.ids.iter().find(|(_, id)| outside(id)) {
+            return Err(wrong(format!(
+                "gives {token:?} the id {id}, but the text encoder has {vocabulary} entries"
+            )));
+        }
+        let id = |role: &str, token: &str| {
+            let id = tables.ids.get(token).copied();
+            id.ok_or_else(|| wrong(format!("has no entry for its {role} token {token:?}")))
+        };
+        let length = tables
+            .max_length
+            .map_or(positions, |length| length.min(positions));
+        if length < 2 {
+            return Err(wrong(format!(
+                "has model_max_length {length}; it must be at least 2"
+            )));
+        }
+        let (start, end) = (id("start", &tables.start)?, id("end", &tables.end)?);
+        let pad = id("pad", &tables.pad)?;
+        let mut special = tables
+            .special
+            .iter()
+            .map(|token| Ok((token.clone(), id("special", token)?)))
+            .collect::<Result<Vec<_>, Error>>()?;
+        special.sort_by_key(|(token, _)| std::cmp::Reverse(token.len()));
+        Ok(Self {
+            special,
+            unknown: tables.ids.get(&tables.unknown).copied(),
+            start,
+            end,
+            pad,
+            length,
+            ids: tables.ids,
+            ranks: tables.ranks,
+        })
+    }
+}
+
+/// What the files say.
+#[derive(Debug)]
+struct Tables {
+    ids: HashMap<String, i64>,
+    ranks: HashMap<(String, String), usize>,
+    special: BTreeSet<String>,
+    start: String,
+    end: String,
+    pad: String,
+    unknown: String,
+    max_length: Option<usize>,
+}
+
+fn read(folder: &Path) -> Result<Tables, Error> {
     let config = optional_object(&folder.join("tokenizer_config.json"))?;
     let map = optional_object(&folder.join("special_tokens_map.json"))?;
     let named = |key: &str| {
@@ -65,14 +136,14 @@ pub(super) fn read(folder: &Path) -> Result<Tables, Error> {
 
 impl Tables {
     fn fill_from_one_file(&mut self, path: &Path) -> Result<(), Error> {
-        let file = object(path)?;
+        let file = Keys::read(path)?;
         let model = file.get("model").and_then(Value::as_object);
-        let model = model.ok_or_else(|| wrong(path, "has no model"))?;
+        let model = model.ok_or_else(|| Error::file(path, "has no model"))?;
         let text = |key: &str| model.get(key).and_then(Value::as_str);
         if text("type").is_some_and(|kind| kind != "BPE")
             || text("end_of_word_suffix") != Some(WORD_END)
         {
-            return Err(wrong(
+            return Err(Error::file(
                 path,
                 "is not CLIP's: it must hold byte-pair encoding with words ending in </w>",
             ));
@@ -80,10 +151,10 @@ impl Tables {
         let vocabulary = model.get("vocab").and_then(Value::as_object);
         self.fill_ids(
             path,
-            vocabulary.ok_or_else(|| wrong(path, "has no model.vocab"))?,
+            vocabulary.ok_or_else(|| Error::file(path, "has no model.vocab"))?,
         )?;
         let merges = model.get("merges").and_then(Value::as_array);
-        for merge in merges.ok_or_else(|| wrong(path, "has no model.merges"))? {
+        for merge in merges.ok_or_else(|| Error::file(path, "has no model.merges"))? {
             let pair = match merge {
                 Value::String(line) => line.split_once(' '),
                 Value::Array(pair) => pair
@@ -92,11 +163,9 @@ impl Tables {
                     .zip(pair.get(1).and_then(Value::as_str)),
                 _ => None,
             };
-            self.add_merge(
-                pair.ok_or_else(|| {
-                    wrong(path, format!("has the merge {merge}, which is no pair"))
-                })?,
-            );
+            self.add_merge(pair.ok_or_else(|| {
+                Error::file(path, format!("has the merge {merge}, which is no pair"))
+            })?);
         }
         for token in file
             .get("added_tokens")
@@ -107,7 +176,7 @@ impl Tables {
             let content = token.get("content").and_then(Value::as_str);
             let (Some(content), Some(id)) = (content, token.get("id").and_then(Value::as_i64))
             else {
-                return Err(wrong(
+                return Err(Error::file(
                     path,
                     format!("has the added token {token} without content or id"),
                 ));
@@ -120,19 +189,18 @@ impl Tables {
 
     fn fill_from_two_files(&mut self, folder: &Path) -> Result<(), Error> {
         let path = folder.join("vocab.json");
-        self.fill_ids(&path, &object(&path)?)?;
+        self.fill_ids(&path, Keys::read(&path)?.map())?;
         let path = folder.join("merges.txt");
-        let text = String::from_utf8(bytes(&path)?).map_err(|_| wrong(&path, "is not UTF-8"))?;
+        let text = String::from_utf8(read_bytes(&path)?)
+            .map_err(|_| Error::file(&path, "is not UTF-8"))?;
         // CLIP's original file ends with an empty line and begins with its version.
         for line in text
             .lines()
             .filter(|line| !line.starts_with("#version") && !line.is_empty())
         {
-            self.add_merge(
-                line.split_once(' ').ok_or_else(|| {
-                    wrong(&path, format!("has the line {line:?}, which is no pair"))
-                })?,
-            );
+            self.add_merge(line.split_once(' ').ok_or_else(|| {
+                Error::file(&path, format!("has the line {line:?}, which is no pair"))
+            })?);
         }
         Ok(())
     }
@@ -140,7 +208,7 @@ impl Tables {
     fn fill_ids(&mut self, path: &Path, vocabulary: &Map<String, Value>) -> Result<(), Error> {
         for (token, id) in vocabulary {
             let id = id.as_i64().ok_or_else(|| {
-                wrong(
+                Error::file(
                     path,
                     format!("gives {token:?} the id {id}, which is no whole number"),
                 )
@@ -166,38 +234,10 @@ fn token_text(value: &Value) -> Option<String> {
         .map(str::to_owned)
 }
 
-fn wrong(path: &Path, problem: impl Into<String>) -> Error {
-    Error::Content {
-        path: path.to_owned(),
-        problem: problem.into(),
-    }
-}
-
-fn bytes(path: &Path) -> Result<Vec<u8>, Error> {
-    let io = |source| Error::Io {
-        path: path.to_owned(),
-        source,
-    };
-    let size = std::fs::metadata(path).map_err(io)?.len();
-    if size > MAX_FILE_BYTES {
-        return Err(wrong(
-            path,
-            format!("has {size} bytes, too many for a tokenizer"),
-        ));
-    }
-    std::fs::read(path).map_err(io)
-}
-
-fn object(path: &Path) -> Result<Map<String, Value>, Error> {
-    serde_json::from_slice(&bytes(path)?).map_err(|source| Error::Json {
-        path: path.to_owned(),
-        source,
-    })
-}
-
+/// The keys of a file that need not be there.
 fn optional_object(path: &Path) -> Result<Map<String, Value>, Error> {
     match path.is_file() {
-        true => object(path),
+        true => Ok(Keys::read(path)?.map().clone()),
         false => Ok(Map::new()),
     }
 }
