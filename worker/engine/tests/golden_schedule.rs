@@ -81,8 +81,12 @@ fn tables_are_those_of_diffusers() {
 #[test]
 fn ddim_steps_are_those_of_diffusers() {
     let fixtures = fixtures();
+    let mut cases = schedules(&fixtures);
+    let plain = Schedule::stable_diffusion;
+    cases.push(("plain_v", plain(), Prediction::V));
+    cases.push(("plain_sample", plain(), Prediction::Sample));
     let mut steps = 0;
-    for (name, schedule, prediction) in schedules(&fixtures) {
+    for (name, schedule, prediction) in cases {
         let prefix = format!("{name}.ddim25.step");
         for (key, theirs) in &fixtures {
             let Some(t) = key.strip_prefix(&prefix) else {
@@ -103,7 +107,9 @@ fn ddim_steps_are_those_of_diffusers() {
             steps += 1;
         }
     }
-    assert_eq!(steps, 15);
+    assert_eq!(steps, 28);
+    // The one time where a schedule with zero terminal SNR divides by nothing it has.
+    assert!(fixtures.contains_key("zero_snr.ddim25.step999"));
 }
 
 #[test]
