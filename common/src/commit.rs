@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::ids::{Digest, Incarnation, Term};
 use crate::storage::layout::Prefix;
-use crate::storage::{self, BadEntry, Damaged, FileEntry, Store, StoredFile};
+use crate::storage::{self, BadEntry, FileEntry, StoredFile};
 use crate::task::{Lease, TaskId};
 use crate::telemetry::Cost;
 
@@ -72,9 +72,6 @@ pub enum Error {
         /// Which, and why.
         source: BadEntry,
     },
-    /// A file is not what the commit says.
-    #[error(transparent)]
-    Damaged(#[from] Damaged),
     /// The store failed.
     #[error(transparent)]
     Storage(#[from] storage::Error),
@@ -173,19 +170,6 @@ impl TaskCommit {
     /// Bytes of all files.
     pub fn total_bytes(&self) -> u64 {
         self.files.iter().map(|file| file.len).sum()
-    }
-
-    /// Reads every file back, and checks length and digest.
-    pub async fn verify_files(&self, store: &Store) -> Result<(), Error> {
-        for file in &self.files {
-            storage::verify(store, file)
-                .await
-                .map_err(|error| match error {
-                    storage::VerifyError::Damaged(damaged) => Error::Damaged(damaged),
-                    storage::VerifyError::Storage(error) => Error::Storage(error),
-                })?;
-        }
-        Ok(())
     }
 }
 
@@ -326,40 +310,5 @@ mod tests {
                 "cut at {end}"
             );
         }
-    }
-
-    #[tokio::test]
-    async fn files_are_checked_against_the_commit() {
-        let (_, commit) = commit();
-        let store = Store::in_memory();
-        let key = &commit.files[0].key;
-        assert!(matches!(
-            commit.verify_files(&store).await,
-            Err(Error::Storage(storage::Error::NotFound { .. }))
-        ));
-        store
-            .put(key, Bytes::from_static(b"numbers"))
-            .await
-            .expect("memory takes it");
-        commit
-            .verify_files(&store)
-            .await
-            .expect("the file is whole");
-        store
-            .put(key, Bytes::from_static(b"numbery"))
-            .await
-            .expect("memory takes it");
-        assert!(matches!(
-            commit.verify_files(&store).await,
-            Err(Error::Damaged(Damaged::Digest { .. }))
-        ));
-        store
-            .put(key, Bytes::from_static(b"number"))
-            .await
-            .expect("memory takes it");
-        assert!(matches!(
-            commit.verify_files(&store).await,
-            Err(Error::Damaged(Damaged::Length { .. }))
-        ));
     }
 }

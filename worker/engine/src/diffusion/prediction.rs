@@ -111,23 +111,23 @@ pub fn heads(
     }
 }
 
-/// What a network of this kind would say, where data `x0` and noise `eps` are known; the inverse of [`heads`].
-pub fn of_heads(schedule: &Schedule, prediction: Prediction, heads: &Heads, t: &Tensor) -> Tensor {
-    let Heads { x0, eps } = heads;
-    match prediction {
-        Prediction::Epsilon => eps.shallow_clone(),
-        Prediction::V => schedule.alpha_at(t, eps) * eps - schedule.sigma_at(t, x0) * x0,
-        Prediction::Sample => x0.shallow_clone(),
-        Prediction::Flow => eps - x0,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tch::{Device, Kind};
 
     use super::*;
     use crate::diffusion::schedule::Betas;
+
+    /// What a network of this kind would say, where data `x0` and noise `eps` are known; the inverse of [`heads`].
+    fn of_heads(schedule: &Schedule, prediction: Prediction, heads: &Heads, t: &Tensor) -> Tensor {
+        let Heads { x0, eps } = heads;
+        match prediction {
+            Prediction::Epsilon => eps.shallow_clone(),
+            Prediction::V => schedule.alpha_at(t, eps) * eps - schedule.sigma_at(t, x0) * x0,
+            Prediction::Sample => x0.shallow_clone(),
+            Prediction::Flow => eps - x0,
+        }
+    }
 
     /// Test 5: the four kinds agree after conversion, in f32.
     #[test]

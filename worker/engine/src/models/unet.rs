@@ -63,11 +63,6 @@ impl Unet {
         self.parameters["conv_in.weight"].device()
     }
 
-    /// The number format it computes in.
-    pub fn compute_kind(&self) -> Kind {
-        self.compute
-    }
-
     /// Its own tensors by name, without adapters. What is done to them in place is done to the network.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
         let shared = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shallow_clone());

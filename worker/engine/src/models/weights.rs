@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -17,14 +16,6 @@ pub enum Error {
     /// A file does not hold what its header says, or cannot be reached.
     #[error("cannot read {}", path.display())]
     Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A file cannot be written.
-    #[error("cannot write {}", path.display())]
-    Write {
         /// The file.
         path: PathBuf,
         /// What the system said.
@@ -161,27 +152,4 @@ fn append(bytes: &mut Vec<u8>, tensor: &Tensor, element_bytes: usize) {
     let elements = tensor.numel();
     bytes.resize(start + elements * element_bytes, 0);
     tensor.copy_data_u8(&mut bytes[start..], elements);
-}
-
-/// Writes what [`to_safetensors`] gives to `path`, under another name first.
-///
-/// # Errors
-/// When a tensor's format is not written, or the file cannot be.
-pub fn save_safetensors(
-    path: &Path,
-    tensors: &[(String, Tensor)],
-    metadata: &BTreeMap<String, String>,
-) -> Result<(), Error> {
-    let bytes = to_safetensors(tensors, metadata)?;
-    let unfinished = path.with_extension("unfinished");
-    let write = || {
-        let mut file = File::create(&unfinished)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&unfinished, path)
-    };
-    write().map_err(|source| Error::Write {
-        path: path.to_owned(),
-        source,
-    })
 }

@@ -254,17 +254,6 @@ impl Trainer {
         self.parameters.write_compute(&masters);
     }
 
-    /// Puts the moving average into the student's own tensors, or the masters where none is kept.
-    ///
-    /// For sampling after the last step; the next step writes the masters again.
-    pub fn show_average(&mut self) {
-        let shown = match &self.ema {
-            Some(ema) => ema.average.shallow_clone(),
-            None => self.parameters.masters.shallow_clone(),
-        };
-        self.parameters.write_compute(&shown);
-    }
-
     /// Empty buffers that fit this trainer's state.
     pub fn empty_snapshot(&self) -> Snapshot {
         Snapshot::new(self.parameters.layout().clone(), self.ema.is_some())
