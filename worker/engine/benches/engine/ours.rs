@@ -140,8 +140,8 @@ impl Training {
             full
         } else if work == Work::MlcmLora.name() {
             Stage {
-                optimizer: full.optimizer,
-                ..problem::lora_recipe()?.stages.remove(0)
+                student: problem::lora_recipe()?.stages.remove(0).student,
+                ..full
             }
         } else {
             bail!("{work:?} is not measured on our side");
