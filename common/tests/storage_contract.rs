@@ -21,7 +21,8 @@ async fn memory_keeps_the_contract() {
 #[tokio::test]
 async fn a_disk_keeps_the_contract() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let store = Store::open_or_create(&format!("file://{}/run", folder.path().display())).expect("a path");
+    let store =
+        Store::open_or_create(&format!("file://{}/run", folder.path().display())).expect("a path");
     suite(&store).await;
 }
 

@@ -274,8 +274,15 @@ mod tests {
         let parent = tempfile::tempdir().expect("a temporary folder");
         let path = parent.path().join("runs/one");
         let uri = path.display().to_string();
-        assert!(refusal(&uri).contains("no such folder"), "{}", refusal(&uri));
-        assert!(!parent.path().join("runs").exists(), "looking makes nothing");
+        assert!(
+            refusal(&uri).contains("no such folder"),
+            "{}",
+            refusal(&uri)
+        );
+        assert!(
+            !parent.path().join("runs").exists(),
+            "looking makes nothing"
+        );
         let store = Store::open_or_create(&uri).expect("the folder can be made");
         assert!(store.uri().starts_with("file:///"), "{}", store.uri());
         let mode = std::fs::metadata(&path)
