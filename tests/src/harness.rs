@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -107,7 +108,7 @@ pub struct Hurt {
     pub target: Target,
     /// Time since the last start or kill.
     pub at: Duration,
-    /// How many processes were there to be killed.
+    /// How many processes it ended.
     pub killed: usize,
     /// The stage that had last left something in the store.
     pub stage: String,
@@ -193,19 +194,25 @@ impl Run {
         command
     }
 
-    /// The command that starts or resumes it.
+    /// The command that starts it, resumes it, or attaches to it.
+    pub fn run_command(&self) -> Command {
+        let mut command = self.command("coordinator");
+        command.arg("run").arg(&self.recipe).arg("--set");
+        command.arg(format!("output={}", self.output().display()));
+        if self.json {
+            command.arg("--json");
+        }
+        command
+    }
+
+    /// Starts or resumes it.
     pub fn start(&mut self) -> anyhow::Result<()> {
         let log = File::options()
             .create(true)
             .append(true)
             .open(self.log_path())?;
-        let mut command = self.command("coordinator");
-        command.arg("run").arg(&self.recipe);
-        command
-            .arg("--set")
-            .arg(format!("output={}", self.output().display()));
+        let mut command = self.run_command();
         if self.json {
-            command.arg("--json");
             command.stdout(File::create(self.result_path())?);
         } else {
             command.stdout(log.try_clone()?);
@@ -353,7 +360,8 @@ impl Run {
         self.await_some(found, &path.display().to_string(), patience)
     }
 
-    fn await_some<T>(
+    /// Looks until there is something to see.
+    pub fn await_some<T>(
         &self,
         look: impl Fn() -> Option<T>,
         what: &str,
@@ -390,17 +398,22 @@ impl Run {
             std::thread::sleep(at);
             let stage = self.stage_at_work();
             let killed = self.kill(target, stream.next_u32())?;
-            hurts.push(Hurt {
+            let mut hurt = Hurt {
                 target,
                 at,
                 killed,
                 stage,
-            });
+            };
             if matches!(target, Target::Coordinator | Target::All) {
-                self.wait(patience)?;
+                let status = self.wait(patience)?;
+                // One that had ended of itself was not killed.
+                if status.signal().is_none() {
+                    hurt.killed = 0;
+                }
                 self.no_orphans(Duration::from_secs(15))?;
                 self.start()?;
             }
+            hurts.push(hurt);
         }
         self.finish(patience)?;
         Ok(hurts)

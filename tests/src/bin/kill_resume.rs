@@ -12,6 +12,8 @@ use distillery_tests::harness::{EngineKind, Hurt, Made, Run, Target, sim_recipe}
 
 /// Longest that a run may take, kills and all.
 const PATIENCE: Duration = Duration::from_secs(900);
+/// Moments tried for one run, as a kill may come when nobody is there to be killed.
+const MOMENTS: u16 = 10;
 /// Longest that processes may outlive their coordinator.
 const ORPHANS: Duration = Duration::from_secs(15);
 
@@ -88,7 +90,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
     }
     println!(
-        "kill-resume: {equal} of {kills} kills left the result bit for bit as it was (goal {kills} of {kills})"
+        "kill-resume: {equal} of {kills} kills of living processes left the result bit for bit as it was (goal {kills} of {kills})"
     );
     Ok(if equal == kills {
         ExitCode::SUCCESS
@@ -119,16 +121,41 @@ impl Session {
         Ok((run.made()?, length))
     }
 
-    /// One run with its kills; an error when it ends badly or makes something else.
+    /// One run with its kills, every one of which met a living process; an error when it ends badly or makes
+    /// something else.
     fn hurt(&self, number: u32, length: Duration, expected: &Made) -> anyhow::Result<Vec<Hurt>> {
-        let mut stream = Stream::new(self.0.seed, Purpose::Bootstrap, number.into(), 0);
+        for moment in 0..MOMENTS {
+            let mut stream = Stream::new(self.0.seed, Purpose::Bootstrap, number.into(), moment);
+            let hurts = self.hurt_at(&mut stream, number, length, expected)?;
+            let Some(miss) = hurts.iter().find(|hurt| hurt.killed == 0) else {
+                return Ok(hurts);
+            };
+            println!(
+                "{number:>4}  {:<12} {:>8.2}  {:<14} {:>6}  nobody was there; another moment",
+                miss.target.name(),
+                miss.at.as_secs_f64(),
+                miss.stage,
+                0
+            );
+        }
+        anyhow::bail!("none of {MOMENTS} moments met a living process")
+    }
+
+    /// One run with its kills at the moments that `stream` draws.
+    fn hurt_at(
+        &self,
+        stream: &mut Stream,
+        number: u32,
+        length: Duration,
+        expected: &Made,
+    ) -> anyhow::Result<Vec<Hurt>> {
         let per_run = self.0.per_run.max(1);
         let targets: Vec<Target> = (0..per_run)
             .map(|kill| Target::ALL[(number * per_run + kill) as usize % Target::ALL.len()])
             .collect();
         let folder = tempfile::tempdir()?;
         let mut run = self.run(&folder)?;
-        let hurts = run.kill_and_finish(&mut stream, &targets, length, PATIENCE)?;
+        let hurts = run.kill_and_finish(stream, &targets, length, PATIENCE)?;
         let made = run.made()?;
         anyhow::ensure!(
             made.rows == expected.rows,
