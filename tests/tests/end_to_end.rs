@@ -104,6 +104,27 @@ fn two_runs_of_one_recipe_make_the_same_bits() {
     assert_eq!(made[0], made[1]);
 }
 
+/// The same command beside a living run follows it to its end and says what it says.
+#[test]
+fn an_attached_command_prints_the_summary_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = sim(&folder).with("SIM_STEP_MS", 60).with_json();
+    run.start().expect("starts");
+    let at_work = run.output().join("trajectories");
+    run.await_path(&at_work, PATIENCE).expect("it is at work");
+    let attached = run.run_command().output().expect("starts");
+    let said = String::from_utf8_lossy(&attached.stderr);
+    assert!(said.contains("has this run; attached"), "{said}");
+    assert!(attached.status.success(), "{said}");
+    run.finish(PATIENCE).expect("it finishes");
+    let printed: serde_json::Value =
+        serde_json::from_slice(&attached.stdout).expect("one JSON value");
+    assert_eq!(printed, run.result().expect("one JSON value"));
+    let stored = std::fs::read(run.output().join("report/summary.json")).expect("a summary");
+    let stored: serde_json::Value = serde_json::from_slice(&stored).expect("JSON");
+    assert_eq!(printed, stored);
+}
+
 #[test]
 fn a_run_trains_on_the_trajectories_of_another() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -73,7 +73,8 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
                 "a coordinator at {} has this run; attached",
                 durable.endpoint
             ));
-            return attach::follow(client, &store).await;
+            attach::follow(client).await?;
+            return end_elsewhere(&recipe, &store, &prepared.record, config.json).await;
         }
     }
     coordinate(recipe, config, clock, store, prepared, access).await
@@ -141,12 +142,42 @@ async fn coordinate(
     }
     drop(end_service);
     serving.abort();
-    if matches!(ended, Ok(Outcome::Succeeded)) {
-        forget_earlier_stages(&recipe, &store).await?;
-        show_results(&recipe, &store, &prepared.record, config.json).await?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    Ok(say_why(&recipe, ended, config.json))
+    let ended = match ended {
+        Ok(Outcome::Succeeded) => {
+            return succeed(&recipe, &store, &prepared.record, config.json).await;
+        }
+        Ok(outcome) => Ending::of(outcome),
+        Err(error) => Ending::interrupted(&error.to_string()),
+    };
+    Ok(ended.tell(&recipe, config.json))
+}
+
+/// Says how the run ended that another process had. Both write the same report.
+async fn end_elsewhere(
+    recipe: &Recipe,
+    store: &Store,
+    record: &RunRecord,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let history = journal::read(store).await?;
+    let ended = match Durable::replay(&history.records).outcome {
+        Some(Outcome::Succeeded) => return succeed(recipe, store, record, json).await,
+        Some(outcome) => Ending::of(outcome),
+        None => Ending::interrupted("the coordinator is gone"),
+    };
+    Ok(ended.tell(recipe, json))
+}
+
+/// What is left to do after the last stage.
+async fn succeed(
+    recipe: &Recipe,
+    store: &Store,
+    record: &RunRecord,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    forget_earlier_stages(recipe, store).await?;
+    show_results(recipe, store, record, json).await?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Writes the report of a run that has succeeded, and shows what it found. Its files follow from the run's other
@@ -293,35 +324,56 @@ async fn watch_signals(handle: Handle) -> anyhow::Result<()> {
     }
 }
 
-fn say_why(recipe: &Recipe, ended: Result<Outcome, journal::Error>, json: bool) -> ExitCode {
-    let (state, message, code) = match ended {
-        Ok(Outcome::Succeeded) => ("succeeded", String::new(), 0),
-        Ok(Outcome::Failed { message }) => ("failed", message, 1),
-        Ok(Outcome::Stopped { reason }) => (
-            "stopped",
-            format!("{reason}; run the same command to resume"),
-            TRY_AGAIN,
-        ),
-        Err(error) => (
-            "interrupted",
-            format!("{error}; nothing is lost, run the same command to resume"),
-            TRY_AGAIN,
-        ),
-    };
-    if json {
-        let summary = serde_json::json!({
-            "name": recipe.name, "output": recipe.output, "state": state, "message": message,
-        });
-        // The exit code says it too.
-        let _ = console::result(summary);
-    } else if code == 1 {
-        console::note(format_args!("error: run {} failed: {message}", recipe.name));
-    } else {
-        console::note(format_args!(
-            "run {} {state}{}{message}",
-            recipe.name,
-            if message.is_empty() { "" } else { ": " }
-        ));
+/// How a run ended that did not succeed.
+struct Ending {
+    state: &'static str,
+    message: String,
+    code: u8,
+}
+
+impl Ending {
+    fn of(outcome: Outcome) -> Self {
+        let (state, message, code) = match outcome {
+            Outcome::Succeeded => ("succeeded", String::new(), 0),
+            Outcome::Failed { message } => ("failed", message, 1),
+            Outcome::Stopped { reason } => (
+                "stopped",
+                format!("{reason}; run the same command to resume"),
+                TRY_AGAIN,
+            ),
+        };
+        Self {
+            state,
+            message,
+            code,
+        }
     }
-    ExitCode::from(code)
+
+    fn interrupted(why: &str) -> Self {
+        Self {
+            state: "interrupted",
+            message: format!("{why}; nothing is lost, run the same command to resume"),
+            code: TRY_AGAIN,
+        }
+    }
+
+    fn tell(self, recipe: &Recipe, json: bool) -> ExitCode {
+        let Self {
+            state,
+            message,
+            code,
+        } = self;
+        if json {
+            let summary = serde_json::json!({
+                "name": recipe.name, "output": recipe.output, "state": state, "message": message,
+            });
+            // The exit code says it too.
+            let _ = console::result(summary);
+        } else if code == 1 {
+            console::note(format_args!("error: run {} failed: {message}", recipe.name));
+        } else {
+            console::note(format_args!("run {} {state}: {message}", recipe.name));
+        }
+        ExitCode::from(code)
+    }
 }
