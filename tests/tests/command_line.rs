@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use distillery_tests::harness::programs;
+use distillery_tests::harness::{programs, repository, sim_recipe};
+use serde_json::Value;
 
 /// A terminal's height: whoever meets an error should see all of it.
 const SCREEN: usize = 24;
@@ -81,4 +82,148 @@ fn commands_that_read_refuse_a_missing_folder_and_make_none() {
             "{arguments:?}"
         );
     }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("readable") {
+        let from = entry.expect("readable").path();
+        let to = to.join(from.file_name().expect("entries have names"));
+        if from.is_dir() {
+            copy(&from, &to);
+        } else {
+            std::fs::copy(&from, &to).expect("copied");
+        }
+    }
+}
+
+/// A recipe beside a teacher of its own, sound until `change` comes; gives the recipe's path.
+fn with_teacher(folder: &Path, change: impl FnOnce(&Path)) -> String {
+    let fixture = "worker/engine/tests/fixtures/sd15";
+    let teacher = folder.join("teacher");
+    copy(&repository().join(fixture), &teacher);
+    change(&teacher);
+    let text = sim_recipe()
+        .replace(&format!("{{repository}}/{fixture}"), "teacher")
+        .replace("{repository}", &repository().display().to_string());
+    let recipe = folder.join("recipe.yaml");
+    std::fs::write(&recipe, text).expect("writable");
+    recipe.display().to_string()
+}
+
+fn truncate_weights(teacher: &Path) {
+    let path = teacher.join("unet/diffusion_pytorch_model.safetensors");
+    let bytes = std::fs::read(&path).expect("weights");
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).expect("writable");
+}
+
+fn spoil_scheduler(teacher: &Path) {
+    let path = teacher.join("scheduler/scheduler_config.json");
+    std::fs::write(path, "{\"beta_start\": ").expect("writable");
+}
+
+#[test]
+fn broken_teachers_are_refused_on_one_screen_and_leave_nothing() {
+    for (change, named) in [
+        (
+            truncate_weights as fn(&Path),
+            "diffusion_pytorch_model.safetensors",
+        ),
+        (spoil_scheduler, "scheduler_config.json"),
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let recipe = with_teacher(folder.path(), change);
+        for action in ["check", "plan", "run"] {
+            let (code, stdout, said) = told(&run("coordinator", &[action, &recipe]));
+            assert_eq!((code, stdout.as_str()), (Some(1), ""), "{action}: {said}");
+            assert!(
+                said.starts_with("error: ") && said.contains(named),
+                "{said}"
+            );
+            assert!(
+                said.lines().count() <= SCREEN && !said.contains("panicked"),
+                "{said}"
+            );
+            let output = folder.path().join("run");
+            assert!(
+                !output.exists() || below(&output).is_empty(),
+                "{action} left something"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_a_teacher_makes_one_wonder_about_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let recipe = with_teacher(folder.path(), |teacher| {
+        let path = teacher.join("model_index.json");
+        let text = std::fs::read_to_string(&path).expect("an index");
+        let other = text.replace(
+            "\"StableDiffusionPipeline\"",
+            "\"LatentConsistencyModelPipeline\"",
+        );
+        assert_ne!(other, text);
+        std::fs::write(&path, other).expect("writable");
+    });
+    for action in ["check", "plan"] {
+        let (code, _, said) = told(&run("coordinator", &[action, &recipe]));
+        assert_eq!(code, Some(0), "{said}");
+        let warned = said.contains("warning: ") && said.contains("LatentConsistencyModelPipeline");
+        assert!(warned, "{action}: {said}");
+    }
+    let (_, stdout, _) = told(&run("coordinator", &["check", &recipe, "--json"]));
+    let answer: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!(
+        answer["warnings"].as_array().map(Vec::len),
+        Some(1),
+        "{answer}"
+    );
+}
+
+#[test]
+fn errors_are_json_where_results_are() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let recipe = with_teacher(folder.path(), spoil_scheduler);
+    for (arguments, code, part) in [
+        (
+            &["--json", "check", &recipe][..],
+            1,
+            "scheduler_config.json",
+        ),
+        (&["run", &recipe, "--json"], 1, "scheduler_config.json"),
+        (&["status", "no/such", "--json"], 1, "no/such"),
+        (
+            &["export", "no/such", "--out", "no/out", "--json"],
+            1,
+            "no/such",
+        ),
+        (&["unheard-of", "--json"], 64, "unheard-of"),
+    ] {
+        let (found, stdout, said) = told(&run("coordinator", arguments));
+        assert_eq!(found, Some(code), "{arguments:?}: {said}");
+        let answer: Value = serde_json::from_str(&stdout).expect("one JSON value");
+        let message = answer["error"].as_str().expect("a message");
+        assert!(message.contains(part), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn a_plan_shows_the_recipe_with_its_defaults() {
+    let recipe = repository().join("configs/tiny.yaml").display().to_string();
+    let (code, stdout, said) = told(&run("coordinator", &["plan", &recipe]));
+    assert_eq!((code, said.as_str()), (Some(0), ""));
+    let (table, values) = stdout.split_once("\n\n").expect("a table, then the recipe");
+    assert!(
+        table.contains("trajectories") && table.contains("export"),
+        "{table}"
+    );
+    assert!(
+        values.contains("max_skipped: "),
+        "a default is shown: {values}"
+    );
+    let (_, stdout, _) = told(&run("coordinator", &["plan", &recipe, "--json"]));
+    let answer: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!(answer["stages"][0]["name"], "trajectories");
+    assert_eq!(answer["recipe"]["seed"], 7);
 }

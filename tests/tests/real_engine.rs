@@ -183,3 +183,64 @@ fn a_recipe_keeps_its_promises_and_kills_change_no_bit() {
     has_its_report(&run);
     has_its_export(&run);
 }
+
+/// A short run: one stage, no evaluation, no export.
+fn short(folder: &tempfile::TempDir) -> Run {
+    let text = std::fs::read_to_string(repository().join("configs/tiny.yaml")).expect("a recipe");
+    let left_out = [
+        "evaluate:",
+        "preview:",
+        "  - {name: seg8",
+        "  - {name: seg4",
+    ];
+    let mut recipe: String = text
+        .lines()
+        .filter(|line| !left_out.iter().any(|start| line.starts_with(start)))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    recipe.push_str("evaluate: false\nexport: false\n");
+    let recipe = recipe
+        .replace("teachers/", "{repository}/configs/teachers/")
+        .replace("prompts/", "{repository}/configs/prompts/")
+        .replace(
+            "teacher: {model: {repository}/configs/teachers/scenes",
+            "teacher: {model: \"{repository}/configs/teachers/scenes\"",
+        )
+        .replace("count: 64", "count: 16");
+    Run::new(folder.path(), &recipe, EngineKind::Real).expect("the programs are built")
+}
+
+#[test]
+fn a_broken_checkpoint_is_refused_on_one_screen_and_nothing_is_written() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = short(&folder);
+    run.finish(PATIENCE).expect("it finishes");
+    // A damaged checkpoint is passed over for an older one, so that all of them are damaged.
+    let stage = run.output().join("checkpoints/seg2");
+    for checkpoint in std::fs::read_dir(&stage).expect("checkpoints").flatten() {
+        let tensors = checkpoint.path().join("s0000.safetensors");
+        let mut bytes = std::fs::read(&tensors).expect("tensors");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&tensors, bytes).expect("writable");
+    }
+    let out = folder.path().join("out");
+    for arguments in [&["export"][..], &["sample", "--prompt", "a red disc"]] {
+        let mut command = run.command("coordinator");
+        command
+            .args(arguments)
+            .arg(run.output())
+            .arg("--out")
+            .arg(&out);
+        let output = command.output().expect("starts");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(output.stdout.is_empty(), "{arguments:?} shows no result");
+        assert!(said.contains("s0000.safetensors"), "{arguments:?}: {said}");
+        assert!(
+            said.lines().count() <= 24 && !said.contains("panicked"),
+            "{said}"
+        );
+        assert!(!out.exists(), "{arguments:?} left {}", out.display());
+    }
+}

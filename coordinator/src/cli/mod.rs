@@ -15,8 +15,10 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use serde_json::json;
 
 use distillery_common::recipe::{self, Faults, Recipe};
+use distillery_common::teacher::Folder;
 use distillery_common::telemetry;
 
 use crate::console;
@@ -40,7 +42,7 @@ struct Arguments {
     /// More of what happens on standard error; twice for everything. RUST_LOG wins.
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     verbose: u8,
-    /// Results as JSON on standard output, logs as JSON lines.
+    /// Results and errors as JSON on standard output, logs as JSON lines.
     #[arg(long, global = true)]
     json: bool,
 }
@@ -51,7 +53,7 @@ enum Command {
     Run(run::Arguments),
     /// Says everything that is wrong with a recipe.
     Check(RecipeArguments),
-    /// Shows the stages of a recipe without running them.
+    /// Shows the stages of a recipe, and all its values with the defaults, without running it.
     Plan(RecipeArguments),
     /// Prints the JSON Schema of recipes, for editors.
     Schema,
@@ -86,14 +88,7 @@ pub fn main() -> ExitCode {
     let clock = Clock::start();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
-        Err(error) => {
-            let _ = error.print();
-            return if error.use_stderr() {
-                ExitCode::from(USAGE)
-            } else {
-                ExitCode::SUCCESS
-            };
-        }
+        Err(error) => return misused(&error),
     };
     init_logs(&arguments);
     let context = Context {
@@ -111,6 +106,21 @@ pub fn main() -> ExitCode {
         Command::Export(own) => export::run(own, context),
     };
     ended.unwrap_or_else(|error| fail(&error, context))
+}
+
+/// Says what is wrong with the command line, or what was asked about it.
+fn misused(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    if std::env::args_os().any(|argument| argument == "--json") {
+        // The exit code says it too.
+        let _ = console::result(json!({"error": error.to_string().trim_end()}));
+    } else {
+        let _ = error.print();
+    }
+    ExitCode::from(USAGE)
 }
 
 fn init_logs(arguments: &Arguments) {
@@ -138,7 +148,11 @@ fn fail(error: &anyhow::Error, context: Context) -> ExitCode {
         }
         return ExitCode::from(FAULTS);
     }
-    console::note(format_args!("error: {error:#}"));
+    if context.json {
+        let _ = console::result(json!({"error": format!("{error:#}")}));
+    } else {
+        console::note(format_args!("error: {error:#}"));
+    }
     ExitCode::FAILURE
 }
 
@@ -149,6 +163,13 @@ fn color() -> bool {
 
 fn load(arguments: &RecipeArguments) -> Result<Recipe, Faults> {
     recipe::load(&arguments.file, &arguments.sets)
+}
+
+/// What the user should know of a teacher but need not change.
+fn warn(teacher: &Folder) {
+    for warning in &teacher.warnings {
+        console::note(format_args!("warning: {warning}"));
+    }
 }
 
 /// A small runtime: everything here waits far more than it computes.
