@@ -11,15 +11,20 @@ use crate::scheduler::StageView;
 /// Between two drawings on a terminal, and between two plain lines.
 const REDRAW: Duration = Duration::from_millis(500);
 const LINE: Duration = Duration::from_secs(5);
-/// Characters of a bar.
+/// Most characters of a bar; a sixth of a narrow terminal.
 const BAR: usize = 24;
+/// Characters in a line where the terminal does not tell its width.
+const WIDTH: usize = 80;
+/// Lines where it does not tell its height.
+const HEIGHT: usize = 24;
 
 /// Shows the run until its driver ends.
 pub(super) async fn show(handle: Handle, resumed: bool) {
     if resumed {
         console::note("resuming");
     }
-    let live = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    // The bars have no colours, so that NO_COLOR says nothing about them.
+    let live = std::io::stderr().is_terminal();
     let mut display = Display::default();
     loop {
         tokio::time::sleep(if live { REDRAW } else { LINE }).await;
@@ -88,7 +93,7 @@ impl Display {
             .view
             .stages
             .iter()
-            .filter(|stage| !["blocked", "sealed"].contains(&stage.state))
+            .filter(|stage| is_active(stage))
             .collect();
         // Stages that wait for workers are worth a word only while no other has them.
         let waits = |stage: &StageView| stage.state == "gathering";
@@ -96,7 +101,7 @@ impl Display {
         let lines: Vec<_> = started
             .into_iter()
             .filter(|stage| all_wait || !waits(stage))
-            .map(describe)
+            .map(|stage| format!("{}: {}", stage.name, describe(stage)))
             .collect();
         let line = lines.join("; ");
         if !line.is_empty() && line != self.last {
@@ -107,45 +112,68 @@ impl Display {
     }
 
     fn redraw(&mut self, snapshot: &Snapshot) {
-        let mut frame = String::new();
+        let size = terminal_size::terminal_size_of(std::io::stderr());
+        let (width, height) = size.map_or((WIDTH, HEIGHT), |(width, height)| {
+            (usize::from(width.0), usize::from(height.0))
+        });
+        let lines = frame(snapshot, self.left(snapshot), width, height);
+        let mut text = String::new();
         if self.lines > 0 {
-            frame.push_str(&format!("\x1b[{}A", self.lines));
+            text.push_str(&format!("\x1b[{}A", self.lines));
         }
-        self.lines = 0;
-        for stage in &snapshot.view.stages {
-            let filled = (fraction(stage) * BAR as f64) as usize;
-            let bar = format!("{}{}", "█".repeat(filled), "░".repeat(BAR - filled));
-            frame.push_str(&format!(
-                "\x1b[2K{:<14} {bar} {}\n",
-                stage.name,
-                describe(stage)
-            ));
-            self.lines += 1;
+        for line in &lines {
+            text.push_str(&format!("\x1b[2K{line}\n"));
         }
-        let busy = snapshot
-            .view
-            .workers
-            .iter()
-            .filter(|w| w.state == "busy")
-            .count();
-        let left = self.left(snapshot).map(clock).unwrap_or_default();
-        frame.push_str(&format!(
-            "\x1b[2K{} {} · {busy} of {} workers busy{left}\n",
-            hms(snapshot.elapsed),
-            snapshot.view.state,
-            snapshot.view.workers.len(),
-        ));
-        self.lines += 1;
-        console::draw(&frame);
+        // A frame that was longer leaves nothing below.
+        text.push_str("\x1b[J");
+        self.lines = lines.len();
+        console::draw(&text);
     }
 }
 
+/// The lines of the live display, none as long as the terminal is wide: one that wraps would be two to the terminal
+/// and one to the next redraw. Where not all stages fit, those at work are shown.
+fn frame(snapshot: &Snapshot, left: Option<Duration>, width: usize, height: usize) -> Vec<String> {
+    let view = &snapshot.view;
+    let room = height.saturating_sub(2).max(1);
+    let fits = view.stages.len() <= room;
+    let shown = view.stages.iter().filter(|stage| fits || is_active(stage));
+    let bar = (width / 6).clamp(4, BAR);
+    let mut lines: Vec<String> = shown
+        .take(room)
+        .map(|stage| {
+            let filled = (fraction(stage) * bar as f64) as usize;
+            let (done, open) = ("█".repeat(filled), "░".repeat(bar - filled));
+            format!("{:<12} {done}{open} {}", stage.name, describe(stage))
+        })
+        .collect();
+    let busy = view.workers.iter().filter(|w| w.state == "busy").count();
+    lines.push(format!(
+        "{} {} · {busy} of {} workers busy{}",
+        hms(snapshot.elapsed),
+        view.state,
+        view.workers.len(),
+        left.map(clock).unwrap_or_default()
+    ));
+    lines.iter().map(|line| cut(line, width)).collect()
+}
+
+/// `line` with less than `width` characters.
+fn cut(line: &str, width: usize) -> String {
+    let most = width.saturating_sub(1);
+    if line.chars().count() <= most {
+        return line.to_owned();
+    }
+    let kept = line.chars().take(most.saturating_sub(1));
+    kept.chain(['…']).take(most).collect()
+}
+
 fn active(snapshot: &Snapshot) -> Option<&StageView> {
-    snapshot
-        .view
-        .stages
-        .iter()
-        .find(|stage| !["blocked", "sealed"].contains(&stage.state))
+    snapshot.view.stages.iter().find(|stage| is_active(stage))
+}
+
+fn is_active(stage: &StageView) -> bool {
+    !["blocked", "sealed"].contains(&stage.state)
 }
 
 /// Share of a stage that is done, tasks under way included.
@@ -179,7 +207,7 @@ fn describe(stage: &StageView) -> String {
             group.loss, group.samples_per_second, group.step_ms, stage.world
         ));
     }
-    format!("{}: {text}", stage.name)
+    text
 }
 
 fn clock(left: Duration) -> String {
@@ -193,7 +221,11 @@ fn hms(time: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use distillery_common::group::{GroupId, Phase, Progress};
+    use distillery_common::ids::{Generation, Term};
+
     use super::*;
+    use crate::scheduler::View;
 
     fn stage(done: u64, in_flight: (u64, u64)) -> StageView {
         StageView {
@@ -213,5 +245,50 @@ mod tests {
         assert_eq!(fraction(&stage(5, (0, 0))), 0.5);
         assert_eq!(fraction(&stage(5, (8, 16))), 0.55);
         assert_eq!(fraction(&stage(10, (16, 16))), 1.0);
+    }
+
+    #[test]
+    fn no_line_of_the_live_display_wraps() {
+        let training = StageView {
+            kind: Kind::Distill,
+            state: "training",
+            done: 11_999,
+            total: 12_000,
+            group: Some(Progress {
+                group: GroupId {
+                    stage: "trajectories".into(),
+                    generation: Generation(1),
+                },
+                phase: Phase::Stepping,
+                step: 11_999,
+                total_steps: 12_000,
+                loss: 0.1234,
+                samples_per_second: 1234.0,
+                step_ms: 1234.0,
+            }),
+            world: 8,
+            ..stage(0, (0, 0))
+        };
+        let view = View {
+            term: Term(1),
+            state: "running".into(),
+            stages: vec![training; 9],
+            workers: vec![],
+        };
+        let snapshot = Snapshot {
+            view,
+            elapsed: Duration::from_secs(3_599),
+            decisions: vec![],
+        };
+        for (width, height) in [(20, 24), (40, 24), (80, 24), (200, 24), (80, 5)] {
+            let lines = frame(&snapshot, Some(Duration::from_secs(60)), width, height);
+            assert!(lines.len() < height, "{width} x {height}: {lines:?}");
+            for line in lines {
+                assert!(line.chars().count() < width, "{width} x {height}: {line}");
+            }
+        }
+        let lines = frame(&snapshot, None, 200, 24);
+        assert!(lines[0].ends_with("world 8"), "{}", lines[0]);
+        assert_eq!(lines[0].matches("trajectories").count(), 1, "{}", lines[0]);
     }
 }
