@@ -46,6 +46,62 @@ fn killed_runs_make_the_same_bits() {
     assert!(met >= 5, "only {met} of 8 kills met a living process");
 }
 
+/// Steps that `stage` has reached, as a second process is told.
+fn steps_done(run: &Run, stage: &str) -> Option<u64> {
+    let mut status = run.command("coordinator");
+    status.arg("status").arg(run.output()).arg("--json");
+    let output = status.output().ok()?;
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+    let stages = status["stages"].as_array()?.iter();
+    let found = stages.into_iter().find(|found| found["name"] == stage)?;
+    found["done"].as_u64()
+}
+
+/// Steps of the checkpoints of `stage` that are whole.
+fn checkpoints(run: &Run, stage: &str) -> Vec<u64> {
+    let folder = run.output().join("checkpoints").join(stage);
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let whole = entries.filter(|entry| entry.path().join("COMMIT").is_file());
+    let step = |name: String| name.split('-').next()?.parse().ok();
+    whole
+        .filter_map(|entry| step(entry.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
+#[test]
+fn ctrl_c_saves_a_checkpoint_and_the_same_command_makes_the_same_bits() {
+    let (expected, _) = undisturbed();
+    let folder = tempfile::tempdir().expect("a folder");
+    // No checkpoint falls due before the end of a stage.
+    let recipe = sim_recipe().replace("{every_steps: 10}", "{every_steps: 1000}");
+    assert_ne!(recipe, sim_recipe());
+    let run = Run::new(folder.path(), &recipe, EngineKind::Sim);
+    let mut run = run
+        .expect("the programs are built")
+        .with("SIM_STEP_MS", 200);
+    run.start().expect("starts");
+    let trains = || steps_done(&run, "seg4").filter(|&done| done > 0);
+    run.await_some(trains, "step of seg4", PATIENCE)
+        .expect("it trains");
+    let coordinator = run.await_process(Target::Coordinator, PATIENCE);
+    signal(coordinator.expect("it lives"), "INT").expect("interrupted");
+    let status = run.wait(PATIENCE).expect("it ends");
+    assert_eq!(status.code(), Some(75), "{}", run.log_tail());
+    let said = run.log_tail();
+    assert!(said.contains("stopping after a checkpoint"), "{said}");
+    assert!(said.contains("run the same command to resume"), "{said}");
+    run.no_orphans(PATIENCE).expect("no orphan stays");
+    let saved = checkpoints(&run, "seg4");
+    assert!(
+        matches!(saved.as_slice(), [step] if (1..40).contains(step)),
+        "one checkpoint, in between: {saved:?}"
+    );
+    let mut run = run.with("SIM_STEP_MS", STEP_MS);
+    run.start().expect("the same command again");
+    run.finish(PATIENCE).expect("it finishes");
+    assert_eq!(run.made().expect("readable"), expected);
+}
+
 #[test]
 fn a_coordinator_that_dies_takes_everything_of_its_host_along() {
     let folder = tempfile::tempdir().expect("a folder");
