@@ -182,7 +182,10 @@ mod tests {
             let expected = 64.0 * (shift * shift + (scale - 1.0_f64).powi(2));
             let fits = reference.whole.distance(&GaussianFit::new(&other));
             let extrapolated = reference.distance(&other);
-            assert!(fits - expected > 4.0, "{shift} {scale}: {fits} by the fits alone");
+            assert!(
+                fits - expected > 4.0,
+                "{shift} {scale}: {fits} by the fits alone"
+            );
             assert!(
                 (extrapolated - expected).abs() < 1.5,
                 "{shift} {scale}: {extrapolated} instead of {expected}"
