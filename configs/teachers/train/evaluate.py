@@ -116,14 +116,22 @@ def tlcm9(steps):
     return walk
 
 
-def frechet(a, b):
+def fits_apart(a, b):
     """Frechet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of Gaussian fits to rows."""
-    a, b = (x.flatten(1).double() for x in (a, b))
     ca, cb = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(ca)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cb @ root).clamp_min(0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+
+
+def frechet(a, b):
+    """The distance of the distributions behind two samples of latents, extrapolated to an infinite sample
+    (arXiv 1911.07023): the fits alone are 14 apart for two sets of 1000 samples of the same teacher.
+    """
+    a, b = (x.flatten(1).double() for x in (a, b))
+    halves = sum(fits_apart(a[first::2], b[first::2]) for first in (0, 1)) / 2
+    return 2 * fits_apart(a, b) - halves
 
 
 def emit(**fields):
