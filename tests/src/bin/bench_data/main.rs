@@ -1,16 +1,20 @@
-//! `make bench-data`: what the data plane costs against the bytes themselves, side by side in one run (F3, F4).
+//! `make bench-data`: what the data plane costs against the bytes themselves and against pyarrow, side by side in one
+//! run (F3, F4).
 //!
 //! Every figure is a ratio of medians over interleaved rounds: machines are shared and noisy. The last line
-//! holds all figures with their goals, and says MISSED where a goal is not reached. The exit code is 1 when one
-//! misses its floor. Floors are no goals: they stand where the figures stood on a busy machine of two cores,
+//! holds all figures, each with its goal, MISSED where that is not reached, and its floor. The exit code is 1 when
+//! one misses its floor. Floors are no goals: they stand where the figures stood on a busy machine of two cores,
 //! less its noise, and catch what makes things worse.
+
+mod measure;
+mod pyarrow;
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +32,9 @@ use distillery_common::storage::fault::DelayStore;
 use distillery_common::storage::layout::{self, Key, Prefix};
 use distillery_common::storage::{FileEntry, Store};
 use distillery_common::task::{Lease, TaskId};
+
+use self::measure::{Figure, Ratios, Rounds, at_least, at_most, median};
+use self::pyarrow::Pyarrow;
 
 const ROUNDS: usize = 5;
 /// 114 trajectories of 9 SDXL rows, states and predictions of 128 KiB: 256 MiB.
@@ -58,62 +65,10 @@ fn seconds_since(start: Instant) -> f64 {
     now().duration_since(start).as_secs_f64()
 }
 
-/// One figure: what it is, what it should be, and what it must be.
-struct Figure {
-    name: &'static str,
-    value: f64,
-    goal: f64,
-    floor: f64,
-    /// Whether a larger value is better.
-    more: bool,
-}
-
-impl Figure {
-    fn holds(&self) -> bool {
-        if self.more {
-            self.value >= self.floor
-        } else {
-            self.value <= self.floor
-        }
-    }
-
-    fn text(&self) -> String {
-        let (sign, reached) = if self.more {
-            ('≥', self.value >= self.goal)
-        } else {
-            ('≤', self.value <= self.goal)
-        };
-        let verdict = if reached { "" } else { ", MISSED" };
-        let (name, value, goal) = (self.name, self.value, self.goal);
-        format!("{name} {value:.4} (goal {sign} {goal}{verdict})")
-    }
-}
-
-fn at_least(name: &'static str, value: f64, goal: f64, floor: f64) -> Figure {
-    Figure {
-        name,
-        value,
-        goal,
-        floor,
-        more: true,
-    }
-}
-
-fn at_most(name: &'static str, value: f64, goal: f64, floor: f64) -> Figure {
-    Figure {
-        name,
-        value,
-        goal,
-        floor,
-        more: false,
-    }
-}
-
 async fn bench() -> Result<ExitCode> {
     let place = tempfile::tempdir().context("a temporary folder")?;
     let store = Store::open_or_create(&place.path().join("run").display().to_string())?;
     let set = Set::new();
-    let write = write_ratio(&store, &set, place.path()).await?;
     let manifest = set.seal(&store).await?;
     let file = manifest.shards[0].rows_file.clone();
     let dataset = Arc::new(Dataset::new(store.clone(), manifest, Options::default()));
@@ -121,21 +76,29 @@ async fn bench() -> Result<ExitCode> {
     let path = store
         .local_file(&file.key)
         .context("the store is a folder")?;
-    let read = read_ratio(&dataset, &path).await?;
+    let mut peer = peer(&path, &place.path().join("pyarrow"));
+    let write = write_ratios(&store, &set, place.path(), peer.as_mut()).await?;
+    let read = read_ratios(&dataset, &path, peer.as_mut()).await?;
+    drop(peer);
     let random = random_ratio(&dataset, &path).await?;
     let stall = loader_stall(&store, &dataset).await?;
     let capture = capture_ratio();
-    if let Some(python) = std::env::var_os("DISTILLERY_PYTHON") {
-        let pyarrow = pyarrow_seconds(Path::new(&python), &path)?;
-        println!("pyarrow reads the same file in {pyarrow:.3} s");
-    }
-    let figures = [
-        at_least("write / raw write + fsync", write, 0.9, 0.15),
-        at_least("sequential read / raw read", read, 0.95, 0.4),
+    let mut figures = vec![
+        at_least("write / raw write + fsync", write.raw, 0.9, 0.15),
+        at_least("sequential read / raw read", read.raw, 0.95, 0.4),
         at_most("random row p50 / raw pread", random, 1.2, 2.0),
         at_most("loader stall share of step time", stall, 0.001, 0.01),
         at_most("checkpoint stall / memory copy", capture, 1.1, 1.6),
     ];
+    figures.extend(
+        write
+            .pyarrow
+            .map(|ratio| at_least("write / pyarrow without digests", ratio, 1.0, 0.25)),
+    );
+    figures.extend(
+        read.pyarrow
+            .map(|ratio| at_least("sequential read / pyarrow", ratio, 1.0, 1.2)),
+    );
     let texts: Vec<String> = figures.iter().map(Figure::text).collect();
     println!("bench-data: {}", texts.join(", "));
     Ok(if figures.iter().all(Figure::holds) {
@@ -145,9 +108,18 @@ async fn bench() -> Result<ExitCode> {
     })
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+/// pyarrow, where there is one; says so where there is none.
+fn peer(file: &Path, out: &Path) -> Option<Pyarrow> {
+    match Pyarrow::start(file, out) {
+        Ok(peer) => {
+            println!("pyarrow {} reads and writes the same rows", peer.version);
+            Some(peer)
+        }
+        Err(error) => {
+            println!("pyarrow is absent and was NOT measured: {error:#}");
+            None
+        }
+    }
 }
 
 /// What is written: noise, as latents are.
@@ -266,9 +238,15 @@ fn lease(attempt: u32) -> Lease {
     }
 }
 
-/// Our rows with digests, against the same number of bytes written raw; both end on the disk.
-async fn write_ratio(store: &Store, set: &Set, place: &Path) -> Result<f64> {
-    let mut ratios = Vec::new();
+/// Our rows with digests, against the same number of bytes written raw and the same rows by pyarrow; all end on the
+/// disk.
+async fn write_ratios(
+    store: &Store,
+    set: &Set,
+    place: &Path,
+    mut peer: Option<&mut Pyarrow>,
+) -> Result<Ratios> {
+    let (mut rounds, mut bytes) = (Rounds::default(), 0);
     for round in 0..ROUNDS {
         let key = layout::shard_rows(
             &layout::shard(&folder(), 9),
@@ -276,7 +254,8 @@ async fn write_ratio(store: &Store, set: &Set, place: &Path) -> Result<f64> {
         );
         let start = now();
         let entry = set.write(store, &key).await?;
-        let ours = seconds_since(start);
+        rounds.ours.push(seconds_since(start));
+        bytes = entry.len;
         let path = place.join("raw");
         let start = now();
         let mut raw = File::create(&path)?;
@@ -284,17 +263,26 @@ async fn write_ratio(store: &Store, set: &Set, place: &Path) -> Result<f64> {
             raw.write_all(set.value(index))?;
         }
         raw.sync_all()?;
-        ratios.push(seconds_since(start) / ours);
+        rounds.raw.push(seconds_since(start));
         std::fs::remove_file(path)?;
         store.delete(&key).await?;
+        if let Some(peer) = &mut peer {
+            rounds.pyarrow.push(peer.write()?);
+        }
     }
-    Ok(median(ratios))
+    Ok(rounds.ratios("write", bytes))
 }
 
-/// Every row in order through the reader, against the file in ranges of 4 MiB; both into touched memory.
-async fn read_ratio(dataset: &Dataset, path: &Path) -> Result<f64> {
+/// Every row in order through the reader, against the file in ranges of 4 MiB and pyarrow; all into memory.
+async fn read_ratios(
+    dataset: &Dataset,
+    path: &Path,
+    mut peer: Option<&mut Pyarrow>,
+) -> Result<Ratios> {
     let (mut staging, mut buffer) = (Staging::default(), vec![0u8; 4 << 20]);
-    let mut ratios = Vec::new();
+    let file = File::open(path)?;
+    let len = file.metadata()?.len();
+    let mut rounds = Rounds::default();
     for round in 0..=ROUNDS {
         let start = now();
         let mut first = 0;
@@ -306,19 +294,21 @@ async fn read_ratio(dataset: &Dataset, path: &Path) -> Result<f64> {
             first = end;
         }
         let ours = seconds_since(start);
-        let file = File::open(path)?;
-        let len = file.metadata()?.len();
         let start = now();
         for at in (0..len).step_by(buffer.len()) {
             let part = buffer.len().min(usize::try_from(len - at)?);
             file.read_exact_at(&mut buffer[..part], at)?;
         }
+        let raw = seconds_since(start);
+        let pyarrow = peer.as_mut().map(|peer| peer.read()).transpose()?;
         // The first round fills the page cache and the buffers.
         if round > 0 {
-            ratios.push(seconds_since(start) / ours);
+            rounds.ours.push(ours);
+            rounds.raw.push(raw);
+            rounds.pyarrow.extend(pyarrow);
         }
     }
-    Ok(median(ratios))
+    Ok(rounds.ratios("sequential read", len))
 }
 
 /// One row (state and prediction) at a time in the order of training, against two reads of as many bytes.
@@ -428,24 +418,4 @@ fn capture_ratio() -> f64 {
         std::hint::black_box(Bytes::copy_from_slice(&target[..64]));
     }
     median(ratios)
-}
-
-/// How long pyarrow takes for the wide columns of the same file.
-fn pyarrow_seconds(python: &Path, file: &Path) -> Result<f64> {
-    const SCRIPT: &str = "
-import sys, time, pyarrow.parquet as pq
-best = 1e9
-for _ in range(5):
-    start = time.perf_counter()
-    pq.read_table(sys.argv[1], columns=['latent', 'eps_w'], use_threads=False)
-    best = min(best, time.perf_counter() - start)
-print(best)
-";
-    let output = Command::new(python)
-        .args(["-c", SCRIPT])
-        .arg(file)
-        .output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "DISTILLERY_PYTHON failed: {said}");
-    Ok(String::from_utf8(output.stdout)?.trim().parse()?)
 }
