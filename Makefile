@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test run-tests kill-resume compare bench-data bench-engine lint libtorch servers
+.PHONY: help demo test kill-resume compare bench-data bench-engine lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -17,10 +17,6 @@ demo: libtorch ## Distil the bundled teacher on this machine's CPU, from recipe 
 	$(target)/release/coordinator run configs/quickstart.yaml
 
 test: lint servers ## Run the lints and every test that needs no GPU.
-	@$(MAKE) --no-print-directory run-tests
-
-# The tests alone, for who has run `make lint servers` already: .ci/run times each step.
-run-tests:
 	cargo build $(cargo_flags) --workspace --bins
 	set -a; . $(target)/test-servers.env; set +a; \
 	cargo test $(cargo_flags) --workspace --no-fail-fast | awk \
