@@ -55,8 +55,10 @@ pub struct Config {
 
 /// Runs `recipe` until it ends or is stopped.
 pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result<ExitCode> {
+    // Before anything is made: a teacher that cannot be used leaves no folder behind.
+    let teacher = open_teacher(&recipe)?;
     let store = Store::open_or_create(&recipe.output)?;
-    let prepared = prepare(&recipe, &store, &config.engine).await?;
+    let prepared = prepare(&recipe, teacher, &store, &config.engine).await?;
     let access = Access::of_run(&store, &prepared.record, recipe.cluster.token.as_ref())?;
     let history = journal::read(&store).await?;
     let durable = Durable::replay(&history.records);

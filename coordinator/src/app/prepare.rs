@@ -76,9 +76,13 @@ pub fn facts(folder: &Folder) -> Facts {
     }
 }
 
-/// Reads what the recipe names, and makes or finds the run record.
-pub async fn prepare(recipe: &Recipe, store: &Store, engine: &Path) -> anyhow::Result<Prepared> {
-    let folder = open_teacher(recipe)?;
+/// Reads what the recipe names, and makes or finds the run record. `folder` is its teacher, opened.
+pub async fn prepare(
+    recipe: &Recipe,
+    folder: Folder,
+    store: &Store,
+    engine: &Path,
+) -> anyhow::Result<Prepared> {
     for warning in &folder.warnings {
         tracing::warn!("{warning}");
     }
