@@ -319,9 +319,7 @@ fn adapted(name: &str, numbers: &Parameters) -> Unet {
 
 #[test]
 fn adapters_predict_and_learn_as_the_reference_does() {
-    // The random network of sd15 is badly conditioned: under other instruction sets and thread counts PyTorch's own f32
-    // prediction and gradient move by 1.5e-5 and 1.3e-3 (its f64 ones lie 1.2e-5 and 1e-3 away).
-    for (name, tolerance, gradient_tolerance) in [("sd15", 2e-5, 2e-3), ("sdxl", 1e-5, 1e-4)] {
+    for name in ["sd15", "sdxl"] {
         let numbers = read(&format!("{name}/adapted.safetensors"));
         let unet = adapted(name, &numbers);
         let prediction = unet.predict(
@@ -330,7 +328,7 @@ fn adapters_predict_and_learn_as_the_reference_does() {
             &conditioning(&numbers),
         );
         let wanted = &numbers["lora_prediction"];
-        assert_close("prediction", &prediction, wanted, tolerance);
+        assert_close("prediction", &prediction, wanted, 1e-5);
         prediction.square().mean(Kind::Float).backward();
         let mut squares = 0.0;
         for (path, tensor) in lora::parameters(&unet) {
@@ -338,12 +336,12 @@ fn adapters_predict_and_learn_as_the_reference_does() {
             squares += gradient.square().sum(Kind::Double).double_value(&[]);
             if path == "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight" {
                 let wanted = &numbers["lora_gradient"];
-                assert_close("gradient", &gradient, wanted, gradient_tolerance);
+                assert_close("gradient", &gradient, wanted, 1e-4);
             }
         }
         let wanted = numbers["lora_gradient_norm"].double_value(&[]);
         assert!(
-            (squares.sqrt() / wanted - 1.0).abs() < gradient_tolerance,
+            (squares.sqrt() / wanted - 1.0).abs() < 1e-4,
             "{} {wanted}",
             squares.sqrt()
         );
