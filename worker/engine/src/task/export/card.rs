@@ -41,8 +41,10 @@ pub(super) fn text(student: &Finished<'_>, is_xl: bool) -> String {
          A few-step student of a latent diffusion teacher, made by Distillery. It is sampled without guidance:\n\
          the teacher's guidance scale ({guidance}) is part of its weights.\n\n\
          ```python\n\
+         import torch\n\
          from diffusers import {class}\n\n\
-         pipeline = {class}.from_pretrained(\"path/to/this/folder\")\n\
+         # One dtype for all parts: transformers would otherwise keep the text encoder in that of its file.\n\
+         pipeline = {class}.from_pretrained(\"path/to/this/folder\", torch_dtype=torch.float32)\n\
          picture = pipeline(\"a prompt\", num_inference_steps={steps}, guidance_scale=1.0).images[0]\n\
          ```\n\n\
          The scheduler configuration (`LCMScheduler`, `original_inference_steps` {original}) gives these times:\n\n\
