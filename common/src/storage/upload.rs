@@ -4,6 +4,8 @@ use bytes::{Bytes, BytesMut};
 use object_store::{ObjectStoreExt as _, WriteMultipart};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::layout::{ForeignKey, Key, Prefix};
 use super::{Error, Operation, Store};
@@ -141,9 +143,41 @@ pub struct Upload {
     store: Store,
     key: Key,
     buffer: BytesMut,
-    parts: Option<WriteMultipart>,
-    sha256: Sha256,
+    parts: Option<(WriteMultipart, Hashing)>,
     len: u64,
+}
+
+/// SHA-256 of bytes as they come, on a thread of its own: whoever encodes them goes on meanwhile.
+struct Hashing {
+    bytes: mpsc::Sender<Bytes>,
+    digest: JoinHandle<Digest>,
+}
+
+impl Hashing {
+    fn start() -> Self {
+        let (sender, mut bytes) = mpsc::channel::<Bytes>(PARTS_IN_FLIGHT);
+        let digest = spawn_blocking(move || {
+            let mut sha256 = Sha256::new();
+            while let Some(part) = bytes.blocking_recv() {
+                sha256.update(&part);
+            }
+            Digest(sha256.finalize().into())
+        });
+        Self {
+            bytes: sender,
+            digest,
+        }
+    }
+
+    async fn update(&self, bytes: Bytes) {
+        let taken = self.bytes.send(bytes).await;
+        taken.expect("the hashing thread reads until nobody sends");
+    }
+
+    async fn finish(self) -> Digest {
+        drop(self.bytes);
+        self.digest.await.expect("hashing does not panic")
+    }
 }
 
 impl Upload {
@@ -153,7 +187,6 @@ impl Upload {
             key,
             buffer: BytesMut::new(),
             parts: None,
-            sha256: Sha256::new(),
             len: 0,
         }
     }
@@ -173,42 +206,43 @@ impl Upload {
         if self.parts.is_none() && self.buffer.len() + bytes.len() > PART_BYTES {
             self.begin().await?;
         }
-        if let Some(parts) = &mut self.parts {
-            let waited = parts.wait_for_capacity(PARTS_IN_FLIGHT).await;
-            parts.put(bytes.clone());
-            waited.map_err(|error| self.failed(error))?;
-        } else {
-            self.buffer.extend_from_slice(&bytes);
-        }
-        // After the hand-over, so that the part before is on its way while this one is hashed.
-        self.sha256.update(&bytes);
         self.len += bytes.len() as u64;
-        Ok(())
+        let Some((parts, hashing)) = &mut self.parts else {
+            self.buffer.extend_from_slice(&bytes);
+            return Ok(());
+        };
+        hashing.update(bytes.clone()).await;
+        let waited = parts.wait_for_capacity(PARTS_IN_FLIGHT).await;
+        parts.put(bytes);
+        waited.map_err(|error| self.failed(error))
     }
 
     /// Makes the object visible, and says what it is.
     pub async fn finish(mut self) -> Result<FileEntry, Error> {
-        match self.parts.take() {
-            Some(parts) => {
+        let sha256 = match self.parts.take() {
+            Some((parts, hashing)) => {
+                let digest = hashing.finish().await;
                 parts.finish().await.map_err(|error| self.failed(error))?;
+                digest
             }
             None => {
-                self.store
-                    .put(&self.key, self.buffer.split().freeze())
-                    .await?
+                let bytes = self.buffer.split().freeze();
+                let digest = Digest::of(&bytes);
+                self.store.put(&self.key, bytes).await?;
+                digest
             }
-        }
+        };
         Ok(FileEntry {
             key: self.key.clone(),
             len: self.len,
-            sha256: Digest(self.sha256.finalize().into()),
+            sha256,
         })
     }
 
     /// Gives up, and removes the parts that are already there.
     pub async fn abort(mut self) -> Result<(), Error> {
         match self.parts.take() {
-            Some(parts) => parts.abort().await.map_err(|error| self.failed(error)),
+            Some((parts, _)) => parts.abort().await.map_err(|error| self.failed(error)),
             None => Ok(()),
         }
     }
@@ -222,8 +256,13 @@ impl Upload {
             })
             .await?;
         let mut parts = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
-        parts.put(self.buffer.split().freeze());
-        self.parts = Some(parts);
+        let first = self.buffer.split().freeze();
+        let hashing = Hashing::start();
+        if !first.is_empty() {
+            hashing.update(first.clone()).await;
+            parts.put(first);
+        }
+        self.parts = Some((parts, hashing));
         Ok(())
     }
 
