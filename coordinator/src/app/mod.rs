@@ -8,6 +8,7 @@ mod memo;
 mod prepare;
 mod progress;
 mod prompt_lists;
+mod waits;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,6 +35,7 @@ use crate::service::{self, client::Client};
 
 pub use access::Access;
 pub use prepare::{Prepared, Refused, facts, open_teacher, prepare};
+pub use waits::Wait;
 
 /// Exit code of a run that can be resumed by the same command.
 const TRY_AGAIN: u8 = 75;
@@ -49,6 +51,8 @@ pub struct Config {
     pub takeover: bool,
     /// Serve without TLS on more than 127.0.0.1.
     pub insecure: bool,
+    /// Waiting times in place of the usual ones.
+    pub waits: Vec<Wait>,
     /// Results are for programs.
     pub json: bool,
 }
@@ -91,13 +95,13 @@ async fn coordinate(
     prepared: Prepared,
     access: Access,
 ) -> anyhow::Result<ExitCode> {
+    let timings = timings(&recipe, &config.waits)?;
     let tls = recipe.cluster.tls == Tls::On;
     let listener = listen(&recipe, config.insecure).await?;
     let endpoint = advertised(&listener)?;
     let join = access.join(&endpoint, tls)?;
     let (journal, records) =
         Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
-    let timings = timings(&recipe);
     let machine = Machine::new(
         prepared.plan.clone(),
         timings.clone(),
@@ -239,14 +243,16 @@ fn resumed(records: &[Record]) -> bool {
     records.len() > 1
 }
 
-fn timings(recipe: &Recipe) -> Timings {
+fn timings(recipe: &Recipe, waits: &[Wait]) -> anyhow::Result<Timings> {
     let mut timings = Timings::default();
     if recipe.cluster.launcher == Launcher::Local {
         // Local workers cannot outlive their coordinator, and need no more than an engine's step to leave.
         timings.reattach = std::time::Duration::ZERO;
+        timings.reattach_tasks = std::time::Duration::ZERO;
         timings.drain = std::time::Duration::from_secs(30);
     }
-    timings
+    waits::apply(waits, &mut timings).context("--timings or DISTILLERY_TIMINGS")?;
+    Ok(timings)
 }
 
 async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> {

@@ -24,6 +24,15 @@ pub(super) struct Arguments {
     /// Serve without TLS on an address that other hosts reach.
     #[arg(long)]
     insecure: bool,
+    /// Waiting times in place of the usual ones, as in `beat=200ms,lease_ttl=2s`; no result depends on them.
+    #[arg(
+        long = "timings",
+        env = "DISTILLERY_TIMINGS",
+        value_name = "NAME=TIME",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    waits: Vec<app::Wait>,
     /// Show the plan and end.
     #[arg(long)]
     dry_run: bool,
@@ -39,6 +48,7 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
         engine: program(arguments.engine, "engine", "--engine or DISTILLERY_ENGINE")?,
         takeover: arguments.takeover,
         insecure: arguments.insecure,
+        waits: arguments.waits,
         json: context.json,
     };
     super::runtime()?.block_on(app::run(recipe, config, context.clock))

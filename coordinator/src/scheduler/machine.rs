@@ -22,6 +22,8 @@ use crate::plan::Plan;
 pub struct Timings {
     /// Between two beats of a worker.
     pub beat: Duration,
+    /// Silence after which a worker is given nothing new.
+    pub suspect: Duration,
     /// How long a lease lives after the last beat, as the worker counts.
     pub lease_ttl: Duration,
     /// How much longer it lives as we count.
@@ -45,10 +47,15 @@ pub struct Timings {
     /// How long the members of a group may take to come back after a restart of the coordinator; zero when they
     /// cannot have outlived it.
     pub reattach: Duration,
+    /// How long tasks that may have been leased before a restart of the coordinator wait for their holders to come
+    /// back; zero when those cannot have outlived it.
+    pub reattach_tasks: Duration,
     /// How long a group may stand still; five steps if those are longer, ten times more at first.
     pub hang: Duration,
     /// How long workers may take to leave.
     pub drain: Duration,
+    /// How long a verified COMMIT may be missing from the commit index.
+    pub index_every: Duration,
     /// Pause after a first failure; doubles up to `retry_cap`.
     pub retry: Duration,
     /// Longest pause after a failure.
@@ -67,6 +74,7 @@ impl Default for Timings {
         let s = Duration::from_secs;
         Self {
             beat: s(2),
+            suspect: s(6),
             lease_ttl: s(30),
             lease_grace: s(5),
             member_silence: s(15),
@@ -78,8 +86,10 @@ impl Default for Timings {
             last_call: s(1),
             keep_for_group: s(30),
             reattach: s(10),
+            reattach_tasks: s(30),
             hang: s(60),
             drain: s(120),
+            index_every: s(1),
             retry: s(1),
             retry_cap: s(30),
             counted_failures: 4,
