@@ -4,11 +4,12 @@
 //! <run URI>/
 //!   run.json                                                   create-only, once
 //!   prompts/{train,holdout,preview}.parquet
-//!   journal/<seq:020>
+//!   journal/<seq:020>    journal/snapshot-<seq:020>
 //!   trajectories/<dataset>/shard-<index:08>/a<attempt>-<incarnation>.parquet  …-embeddings.parquet  COMMIT
-//!   trajectories/<dataset>/MANIFEST
+//!   trajectories/<dataset>/MANIFEST    commit-index/t<term:06>-<part:06>
 //!   checkpoints/<stage>/<step:010>-g<generation>/s<part:04>.safetensors  metrics.jsonl  COMMIT
 //!   tasks/<stage>/<index:08>/a<attempt>-<incarnation>/…  COMMIT                evaluation and export parts
+//!   tasks/<stage>/commit-index/t<term:06>-<part:06>
 //!   export/<stage>/…    report/…    logs/<worker>/…
 //! ```
 
@@ -16,8 +17,10 @@ use std::fmt;
 
 use object_store::path::Path;
 
-use crate::ids::Generation;
+use crate::ids::{Generation, Term};
 use crate::task::Lease;
+
+const SNAPSHOT: &str = "snapshot-";
 
 /// A key below the run URI. Only this module makes one, from validated parts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -142,6 +145,27 @@ pub fn journal() -> Prefix {
 /// Journal segment `seq`.
 pub fn journal_segment(seq: u64) -> Key {
     journal().key(&format!("{seq:020}"))
+}
+
+/// What all segments before `seq` come to.
+pub fn journal_snapshot(seq: u64) -> Key {
+    journal().key(&format!("{SNAPSHOT}{seq:020}"))
+}
+
+/// Reads the number back from the key of a snapshot.
+pub fn parse_journal_snapshot(key: &Key) -> Option<u64> {
+    let name = key.as_str().strip_prefix("journal/")?;
+    name.strip_prefix(SNAPSHOT)?.parse().ok()
+}
+
+/// The parts of the commit index of a dataset or of a task stage.
+pub fn commit_index(folder: &Prefix) -> Prefix {
+    folder.folder("commit-index")
+}
+
+/// One part of a commit index, written by the coordinator of `term`.
+pub fn commit_index_part(folder: &Prefix, term: Term, part: u64) -> Key {
+    commit_index(folder).key(&format!("t{:06}-{part:06}", term.0))
 }
 
 /// One set of trajectories; `dataset` is the short digest that names it.
@@ -284,7 +308,7 @@ fn attempt(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{Incarnation, Term};
+    use crate::ids::Incarnation;
     use crate::task::TaskId;
 
     #[test]
@@ -328,6 +352,8 @@ mod tests {
             assert_eq!(parse_checkpoint_commit(foreign), None, "{foreign}");
         }
         assert_eq!(journal_segment(7).as_str(), "journal/00000000000000000007");
+        assert_eq!(parse_journal_snapshot(&journal_snapshot(7)), Some(7));
+        assert_eq!(parse_journal_snapshot(&journal_segment(7)), None);
         assert_eq!(parse_task_commit(&commit(&shard)), Some(42));
         assert_eq!(parse_task_commit(&commit(&task("evaluate", 7))), Some(7));
         assert_eq!(parse_task_commit(&shard_rows(&shard, &lease)), None);

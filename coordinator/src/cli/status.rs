@@ -33,7 +33,7 @@ async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCod
         .await?
         .with_context(|| format!("there is no run at {}", store.uri()))?;
     let record = RunRecord::from_bytes(&bytes)?;
-    let durable = Durable::replay(&journal::read(&store).await?.records);
+    let durable = journal::read(&store).await?.durable;
     let tls = record
         .recipe
         .pointer("/cluster/tls")

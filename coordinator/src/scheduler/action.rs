@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 use distillery_common::group::{CheckpointCommitted, GroupId, Membership};
-use distillery_common::ids::{Generation, Incarnation};
+use distillery_common::ids::{Generation, Incarnation, Term};
 use distillery_common::task::{CommitSummary, Failure, Lease, TaskId};
 
 use super::event::ConnectionId;
@@ -24,6 +25,8 @@ pub enum Action {
     Inspect {
         /// Position of the stage.
         stage: usize,
+        /// Task stages: nothing from this index on was ever leased; none when that is not known.
+        granted_below: Option<u64>,
         /// Wait this long before, because the last try failed.
         after_ms: u64,
     },
@@ -49,6 +52,18 @@ pub enum Action {
         commits: BTreeMap<u64, CommitSummary>,
         /// Wait this long before, because the last try failed.
         after_ms: u64,
+    },
+    /// Write a part of a task stage's commit index, which spares a later coordinator reading each COMMIT; no answer
+    /// is awaited, since the index is a cache.
+    Index {
+        /// Position of the stage.
+        stage: usize,
+        /// This life…
+        term: Term,
+        /// …and the number of the part in it.
+        part: u64,
+        /// Verified COMMITs that no other part has.
+        commits: Vec<(u64, CommitSummary)>,
     },
     /// Delete checkpoints that nothing needs any more; no answer is awaited.
     Prune {
@@ -142,6 +157,20 @@ pub enum Decision {
         /// Leases that are pending again.
         requeued: usize,
     },
+    /// A worker has gone silent and is given nothing new.
+    Suspected {
+        /// Name of the worker.
+        worker: String,
+        /// Its registration.
+        incarnation: Incarnation,
+        /// For how long it was not heard.
+        silent: Duration,
+    },
+    /// A suspected worker was heard again.
+    Cleared {
+        /// Name of the worker.
+        worker: String,
+    },
     /// A stage began, or went on after a restart.
     StageStarted {
         /// Name of the stage.
@@ -159,7 +188,21 @@ pub enum Decision {
         cached: bool,
     },
     /// A task was given to a worker.
-    Granted(Lease),
+    Granted {
+        /// The attempt.
+        lease: Lease,
+        /// Why this task, and why now.
+        why: Why,
+    },
+    /// Tasks that may still be held by workers of an earlier life wait for them.
+    Reserved {
+        /// Name of the stage.
+        stage: String,
+        /// How many tasks.
+        tasks: u64,
+        /// For how long.
+        wait: Duration,
+    },
     /// An attempt failed and its task waits for another.
     Retrying {
         /// The attempt.
@@ -227,6 +270,18 @@ pub enum Decision {
         /// What, and why.
         what: String,
     },
+    /// Nothing new is begun.
+    Paused {
+        /// Why.
+        reason: String,
+    },
+    /// Work goes on.
+    Resumed,
+    /// A worker was told to leave after what it has in hand.
+    Draining {
+        /// Name of the worker.
+        worker: String,
+    },
     /// The run stops, to be resumed.
     Stopping {
         /// Why.
@@ -234,6 +289,37 @@ pub enum Decision {
     },
     /// The run ended.
     Finished(Outcome),
+}
+
+/// Why a task was given to a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Why {
+    /// It is the lowest that is open, and the worker is idle.
+    Next,
+    /// An earlier attempt at it has ended without a COMMIT.
+    Again,
+    /// The attempt at it is late, most other tasks are done, and the worker is idle: a second attempt may be first.
+    Straggler {
+        /// Age of the first attempt.
+        age: Duration,
+        /// The middle of how long the last attempts took.
+        median: Duration,
+    },
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Next => write!(f, "the next task for an idle worker"),
+            Self::Again => write!(f, "an earlier attempt ended"),
+            Self::Straggler { age, median } => write!(
+                f,
+                "a second attempt, since the first takes {:.1} s where {:.1} s are usual",
+                age.as_secs_f64(),
+                median.as_secs_f64()
+            ),
+        }
+    }
 }
 
 impl fmt::Display for Decision {
@@ -266,7 +352,18 @@ impl fmt::Display for Decision {
                 write!(f, "stage {stage} was sealed by an earlier run")
             }
             Self::StageSealed { stage, .. } => write!(f, "stage {stage} sealed"),
-            Self::Granted(lease) => write!(f, "granted {lease}"),
+            Self::Suspected { worker, silent, .. } => write!(
+                f,
+                "worker {worker} is suspect: silent for {:.1} s; it is given nothing new",
+                silent.as_secs_f64()
+            ),
+            Self::Cleared { worker } => write!(f, "worker {worker} was heard again"),
+            Self::Granted { lease, why } => write!(f, "granted {lease}: {why}"),
+            Self::Reserved { stage, tasks, wait } => write!(
+                f,
+                "{tasks} tasks of {stage} wait {} s for holders of before the restart",
+                wait.as_secs()
+            ),
             Self::Retrying {
                 lease,
                 failure,
@@ -301,6 +398,11 @@ impl fmt::Display for Decision {
             ),
             Self::Ignored { what } => write!(f, "ignored: {what}"),
             Self::Postponed { what } => write!(f, "postponed: {what}"),
+            Self::Paused { reason } => write!(f, "paused: {reason}; nothing new is begun"),
+            Self::Resumed => write!(f, "resumed"),
+            Self::Draining { worker } => {
+                write!(f, "worker {worker} leaves after what it has in hand")
+            }
             Self::Stopping { reason } => write!(f, "stopping: {reason}"),
             Self::Finished(outcome) => write!(f, "run {outcome}"),
         }

@@ -102,6 +102,9 @@ impl Machine {
             self.seal_stage(at, checkpoint.digest, false, out);
         }
         self.prune(at, checkpoint.step, out);
+        if self.durable.paused.is_some() && !checkpoint.is_final {
+            self.abort(at, "the run is paused", false, now, out);
+        }
     }
 
     /// Lets go of what lies behind step `before`, all but the newest on the lineage and what the live group started

@@ -20,7 +20,7 @@ impl Machine {
     ) {
         let is_live = self
             .board(&lease.task)
-            .is_some_and(|board| board.holds(lease));
+            .is_some_and(|board| board.attempt(lease).is_some());
         self.release(lease);
         if !is_live {
             return;

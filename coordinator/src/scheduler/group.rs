@@ -215,7 +215,7 @@ impl Machine {
 
     fn final_checkpoint(&self, at: usize) -> Option<Checkpoint> {
         let log = self.durable.stage(&self.plan.stages[at].name);
-        log.checkpoints.into_iter().rev().find(|c| c.is_final)
+        log.checkpoints.iter().rev().find(|c| c.is_final).cloned()
     }
 
     fn final_key(&self, at: usize) -> Option<String> {
@@ -353,10 +353,7 @@ impl Machine {
             );
             self.fail(message, out);
         } else {
-            out.push(Action::Inspect {
-                stage: at,
-                after_ms: 0,
-            });
+            out.push(self.inspection(at, 0));
         }
     }
 
