@@ -4,6 +4,8 @@
 
 mod access;
 mod attach;
+mod control;
+mod find;
 mod memo;
 mod prepare;
 mod progress;
@@ -34,6 +36,8 @@ use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
 
 pub use access::Access;
+pub use control::{Heard, control};
+pub use find::{Found, find};
 pub use prepare::{Prepared, Refused, facts, open_teacher, prepare};
 pub use waits::Wait;
 
@@ -77,7 +81,7 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
         return Ok(ExitCode::SUCCESS);
     }
     let tls = recipe.cluster.tls == Tls::On;
-    if !config.takeover && next > 0 {
+    if !config.takeover && next > 0 && !durable.endpoint.is_empty() {
         let join = access.join(&durable.endpoint, tls)?;
         if let Some(client) = Client::find(&join).await {
             console::note(format_args!(

@@ -6,7 +6,8 @@ use distillery_common::group::GroupId;
 use distillery_common::ids::Incarnation;
 use distillery_common::task::{Lease, TaskId};
 
-use super::action::{Action, Decision, ToWorker};
+use super::action::{Action, ToWorker};
+use super::decision::Decision;
 use super::event::{ConnectionId, FromWorker, Hello};
 use super::fleet::{Link, Worker};
 use super::group::{self, Group};
@@ -211,16 +212,9 @@ impl Machine {
         now: Duration,
         out: &mut Vec<Action>,
     ) -> bool {
-        let Some(who) = self.fleet.at(connection) else {
-            out.push(Action::Close(connection));
+        let Some(who) = self.heard(connection, now, out) else {
             return false;
         };
-        if self.fleet.heard(who, now)
-            && let Some(worker) = self.fleet.get(who)
-        {
-            let worker = worker.name.clone();
-            out.push(Action::Explain(Decision::Cleared { worker }));
-        }
         match message {
             FromWorker::Beat {
                 seq,
@@ -283,6 +277,26 @@ impl Machine {
             }
         }
         true
+    }
+
+    /// The worker that speaks on `connection`, which is no longer suspect; streams that do not count are ended.
+    fn heard(
+        &mut self,
+        connection: ConnectionId,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) -> Option<Incarnation> {
+        let Some(who) = self.fleet.at(connection) else {
+            out.push(Action::Close(connection));
+            return None;
+        };
+        if self.fleet.heard(who, now)
+            && let Some(worker) = self.fleet.get(who)
+        {
+            let worker = worker.name.clone();
+            out.push(Action::Explain(Decision::Cleared { worker }));
+        }
+        Some(who)
     }
 
     /// Whoever reports a COMMIT is believed once it was read; the lease no longer matters.

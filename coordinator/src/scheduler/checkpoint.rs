@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use distillery_common::group::CheckpointCommitted;
 
-use super::action::{Action, Decision};
+use super::action::Action;
+use super::decision::Decision;
 use super::durable::Checkpoint;
 use super::event::Trouble;
 use super::group::Group;

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use distillery_common::task::{Failure, FailureClass, Lease, Remedy, TaskId};
 
-use super::action::{Action, Decision};
+use super::action::Action;
+use super::decision::Decision;
 use super::machine::Machine;
 use super::record::Record;
 use crate::plan::Work;

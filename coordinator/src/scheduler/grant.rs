@@ -5,7 +5,8 @@ use std::time::Duration;
 use distillery_common::ids::Incarnation;
 use distillery_common::task::{Lease, TaskId};
 
-use super::action::{Action, Decision, ToWorker, Why};
+use super::action::{Action, ToWorker};
+use super::decision::{Decision, Why};
 use super::machine::Machine;
 use super::record::Record;
 use super::task::Board;
@@ -123,12 +124,12 @@ impl Machine {
     }
 }
 
+/// An attempt that takes too long: its age, its task, and who holds it.
+type Straggler = (Duration, u64, Incarnation);
+
 /// The usual life of an attempt, and the attempts that are late by it: more than half as long again, without a
-/// second one, in a stage of which three quarters are done and nothing is open. Oldest first, with index and holder.
-fn stragglers(
-    board: &Board,
-    now: Duration,
-) -> Option<(Duration, Vec<(Duration, u64, Incarnation)>)> {
+/// second one, in a stage of which three quarters are done and nothing is open. Oldest first.
+fn stragglers(board: &Board, now: Duration) -> Option<(Duration, Vec<Straggler>)> {
     if !board.pending.is_empty() || board.done() * 4 < board.count * 3 {
         return None;
     }

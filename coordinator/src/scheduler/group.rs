@@ -6,7 +6,8 @@ use distillery_common::group::{GroupId, Membership, Phase, Progress};
 use distillery_common::ids::{Generation, Incarnation};
 use distillery_common::task::{Failure, Remedy};
 
-use super::action::{Action, Decision, ToWorker};
+use super::action::{Action, ToWorker};
+use super::decision::Decision;
 use super::durable::{Checkpoint, Formed};
 use super::machine::Machine;
 use super::record::Record;

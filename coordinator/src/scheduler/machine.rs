@@ -6,7 +6,8 @@ use std::time::Duration;
 use distillery_common::group::GroupId;
 use distillery_common::ids::{Incarnation, Term};
 
-use super::action::{Action, Decision, ToWorker};
+use super::action::{Action, ToWorker};
+use super::decision::Decision;
 use super::durable::Durable;
 use super::event::{Event, Trouble};
 use super::fleet::Fleet;

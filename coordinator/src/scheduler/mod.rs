@@ -6,6 +6,7 @@
 mod action;
 mod assign;
 mod checkpoint;
+mod decision;
 mod durable;
 mod event;
 mod failed_task;
@@ -21,7 +22,8 @@ mod stage;
 mod task;
 mod view;
 
-pub use action::{Action, Decision, ToWorker, Why};
+pub use action::{Action, ToWorker};
+pub use decision::{Decision, Why};
 pub use durable::{Checkpoint, Durable, Formed, StageLog};
 pub use event::{ConnectionId, Event, Finding, FromWorker, Hello, Trouble};
 pub use invariants::Violation;

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use distillery_common::ids::Incarnation;
 
-use super::action::{Action, Decision, ToWorker};
+use super::action::{Action, ToWorker};
+use super::decision::Decision;
 use super::machine::Machine;
 use super::record::Record;
 use super::run;

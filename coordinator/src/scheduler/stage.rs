@@ -6,7 +6,8 @@ use std::time::Duration;
 use distillery_common::ids::{Digest, Generation};
 use distillery_common::task::{CommitSummary, TaskId};
 
-use super::action::{Action, Decision};
+use super::action::Action;
+use super::decision::Decision;
 use super::durable::StageLog;
 use super::event::{Finding, Trouble};
 use super::group::Group;
