@@ -275,6 +275,41 @@ pub fn probe(nonce: &str) -> Key {
     Prefix("probe".into()).key(nonce)
 }
 
+/// The folder of one check of all that a run relies on.
+pub fn trial(nonce: &str) -> Prefix {
+    Prefix("probe".into()).folder(nonce)
+}
+
+/// A folder within a check.
+pub fn trial_folder(trial: &Prefix, name: &str) -> Prefix {
+    trial.folder(name)
+}
+
+/// An object of a check.
+pub fn trial_object(folder: &Prefix, name: &str) -> Key {
+    folder.key(name)
+}
+
+/// The folder of all trajectories.
+pub fn trajectories() -> Prefix {
+    Prefix("trajectories".into())
+}
+
+/// The folder of all checkpoints.
+pub fn all_checkpoints() -> Prefix {
+    Prefix("checkpoints".into())
+}
+
+/// The folder of all task stages other than trajectories.
+pub fn all_tasks() -> Prefix {
+    Prefix("tasks".into())
+}
+
+/// The folder of all checks of the store.
+pub fn probes() -> Prefix {
+    Prefix("probe".into())
+}
+
 /// Reads the key of a task's COMMIT: a shard of trajectories, or a unit of another task stage.
 pub fn parse_commit(key: &str) -> Result<Key, ForeignKey> {
     let parts: Vec<&str> = key.split('/').collect();

@@ -2,7 +2,9 @@
 
 mod check;
 mod control;
+mod doctor;
 mod export;
+mod gc;
 mod one_shot;
 mod plan;
 mod report;
@@ -70,6 +72,10 @@ enum Command {
     Cancel(control::WithReason),
     /// Lets a worker leave after what it has in hand.
     Drain(control::Drain),
+    /// Checks that a bucket or folder keeps every promise that a run relies on.
+    Doctor(doctor::Arguments),
+    /// Lists, or with --delete removes, files that attempts left behind and nothing names.
+    Gc(gc::Arguments),
     /// Writes a run's results as one page.
     Report(report::Arguments),
     /// Draws pictures from a teacher, an export or a run's student.
@@ -117,6 +123,8 @@ pub fn main() -> ExitCode {
         Command::Resume(own) => control::resume(&own, context),
         Command::Cancel(own) => control::cancel(own, context),
         Command::Drain(own) => control::drain(own, context),
+        Command::Doctor(own) => doctor::run(&own, context),
+        Command::Gc(own) => gc::run(&own, context),
         Command::Report(own) => report::run(&own, context),
         Command::Sample(own) => sample::run(own, context),
         Command::Export(own) => export::run(own, context),
