@@ -272,12 +272,20 @@ impl Agent {
         if matches!(self.seat, Seat::Taken { .. }) {
             if overdue || late {
                 self.kill_engine("its worker leaves");
+                // Its exit may take a while, and is awaited without turning in circles.
+                self.departure_deadline(now + OBEY);
             }
             return Ok(None);
         }
         let connected = matches!(self.session, Session::Up(..));
         let done = self.outbox.is_empty() || late || !connected;
         Ok(done.then_some(Ending::Left))
+    }
+
+    fn departure_deadline(&mut self, deadline: Instant) {
+        if let Some(departure) = &mut self.departure {
+            departure.deadline = deadline;
+        }
     }
 
     fn next_deadline(&self) -> Instant {
@@ -337,9 +345,7 @@ impl Agent {
             message: format!("worker {} left", self.name),
         };
         self.give_back(&failure);
-        if let Some(departure) = &mut self.departure {
-            departure.deadline = now() + LAST_REPORTS;
-        }
+        self.departure_deadline(now() + LAST_REPORTS);
     }
 
     /// Reports everything held as failed.
