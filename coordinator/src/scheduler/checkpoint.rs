@@ -74,7 +74,14 @@ impl Machine {
     ) {
         let stage = self.plan.stages[at].name.clone();
         let log = self.durable.stage(&stage);
-        if log.sealed.is_some() || log.has(checkpoint.step, checkpoint.generation) {
+        if log.sealed.is_some() {
+            return;
+        }
+        if log.has(checkpoint.step, checkpoint.generation) {
+            // The last life may have ended between this record and the seal that follows from it.
+            if checkpoint.is_final && log.on_lineage(checkpoint) {
+                self.seal_training(at, checkpoint, out);
+            }
             return;
         }
         if !log.on_lineage(checkpoint) {
@@ -98,10 +105,17 @@ impl Machine {
             *advanced = now;
         }
         if checkpoint.is_final {
-            self.dissolve(at, out);
-            self.seal_stage(at, checkpoint.digest, false, out);
+            self.seal_training(at, checkpoint, out);
+        } else {
+            self.prune(at, checkpoint.step, out);
         }
-        self.prune(at, checkpoint.step, out);
+    }
+
+    /// The last step's checkpoint is recorded, so the stage is done.
+    fn seal_training(&mut self, at: usize, last: &Checkpoint, out: &mut Vec<Action>) {
+        self.dissolve(at, out);
+        self.seal_stage(at, last.digest, false, out);
+        self.prune(at, last.step, out);
     }
 
     /// Lets go of what lies behind step `before`, all but the newest on the lineage and what the live group started
