@@ -41,7 +41,12 @@ impl Machine {
             }
             Err(Trouble::Permanent(what)) => {
                 out.push(Action::Explain(Decision::Ignored { what: what.clone() }));
-                if let Some(at) = self.live_group(&checkpoint.group) {
+                // A late report, from before a coordinator's end, may be of a checkpoint that is gone by right.
+                let log = self.durable.stage(&checkpoint.group.stage);
+                let is_behind = log
+                    .newest(&[])
+                    .is_some_and(|newest| newest.step >= checkpoint.step);
+                if let Some(at) = self.live_group(&checkpoint.group).filter(|_| !is_behind) {
                     let reason = format!("a checkpoint does not hold what it says: {what}");
                     self.abort(at, &reason, true, now, out);
                 }
