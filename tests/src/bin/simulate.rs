@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use clap::Parser;
-use distillery_tests::simulation::{Account, History, KINDS, Violation, shrink, simulate, sweep};
+use distillery_tests::simulation::{Account, History, KINDS, Strike, Violation, shrink, simulate, sweep};
 
 /// Runs simulated fleets and says which promises they kept.
 #[derive(Debug, Parser)]
@@ -30,6 +30,9 @@ struct Arguments {
     /// Instead of seeds, let every operation on the store of a small run fail in every way.
     #[arg(long)]
     every_store_operation: bool,
+    /// Tell every event of the small run in which this operation on the store fails, as `51:Killed`.
+    #[arg(long, value_name = "OPERATION:HOW")]
+    operation: Option<String>,
     /// Threads; each lives through histories of its own.
     #[arg(long, default_value_t = 2)]
     threads: u64,
@@ -41,9 +44,36 @@ fn main() -> ExitCode {
         return sweep_operations();
     }
     if let Some(seed) = arguments.replay {
+        // What the programs would have logged, between the events.
+        tracing_subscriber::fmt()
+            .without_time()
+            .with_writer(std::io::stderr)
+            .init();
         return replay(seed, arguments.shrink);
     }
+    if let Some(text) = &arguments.operation {
+        return operation(text);
+    }
     run_seeds(&arguments)
+}
+
+fn operation(text: &str) -> ExitCode {
+    let parsed = text.split_once(':').and_then(|(number, how)| {
+        let strike = Strike::ALL.into_iter().find(|strike| format!("{strike:?}") == how)?;
+        Some((number.parse().ok()?, strike))
+    });
+    let Some(struck) = parsed else {
+        eprintln!("{text} is no operation and way to fail, such as 51:Killed");
+        return ExitCode::from(64);
+    };
+    let history = History::small(Some(struck));
+    match simulate(&history, true) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(violation) => {
+            show(0, &history, &violation);
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn replay(seed: u64, short: bool) -> ExitCode {

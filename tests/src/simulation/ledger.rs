@@ -27,6 +27,8 @@ pub(super) struct Ledger {
     pub(super) highest: Term,
     /// Generations and their base steps by stage, oldest first.
     formed: BTreeMap<String, Vec<(Generation, u64)>>,
+    /// Tasks that were set aside when their stage was sealed.
+    pub(super) aside: BTreeMap<String, BTreeSet<u64>>,
     /// COMMITs of tasks by key.
     pub(super) commits: BTreeMap<String, Digest>,
     /// COMMITs of checkpoints that have ever been there, by key.
@@ -115,7 +117,11 @@ impl Ledger {
                 let said = from_wire::checkpoint_committed(said.clone()).expect("our own messages");
                 let group = &said.group;
                 let log = self.fold.stage(&group.stage);
-                let counts = log.has(said.step, group.generation)
+                let newer = |known: &Checkpoint| {
+                    known.step >= said.step
+                        && self.on_lineage(&group.stage, known.step, known.generation)
+                };
+                let counts = log.checkpoints.iter().any(newer)
                     || log.sealed.is_some()
                     || !self.on_lineage(&group.stage, said.step, group.generation);
                 ensure("ack", counts, || {
@@ -217,7 +223,11 @@ impl Ledger {
             Record::CheckpointCommitted { stage, checkpoint } => {
                 self.checkpoint_counts(stage, checkpoint)
             }
-            Record::StageSealed { stage, digest } => self.sealed(plan, stage, *digest),
+            Record::StageSealed { stage, digest } => {
+                let aside = self.fold.stage(stage).quarantined;
+                self.aside.insert(stage.clone(), aside);
+                self.sealed(plan, stage, *digest)
+            }
             Record::RunFinished(Outcome::Succeeded) => {
                 let open = plan.stages.iter().find(|s| self.fold.stage(&s.name).sealed.is_none());
                 ensure("I8", open.is_none(), || format!("succeeded without {open:?}"))

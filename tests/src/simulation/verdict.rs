@@ -17,7 +17,10 @@ use distillery_common::storage::layout;
 
 /// Checks the end of a history.
 pub(super) fn check(world: &World, objects: &InMemory) {
-    let fold = world.state().ledger.fold.clone();
+    let (fold, set_aside) = {
+        let state = world.state();
+        (state.ledger.fold.clone(), state.ledger.aside.clone())
+    };
     world.require("liveness", fold.outcome == Some(Outcome::Succeeded), || {
         format!("the journal ends with {:?}", fold.outcome)
     });
@@ -29,7 +32,8 @@ pub(super) fn check(world: &World, objects: &InMemory) {
         });
         match &stage.work {
             Work::Tasks(tasks) => {
-                for index in (0..tasks.count).filter(|index| !log.quarantined.contains(index)) {
+                let aside = set_aside.get(&stage.name).cloned().unwrap_or_default();
+                for index in (0..tasks.count).filter(|index| !aside.contains(index)) {
                     let key = layout::commit(&folder_of(&world.scene, at, index));
                     world.require("I1", look(objects, key.as_str()).is_some(), || {
                         format!("{key} is not there")

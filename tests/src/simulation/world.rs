@@ -294,6 +294,7 @@ impl World {
             world: Arc::clone(self),
             pid,
             wake: None,
+            turns: (moment(), 0),
         });
         if let Some(process) = self.state().processes.get_mut(&pid) {
             process.main = Some(running.abort_handle());
@@ -489,12 +490,25 @@ struct Pausable<F> {
     world: Arc<World>,
     pid: Pid,
     wake: Option<Pin<Box<Sleep>>>,
+    /// The last moment at which it was looked after, and how often it was then.
+    turns: (Instant, u32),
 }
+
+/// Turns of one process in one moment that are no longer work: it goes in circles, and time will never pass.
+const CIRCLES: u32 = 20_000;
 
 impl<F: Future> Future for Pausable<F> {
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let now = moment();
+        let turns = if self.turns.0 == now { self.turns.1 + 1 } else { 0 };
+        self.turns = (now, turns);
+        if turns == CIRCLES {
+            let role = self.world.state().processes[&self.pid].role;
+            self.world.broken("livelock", format!("the {role:?} goes in circles"));
+            return Poll::Pending;
+        }
         loop {
             let until = self.world.paused_until(self.pid);
             if until <= moment() {
