@@ -254,7 +254,15 @@ impl Agent {
         }
         for lease in self.held.take_expired(now) {
             tracing::warn!(%lease, "the lease ended; the coordinator has not been heard in time");
-            self.end(Ended::Task(lease), now);
+            self.end(Ended::Task(lease.clone()), now);
+            // The coordinator may have heard every beat, and would wait for this attempt for ever.
+            self.report(Report::TaskFailed {
+                lease,
+                failure: Failure {
+                    class: FailureClass::Stale,
+                    message: "no beat was acknowledged while the lease lived".into(),
+                },
+            });
         }
         let overdue = self.ending.values().any(|&deadline| now >= deadline);
         let Some(departure) = &self.departure else {
