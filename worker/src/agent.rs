@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use distillery_common::backoff::Backoff;
 use distillery_common::group::GroupId;
-use distillery_common::ids::Incarnation;
+use distillery_common::ids::{Incarnation, Term};
 use distillery_common::proto::engine_link::Command;
 use distillery_common::security::{GroupSecret, Join, JoinError, read_private};
 use distillery_common::storage::{self, Created, Store};
@@ -161,6 +161,8 @@ pub struct Agent {
     reconnect: Backoff,
     heard: Instant,
     incarnation: Option<Incarnation>,
+    /// The highest that a coordinator has shown: one with a lower term has been replaced.
+    term: Term,
     /// Known from the first join string on.
     group_secret: GroupSecret,
     run: Option<(String, Store)>,
@@ -194,6 +196,7 @@ impl Agent {
             reconnect: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
             heard: start,
             incarnation: None,
+            term: Term::default(),
             group_secret: GroupSecret([0; 32]),
             run: None,
             beat_every: Duration::from_secs(2),

@@ -83,6 +83,15 @@ impl Agent {
             return Ok(());
         };
         let (outgoing, hello_sent) = (outgoing.clone(), *hello_sent);
+        if welcome.term < self.term {
+            // Whatever it ordered or acknowledged would be void. The session's later events are not heard any more.
+            self.session_id += 1;
+            return self.session_closed(&Closed {
+                reason: format!("the coordinator of term {} was replaced", welcome.term),
+                fatal: false,
+            });
+        }
+        self.term = welcome.term;
         let moment = now();
         tracing::info!(term = %welcome.term, incarnation = %welcome.incarnation, "registered");
         self.heard = moment;
