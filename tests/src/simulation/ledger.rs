@@ -181,7 +181,7 @@ impl Ledger {
     // ---- the journal --------------------------------------------------------------------------------------
 
     /// Whether a checkpoint lies on the line that leads to the newest generation of its stage.
-    fn on_lineage(&self, stage: &str, step: u64, generation: Generation) -> bool {
+    pub(super) fn on_lineage(&self, stage: &str, step: u64, generation: Generation) -> bool {
         let formed = self.formed.get(stage).map_or(&[][..], Vec::as_slice);
         let Some(at) = formed.iter().position(|&(known, _)| known == generation) else {
             return false;

@@ -98,6 +98,9 @@ fn written(
         let mut state = world.state();
         for record in &records {
             use distillery_coordinator::scheduler::Record;
+            if let Record::CheckpointCommitted { checkpoint, .. } = record {
+                counted_checkpoint(objects, &checkpoint.key)?;
+            }
             if matches!(record, Record::GenerationFormed { .. }) {
                 state.account.generations += 1;
             }
@@ -171,10 +174,21 @@ fn task_commit(world: &World, objects: &InMemory, key: &str, bytes: &Bytes) -> R
 
 fn checkpoint_commit(world: &World, objects: &InMemory, key: &str, bytes: &Bytes) -> Result<(), Broken> {
     let manifest = checkpoint::Manifest::from_bytes(key, bytes).map_err(|e| ("I9", e.to_string()))?;
-    files_are_there(objects, key, &manifest.files)?;
+    let (stage, step, generation) = (&manifest.stage, manifest.step, manifest.generation);
+    if world.state().ledger.on_lineage(stage, step, generation) {
+        files_are_there(objects, key, &manifest.files)?;
+    }
+    // Else it is the late work of a group that was given up: its files may be gone, and it never counts.
     let digest = Digest::of(bytes);
     world.state().ledger.checkpoints.insert(key.to_owned(), digest);
     Ok(())
+}
+
+/// I9: what is recorded is whole.
+fn counted_checkpoint(objects: &InMemory, key: &str) -> Result<(), Broken> {
+    let bytes = look(objects, key).ok_or(("I9", format!("{key} counts, but is not there")))?;
+    let manifest = checkpoint::Manifest::from_bytes(key, &bytes).map_err(|e| ("I9", e.to_string()))?;
+    files_are_there(objects, key, &manifest.files)
 }
 
 /// I1: each task once, with the COMMIT that won; only what was set aside is missing.
