@@ -62,13 +62,7 @@ pub async fn serve(
     handle: Handle,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
-    let service = Service {
-        shared: Arc::new(Shared {
-            identity,
-            handle,
-            connections: AtomicU64::new(0),
-        }),
-    };
+    let service = Service::new(identity, handle);
     let server = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let mut builder = Server::builder()
         .http2_keepalive_interval(Some(PING.0))
@@ -89,8 +83,9 @@ pub async fn serve(
     Ok(())
 }
 
+/// What answers workers and people, whatever carries their messages.
 #[derive(Debug, Clone)]
-struct Service {
+pub struct Service {
     shared: Arc<Shared>,
 }
 
@@ -101,20 +96,33 @@ struct Shared {
     connections: AtomicU64,
 }
 
-type Outbound = Pin<Box<dyn Stream<Item = Result<wire::CoordinatorMessage, Status>> + Send>>;
+/// What a worker is told on one stream.
+pub type Outbound = Pin<Box<dyn Stream<Item = Result<wire::CoordinatorMessage, Status>> + Send>>;
 
-#[tonic::async_trait]
-impl Coordinator for Service {
-    type SessionStream = Outbound;
+impl Service {
+    /// A service for the run of `handle`'s driver.
+    pub fn new(identity: Identity, handle: Handle) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                identity,
+                handle,
+                connections: AtomicU64::new(0),
+            }),
+        }
+    }
 
-    async fn session(
-        &self,
-        request: Request<Streaming<wire::WorkerMessage>>,
-    ) -> Result<Response<Outbound>, Status> {
-        let mut inbound = request.into_inner();
-        let first = tokio::time::timeout(HELLO, inbound.message())
+    /// Converses with a worker, whose greeting must come first on `inbound`.
+    ///
+    /// # Errors
+    /// When the worker is not welcome, or the driver has ended.
+    pub async fn converse<S>(&self, mut inbound: S) -> Result<Outbound, Status>
+    where
+        S: Stream<Item = Result<wire::WorkerMessage, Status>> + Send + Unpin + 'static,
+    {
+        let first = tokio::time::timeout(HELLO, inbound.next())
             .await
-            .map_err(|_| Status::deadline_exceeded("no hello came"))??;
+            .map_err(|_| Status::deadline_exceeded("no hello came"))?
+            .transpose()?;
         let Some(wire::worker_message::Message::Hello(hello)) = first.and_then(|m| m.message)
         else {
             return Err(Status::invalid_argument("the first message is not a hello"));
@@ -136,7 +144,20 @@ impl Coordinator for Service {
         tokio::spawn(listen(inbound, connection, self.shared.handle.clone()));
         let shared = Arc::clone(&self.shared);
         let outbound = ReceiverStream::new(told).map(move |message| Ok(shared.to_wire(&message)));
-        Ok(Response::new(outbound.boxed()))
+        Ok(outbound.boxed())
+    }
+}
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type SessionStream = Outbound;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<wire::WorkerMessage>>,
+    ) -> Result<Response<Outbound>, Status> {
+        let outbound = self.converse(request.into_inner()).await?;
+        Ok(Response::new(outbound))
     }
 
     async fn status(
@@ -184,12 +205,11 @@ impl Coordinator for Service {
 }
 
 /// Passes on what a worker says until its stream ends. A message that makes no sense ends it.
-async fn listen(
-    mut inbound: Streaming<wire::WorkerMessage>,
-    connection: ConnectionId,
-    handle: Handle,
-) {
-    while let Ok(Some(message)) = inbound.message().await {
+async fn listen<S>(mut inbound: S, connection: ConnectionId, handle: Handle)
+where
+    S: Stream<Item = Result<wire::WorkerMessage, Status>> + Send + Unpin,
+{
+    while let Some(Ok(message)) = inbound.next().await {
         match read_message(message) {
             Ok(message) => {
                 if handle.said(connection, message).await.is_err() {

@@ -12,17 +12,17 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use distillery_common::backoff::Backoff;
 use distillery_common::group::GroupId;
-use distillery_common::ids::Incarnation;
+use distillery_common::ids::{Incarnation, Term};
 use distillery_common::proto::engine_link::Command;
 use distillery_common::security::{GroupSecret, Join, JoinError, read_private};
 use distillery_common::storage::{self, Created, Store};
 use distillery_common::task::{Failure, FailureClass, Lease};
 use tokio::sync::{mpsc, watch};
-use tokio::time::sleep_until;
+use tokio::time::{Instant, sleep_until};
 
 use self::client::Outgoing;
 use self::holdings::Holdings;
@@ -33,8 +33,12 @@ use crate::engine_process::{Device, Engine, Output, Request};
 mod client;
 mod holdings;
 mod outbox;
+mod outside;
 mod session;
 mod work;
+
+pub use self::client::{Closed, Heard, Said};
+pub use self::outside::{Host, Outside};
 
 /// How long a worker looks for its coordinator before it ends.
 const GIVE_UP: Duration = Duration::from_secs(30 * 60);
@@ -148,6 +152,7 @@ type Ends<T> = (mpsc::Sender<T>, mpsc::Receiver<T>);
 /// One device's agent.
 pub struct Agent {
     config: Arc<Config>,
+    outside: Arc<dyn Outside>,
     device: Device,
     name: String,
     session: Session,
@@ -156,6 +161,8 @@ pub struct Agent {
     reconnect: Backoff,
     heard: Instant,
     incarnation: Option<Incarnation>,
+    /// The highest that a coordinator has shown: one with a lower term has been replaced.
+    term: Term,
     /// Known from the first join string on.
     group_secret: GroupSecret,
     run: Option<(String, Store)>,
@@ -176,11 +183,12 @@ pub struct Agent {
 
 impl Agent {
     /// An agent for `device` that has not begun.
-    pub fn new(config: Arc<Config>, device: Device) -> Self {
+    pub fn new(config: Arc<Config>, device: Device, outside: Arc<dyn Outside>) -> Self {
         let start = now();
         Self {
             name: config.agent_name(device),
             config,
+            outside,
             device,
             session: Session::Down(start),
             session_id: 0,
@@ -188,6 +196,7 @@ impl Agent {
             reconnect: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
             heard: start,
             incarnation: None,
+            term: Term::default(),
             group_secret: GroupSecret([0; 32]),
             run: None,
             beat_every: Duration::from_secs(2),
@@ -214,19 +223,22 @@ impl Agent {
                 return Ok(ending);
             }
             let next = self.next_deadline();
+            // In this order, so that the same arrivals are always handled alike: what ends work comes before what
+            // adds to it. None of them can starve the others, since each turn looks at every deadline.
             tokio::select! {
+                biased;
+                Ok(()) = leave.changed() => {
+                    let leave = *leave.borrow_and_update();
+                    self.told_to_leave(leave);
+                }
                 Some((id, event)) = self.events.1.recv() => {
                     if id == self.session_id {
                         self.session_event(event)?;
                     }
                 }
-                Some((id, output)) = self.outputs.1.recv() => self.engine_output(id, output)?,
                 Some(put) = self.puts.1.recv() => self.commit_put(put),
-                Ok(()) = leave.changed() => {
-                    let leave = *leave.borrow_and_update();
-                    self.told_to_leave(leave);
-                }
-                () = sleep_until(next.into()) => {}
+                Some((id, output)) = self.outputs.1.recv() => self.engine_output(id, output)?,
+                () = sleep_until(next) => {}
             }
         }
     }
@@ -245,7 +257,15 @@ impl Agent {
         }
         for lease in self.held.take_expired(now) {
             tracing::warn!(%lease, "the lease ended; the coordinator has not been heard in time");
-            self.end(Ended::Task(lease), now);
+            self.end(Ended::Task(lease.clone()), now);
+            // The coordinator may have heard every beat, and would wait for this attempt for ever.
+            self.report(Report::TaskFailed {
+                lease,
+                failure: Failure {
+                    class: FailureClass::Stale,
+                    message: "no beat was acknowledged while the lease lived".into(),
+                },
+            });
         }
         let overdue = self.ending.values().any(|&deadline| now >= deadline);
         let Some(departure) = &self.departure else {
@@ -263,12 +283,20 @@ impl Agent {
         if matches!(self.seat, Seat::Taken { .. }) {
             if overdue || late {
                 self.kill_engine("its worker leaves");
+                // Its exit may take a while, and is awaited without turning in circles.
+                self.departure_deadline(now + OBEY);
             }
             return Ok(None);
         }
         let connected = matches!(self.session, Session::Up(..));
         let done = self.outbox.is_empty() || late || !connected;
         Ok(done.then_some(Ending::Left))
+    }
+
+    fn departure_deadline(&mut self, deadline: Instant) {
+        if let Some(departure) = &mut self.departure {
+            departure.deadline = deadline;
+        }
     }
 
     fn next_deadline(&self) -> Instant {
@@ -328,9 +356,7 @@ impl Agent {
             message: format!("worker {} left", self.name),
         };
         self.give_back(&failure);
-        if let Some(departure) = &mut self.departure {
-            departure.deadline = now() + LAST_REPORTS;
-        }
+        self.departure_deadline(now() + LAST_REPORTS);
     }
 
     /// Reports everything held as failed.
@@ -363,17 +389,8 @@ impl Agent {
             Seat::Taken { engine, .. } => engine.pid(),
             Seat::Empty(_) => None,
         };
-        let engine = engine.map_or(0, |pid| resident_bytes(&pid.to_string()));
-        resident_bytes("self") + engine
+        self.outside.resident_bytes(engine)
     }
-}
-
-/// Resident memory of a process as Linux counts it; 0 where it cannot be read.
-fn resident_bytes(process: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
 }
 
 #[expect(

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::agent::{Agent, Ending, JoinSource, Leave};
+use crate::agent::{Agent, Ending, Host, JoinSource, Leave};
 use crate::engine_process::Device;
 
 /// Exit code that asks whoever started this worker to start it again.
@@ -69,7 +69,10 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let agents: Vec<_> = config
         .devices
         .iter()
-        .map(|&device| tokio::spawn(Agent::new(Arc::clone(&config), device).run(told.clone())))
+        .map(|&device| {
+            let agent = Agent::new(Arc::clone(&config), device, Arc::new(Host));
+            tokio::spawn(agent.run(told.clone()))
+        })
         .collect();
     let mut code = ExitCode::SUCCESS;
     let mut failure = None;

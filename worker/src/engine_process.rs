@@ -91,11 +91,47 @@ pub struct Engine {
     /// Tells this engine's outputs from those of its predecessors.
     pub id: u64,
     pid: Option<u32>,
-    commands: mpsc::Sender<wire::ToEngine>,
+    commands: mpsc::Sender<ToEngine>,
     kill: watch::Sender<bool>,
 }
 
+/// What an engine is told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ToEngine {
+    /// To do something.
+    Command(Command),
+    /// What became of a request to commit.
+    Answer {
+        /// Of the request.
+        id: u64,
+        /// What became of it.
+        outcome: CommitOutcome,
+    },
+}
+
+/// The far end of an [`Engine`]: whoever holds it does the work, or passes it on to who does.
+#[derive(Debug)]
+pub struct FarEnd {
+    /// What the engine is told, in order.
+    pub told: mpsc::Receiver<ToEngine>,
+    /// True once the engine must end at once; its handle being gone means the same.
+    pub killed: watch::Receiver<bool>,
+}
+
 impl Engine {
+    /// The two ends of an engine that somebody else runs.
+    pub fn between(id: u64, pid: Option<u32>) -> (Self, FarEnd) {
+        let (commands, told) = mpsc::channel(QUEUE);
+        let (kill, killed) = watch::channel(false);
+        let engine = Self {
+            id,
+            pid,
+            commands,
+            kill,
+        };
+        (engine, FarEnd { told, killed })
+    }
+
     /// Starts an engine; its outputs arrive at `outputs` with its `id`.
     pub fn start(
         id: u64,
@@ -112,35 +148,33 @@ impl Engine {
         let piped = "the engine's output is a pipe";
         tokio::spawn(tail.clone().follow(child.stdout.take().expect(piped)));
         tokio::spawn(tail.clone().follow(child.stderr.take().expect(piped)));
-        let (commands, queued) = mpsc::channel(QUEUE);
-        let (kill, killed) = watch::channel(false);
+        let (engine, far) = Self::between(id, pid);
+        let killed = far.killed;
         let watched = Watched { child, killed };
         let conversation = Conversation {
             id,
             setup,
-            queued,
+            queued: far.told,
             outputs: outputs.clone(),
         };
         tokio::spawn(async move {
             let exit = watched.run(listener, folder, conversation, tail).await;
             let _ = outputs.send((id, Output::Exited(exit))).await;
         });
-        Ok(Self {
-            id,
-            pid,
-            commands,
-            kill,
-        })
+        Ok(engine)
     }
 
     /// Tells the engine. One that does not read any more is killed: its agent will hear of its exit.
     pub fn tell(&self, command: Command) {
-        self.push(messages::to_wire(command));
+        self.push(ToEngine::Command(command));
     }
 
     /// Answers a request to commit.
     pub fn answer(&self, request: u64, outcome: &CommitOutcome) {
-        self.push(messages::outcome_to_wire(request, outcome));
+        self.push(ToEngine::Answer {
+            id: request,
+            outcome: outcome.clone(),
+        });
     }
 
     /// Ends the engine with SIGKILL.
@@ -153,7 +187,7 @@ impl Engine {
         self.pid
     }
 
-    fn push(&self, message: wire::ToEngine) {
+    fn push(&self, message: ToEngine) {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(message) {
             tracing::warn!("the engine does not read its socket; killing it");
             self.kill();
@@ -217,7 +251,7 @@ fn steady_arithmetic() -> Vec<(&'static str, &'static str)> {
 struct Conversation {
     id: u64,
     setup: Setup,
-    queued: mpsc::Receiver<wire::ToEngine>,
+    queued: mpsc::Receiver<ToEngine>,
     outputs: mpsc::Sender<(u64, Output)>,
 }
 
@@ -229,6 +263,10 @@ impl Conversation {
         let transmit = async {
             framing::write(&mut writing, &messages::to_wire(Command::Setup(self.setup))).await?;
             while let Some(message) = queued.recv().await {
+                let message = match message {
+                    ToEngine::Command(command) => messages::to_wire(command),
+                    ToEngine::Answer { id, outcome } => messages::outcome_to_wire(id, &outcome),
+                };
                 framing::write(&mut writing, &message).await?;
             }
             Ok(())

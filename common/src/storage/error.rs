@@ -130,10 +130,15 @@ impl Error {
     /// Whether the same operation may succeed later.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Backend { source, .. } => matches!(
-                **source,
-                object_store::Error::Generic { .. } | object_store::Error::JoinError { .. }
-            ),
+            Self::Backend {
+                source, operation, ..
+            } => match **source {
+                object_store::Error::Generic { .. } | object_store::Error::JoinError { .. } => true,
+                // Whoever creates looks at what is there first: this is a conflict over nothing.
+                object_store::Error::AlreadyExists { .. }
+                | object_store::Error::Precondition { .. } => *operation == Operation::Create,
+                _ => false,
+            },
             Self::BadUri { .. }
             | Self::NotFound { .. }
             | Self::Denied { .. }

@@ -161,8 +161,14 @@ pub fn unique_id() -> uuid::Uuid {
     uuid::Uuid::now_v7()
 }
 
+/// Sees every step of a driver: the time, what happened, the machine after it, and what it wants done. Nothing of that
+/// has been done yet.
+pub trait Watch: Send {
+    /// One step.
+    fn stepped(&mut self, now: Duration, event: &Event, machine: &Machine, actions: &[Action]);
+}
+
 /// Runs one machine until it finishes.
-#[derive(Debug)]
 pub struct Driver {
     machine: Machine,
     journal: Journal,
@@ -173,6 +179,7 @@ pub struct Driver {
     outbound: BTreeMap<ConnectionId, mpsc::Sender<ToWorker>>,
     decisions: VecDeque<String>,
     granted: bool,
+    watch: Option<Box<dyn Watch>>,
 }
 
 impl Driver {
@@ -195,8 +202,15 @@ impl Driver {
             outbound: BTreeMap::new(),
             decisions: VecDeque::new(),
             granted: false,
+            watch: None,
         };
         (driver, handle)
+    }
+
+    /// The same driver with somebody who looks on, such as a check of the machine's invariants.
+    pub fn watched_by(mut self, watch: Box<dyn Watch>) -> Self {
+        self.watch = Some(watch);
+        self
     }
 
     /// Drives until the run ends.
@@ -259,7 +273,11 @@ impl Driver {
             self.outbound.remove(connection);
         }
         let now = self.clock.now();
+        let seen = self.watch.as_ref().map(|_| event.clone());
         let actions = self.machine.handle(now, event);
+        if let (Some(watch), Some(event)) = (&mut self.watch, seen) {
+            watch.stepped(now, &event, &self.machine, &actions);
+        }
         let mut records = Vec::new();
         for action in actions {
             if let Action::Journal(record) = action {

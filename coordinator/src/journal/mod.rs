@@ -176,6 +176,12 @@ async fn newest_snapshot(store: &Store, snapshots: &[u64], count: u64) -> Result
     Ok(Folded::default())
 }
 
+/// The term and the records of a segment's bytes, or why they are not readable.
+pub fn parse(segment: &[u8]) -> Result<(Term, Vec<Record>), String> {
+    let Segment { term, records, .. } = stored::parse(segment)?;
+    Ok((term, records))
+}
+
 async fn read_segment(store: &Store, seq: u64) -> Result<stored::Segment, Error> {
     let bytes = store.get(&layout::journal_segment(seq)).await?;
     stored::parse(&bytes).map_err(|reason| Error::Malformed { seq, reason })

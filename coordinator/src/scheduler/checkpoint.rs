@@ -42,7 +42,12 @@ impl Machine {
             }
             Err(Trouble::Permanent(what)) => {
                 out.push(Action::Explain(Decision::Ignored { what: what.clone() }));
-                if let Some(at) = self.live_group(&checkpoint.group) {
+                // A late report, from before a coordinator's end, may be of a checkpoint that is gone by right.
+                let log = self.durable.stage(&checkpoint.group.stage);
+                let is_behind = log
+                    .newest(&[])
+                    .is_some_and(|newest| newest.step >= checkpoint.step);
+                if let Some(at) = self.live_group(&checkpoint.group).filter(|_| !is_behind) {
                     let reason = format!("a checkpoint does not hold what it says: {what}");
                     self.abort(at, &reason, true, now, out);
                 }
@@ -75,7 +80,14 @@ impl Machine {
     ) {
         let stage = self.plan.stages[at].name.clone();
         let log = self.durable.stage(&stage);
-        if log.sealed.is_some() || log.has(checkpoint.step, checkpoint.generation) {
+        if log.sealed.is_some() {
+            return;
+        }
+        if log.has(checkpoint.step, checkpoint.generation) {
+            // The last life may have ended between this record and the seal that follows from it.
+            if checkpoint.is_final && log.on_lineage(checkpoint) {
+                self.seal_training(at, checkpoint, out);
+            }
             return;
         }
         if !log.on_lineage(checkpoint) {
@@ -99,13 +111,20 @@ impl Machine {
             *advanced = now;
         }
         if checkpoint.is_final {
-            self.dissolve(at, out);
-            self.seal_stage(at, checkpoint.digest, false, out);
+            self.seal_training(at, checkpoint, out);
+        } else {
+            self.prune(at, checkpoint.step, out);
         }
-        self.prune(at, checkpoint.step, out);
         if self.durable.paused.is_some() && !checkpoint.is_final {
             self.abort(at, "the run is paused", false, now, out);
         }
+    }
+
+    /// The last step's checkpoint is recorded, so the stage is done.
+    fn seal_training(&mut self, at: usize, last: &Checkpoint, out: &mut Vec<Action>) {
+        self.dissolve(at, out);
+        self.seal_stage(at, last.digest, false, out);
+        self.prune(at, last.step, out);
     }
 
     /// Lets go of what lies behind step `before`, all but the newest on the lineage and what the live group started

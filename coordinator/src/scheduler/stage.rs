@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use distillery_common::ids::{Digest, Generation};
-use distillery_common::task::{CommitSummary, TaskId};
+use distillery_common::task::{CommitSummary, Lease, TaskId};
 
 use super::action::Action;
 use super::decision::Decision;
@@ -111,6 +111,7 @@ impl Machine {
                 let digest = sealed.expect("the guard has just seen it");
                 if matches!(self.stages[at], State::Inspecting { .. }) {
                     self.seal_stage(at, digest, true, out);
+                    self.revoke_done(at, out);
                 }
             }
             (Ok(Finding::Tasks { commits, .. }), Work::Tasks(tasks)) => {
@@ -184,6 +185,23 @@ impl Machine {
         }));
         out.extend(reserved);
         self.stages[at] = State::Tasks(board);
+        self.revoke_done(at, out);
+    }
+
+    /// Workers that outlived the last coordinator may hold what was found to be done, or what another one holds.
+    fn revoke_done(&mut self, at: usize, out: &mut Vec<Action>) {
+        let stage = self.plan.stages[at].name.clone();
+        let held = self.fleet.iter().flat_map(|(_, worker)| &worker.leases);
+        let of_stage = held.filter(|lease| lease.task.stage == stage).cloned();
+        let of_stage: Vec<Lease> = of_stage.collect();
+        for lease in of_stage {
+            let counts = self
+                .board(&lease.task)
+                .is_some_and(|b| b.attempt(&lease).is_some());
+            if !counts {
+                self.revoke(lease, "another attempt has committed", out);
+            }
+        }
     }
 
     /// After a restart: keeps what workers of an earlier life may still hold for them, until they must have come

@@ -1,6 +1,8 @@
 //! The stream to the coordinator: opened, greeted, and turned into nouns. Knows no state of the agent.
 
-use std::time::{Duration, Instant};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use distillery_common::group::{self, GroupId, Membership};
 use distillery_common::ids::{Incarnation, Term};
@@ -10,9 +12,12 @@ use distillery_common::proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, to_wire, wir
 use distillery_common::security::{Join, ShowToken};
 use distillery_common::task::{self, Lease};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
 
 use super::outbox::Report;
+use super::outside::Outside;
 use crate::engine_process::Device;
 
 /// Messages that may wait for the stream.
@@ -27,6 +32,7 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from
 pub(super) struct Hello {
     pub(super) name: String,
     pub(super) host: String,
+    pub(super) pid: u32,
     pub(super) device: wire::Device,
     pub(super) incarnation: Option<Incarnation>,
     pub(super) leases: Vec<Lease>,
@@ -73,12 +79,18 @@ pub(super) enum Event {
 
 /// Why a stream is over.
 #[derive(Debug)]
-pub(super) struct Closed {
+pub struct Closed {
     /// For people.
-    pub(super) reason: String,
+    pub reason: String,
     /// Whether trying again is pointless.
-    pub(super) fatal: bool,
+    pub fatal: bool,
 }
+
+/// What a worker says on one stream, its greeting first.
+pub type Said = ReceiverStream<wire::WorkerMessage>;
+/// What the coordinator says on one stream.
+pub type Heard =
+    Pin<Box<dyn Stream<Item = Result<wire::CoordinatorMessage, tonic::Status>> + Send>>;
 
 /// The sending half of a stream.
 #[derive(Debug, Clone)]
@@ -131,12 +143,13 @@ impl Outgoing {
 /// Opens a stream and reads it to its end. Events carry `id`, the last one is always [`Event::Closed`].
 pub(super) async fn run(
     id: u64,
+    outside: Arc<dyn Outside>,
     join: Join,
     hello: Hello,
     now: fn() -> Instant,
     events: mpsc::Sender<(u64, Event)>,
 ) {
-    let closed = match converse(id, &join, hello, now, &events).await {
+    let closed = match converse(id, &*outside, &join, hello, now, &events).await {
         Ok(()) => Closed {
             reason: "the coordinator closed the stream".into(),
             fatal: false,
@@ -146,13 +159,41 @@ pub(super) async fn run(
     let _ = events.send((id, Event::Closed(closed))).await;
 }
 
+/// `hello_sent` is taken before the connection is made, so it is never later than the truth: the leases that a
+/// welcome renews count from it.
 async fn converse(
     id: u64,
+    outside: &dyn Outside,
     join: &Join,
     hello: Hello,
     now: fn() -> Instant,
     events: &mpsc::Sender<(u64, Event)>,
 ) -> Result<(), Closed> {
+    let (outgoing, queued) = mpsc::channel(QUEUE);
+    let outgoing = Outgoing(outgoing);
+    let hello_sent = now();
+    outgoing.push(wire::worker_message::Message::Hello(hello_to_wire(hello)));
+    let mut stream = outside
+        .open_session(join, ReceiverStream::new(queued))
+        .await?;
+    let opened = Event::Opened {
+        outgoing,
+        hello_sent,
+    };
+    let _ = events.send((id, opened)).await;
+    while let Some(message) = stream.next().await {
+        match read(message.map_err(refused)?) {
+            Ok(message) => {
+                let _ = events.send((id, Event::Said(message))).await;
+            }
+            Err(error) => tracing::error!(%error, "the coordinator sent a malformed message"),
+        }
+    }
+    Ok(())
+}
+
+/// Opens a stream over the network.
+pub(super) async fn dial(join: &Join, said: Said) -> Result<Heard, Closed> {
     let (interval, timeout) = KEEPALIVE;
     let channel = join
         .endpoint()
@@ -168,26 +209,8 @@ async fn converse(
     let mut client = CoordinatorClient::with_interceptor(channel, ShowToken::new(join.token()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let (outgoing, queued) = mpsc::channel(QUEUE);
-    let outgoing = Outgoing(outgoing);
-    let hello_sent = now();
-    outgoing.push(wire::worker_message::Message::Hello(hello_to_wire(hello)));
-    let answer = client.session(ReceiverStream::new(queued)).await;
-    let mut stream = answer.map_err(refused)?.into_inner();
-    let opened = Event::Opened {
-        outgoing,
-        hello_sent,
-    };
-    let _ = events.send((id, opened)).await;
-    while let Some(message) = stream.message().await.map_err(refused)? {
-        match read(message) {
-            Ok(message) => {
-                let _ = events.send((id, Event::Said(message))).await;
-            }
-            Err(error) => tracing::error!(%error, "the coordinator sent a malformed message"),
-        }
-    }
-    Ok(())
+    let answer = client.session(said).await.map_err(refused)?;
+    Ok(Box::pin(answer.into_inner()))
 }
 
 fn unreachable_at(join: &Join, error: &tonic::transport::Error) -> Closed {
@@ -224,7 +247,7 @@ fn hello_to_wire(hello: Hello) -> wire::Hello {
         protocol_version: PROTOCOL_VERSION,
         name: hello.name,
         host: hello.host,
-        pid: std::process::id(),
+        pid: hello.pid,
         devices: vec![hello.device],
         incarnation: hello.incarnation.unwrap_or_default().0,
         leases: hello.leases.iter().map(to_wire::lease).collect(),

@@ -4,11 +4,12 @@
 //! that beat was *sent*, so that this side always stops before the coordinator grants a task again.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use distillery_common::group::{self, GroupId, Membership};
 use distillery_common::ids::Incarnation;
 use distillery_common::task::{self, Lease};
+use tokio::time::Instant;
 
 /// Beats that may wait for an acknowledgement; older ones say nothing that a newer one does not.
 const BEATS: usize = 64;

@@ -1,10 +1,11 @@
 //! The agent's session with the coordinator: opened, kept alive with beats, opened again.
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use distillery_common::security::GroupSecret;
-use distillery_common::storage::Store;
+use tokio::time::Instant;
 
 use super::client::{self, Closed, FromCoordinator, Hello, Welcome};
 use super::{Agent, Ended, Session, now};
@@ -29,6 +30,7 @@ impl Agent {
         let hello = Hello {
             name: self.name.clone(),
             host: self.config.host.clone(),
+            pid: self.outside.process_id(),
             device: client::describe(self.device),
             incarnation: self.incarnation,
             leases: self.held.leases().cloned().collect(),
@@ -38,12 +40,10 @@ impl Agent {
                 .map(|member| member.membership.group.clone()),
         };
         let events = self.events.0.clone();
+        let outside = Arc::clone(&self.outside);
+        let id = self.session_id;
         self.client = Some(tokio::spawn(client::run(
-            self.session_id,
-            join,
-            hello,
-            now,
-            events,
+            id, outside, join, hello, now, events,
         )));
         Ok(())
     }
@@ -83,6 +83,15 @@ impl Agent {
             return Ok(());
         };
         let (outgoing, hello_sent) = (outgoing.clone(), *hello_sent);
+        if welcome.term < self.term {
+            // Whatever it ordered or acknowledged would be void. The session's later events are not heard any more.
+            self.session_id += 1;
+            return self.session_closed(&Closed {
+                reason: format!("the coordinator of term {} was replaced", welcome.term),
+                fatal: false,
+            });
+        }
+        self.term = welcome.term;
         let moment = now();
         tracing::info!(term = %welcome.term, incarnation = %welcome.incarnation, "registered");
         self.heard = moment;
@@ -100,7 +109,8 @@ impl Agent {
                 welcome.run_uri
             ),
             None => {
-                let store = Store::open(&welcome.run_uri).context("the run cannot be opened")?;
+                let store = self.outside.open_store(&welcome.run_uri);
+                let store = store.context("the run cannot be opened")?;
                 self.run = Some((welcome.run_uri, store));
             }
         }
@@ -139,7 +149,8 @@ impl Agent {
     pub(super) fn jitter(&self) -> f64 {
         use std::hash::{DefaultHasher, Hash as _, Hasher as _};
         let mut hasher = DefaultHasher::new();
-        (&self.name, std::process::id(), self.beats, self.session_id).hash(&mut hasher);
+        let pid = self.outside.process_id();
+        (&self.name, pid, self.beats, self.session_id).hash(&mut hasher);
         (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
     }
 

@@ -1,7 +1,5 @@
 //! What the agent does when the coordinator or the engine says something.
 
-use std::time::Instant;
-
 use bytes::Bytes;
 use distillery_common::group::Membership;
 use distillery_common::ids::Digest;
@@ -10,11 +8,12 @@ use distillery_common::proto::engine_link::{
 };
 use distillery_common::storage::{self, Created};
 use distillery_common::task::{CommitSummary, Failure, FailureClass, Lease};
+use tokio::time::Instant;
 
 use super::client::FromCoordinator;
 use super::outbox::Report;
 use super::{Agent, Ended, FAILED_STARTS, OBEY, Put, Seat, now};
-use crate::engine_process::{Engine, Exit, FromEngine, Output, Program, Request};
+use crate::engine_process::{Exit, FromEngine, Output, Program, Request};
 
 /// Lines of an engine's output that go into the message of a failure; the log has more.
 const SHOWN_LINES: usize = 20;
@@ -154,12 +153,14 @@ impl Agent {
             incarnation: self.incarnation.unwrap_or_default(),
             group_secret: self.group_secret,
         };
-        let engine = Engine::start(self.engines, &program, setup, self.outputs.0.clone()).map_err(
-            |error| {
-                let path = program.path.display();
-                anyhow::anyhow!("the engine {path} cannot be started: {error}")
-            },
-        )?;
+        let outputs = self.outputs.0.clone();
+        let started = self
+            .outside
+            .start_engine(self.engines, &program, setup, outputs);
+        let engine = started.map_err(|error| {
+            let path = program.path.display();
+            anyhow::anyhow!("the engine {path} cannot be started: {error}")
+        })?;
         tracing::info!(engine = engine.id, pid = engine.pid(), "started the engine");
         for lease in self.held.leases() {
             engine.tell(Command::Start(lease.clone()));
