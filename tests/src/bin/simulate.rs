@@ -1,12 +1,14 @@
 //! `simulate`: whole fleets in virtual time, one for each seed; see `distillery_tests::simulation`.
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
-use distillery_tests::simulation::{Account, History, KINDS, Strike, Violation, shrink, simulate, sweep};
+use distillery_tests::simulation::{
+    Account, History, KINDS, Strike, Violation, shrink, simulate, sweep,
+};
 
 /// Runs simulated fleets and says which promises they kept.
 #[derive(Debug, Parser)]
@@ -59,7 +61,9 @@ fn main() -> ExitCode {
 
 fn operation(text: &str) -> ExitCode {
     let parsed = text.split_once(':').and_then(|(number, how)| {
-        let strike = Strike::ALL.into_iter().find(|strike| format!("{strike:?}") == how)?;
+        let strike = Strike::ALL
+            .into_iter()
+            .find(|strike| format!("{strike:?}") == how)?;
         Some((number.parse().ok()?, strike))
     });
     let Some(struck) = parsed else {
@@ -92,7 +96,10 @@ fn replay(seed: u64, short: bool) -> ExitCode {
     }
     match simulate(&history, true) {
         Ok(account) => {
-            println!("seed {seed}: green, {} events, trace {:016x}", account.events, account.trace);
+            println!(
+                "seed {seed}: green, {} events, trace {:016x}",
+                account.events, account.trace
+            );
             ExitCode::SUCCESS
         }
         Err(violation) => {
@@ -119,7 +126,10 @@ fn run_seeds(arguments: &Arguments) -> ExitCode {
                     match simulate(&History::of(seed), false) {
                         Ok(account) => add(&mut total.lock().expect("no panics here"), &account),
                         Err(violation) => {
-                            failures.lock().expect("no panics here").push((seed, violation));
+                            failures
+                                .lock()
+                                .expect("no panics here")
+                                .push((seed, violation));
                         }
                     }
                 }
@@ -143,7 +153,11 @@ fn run_seeds(arguments: &Arguments) -> ExitCode {
         println!("sim: {} seeds green (goal {0})", arguments.seeds);
         ExitCode::SUCCESS
     } else {
-        println!("sim: {} seeds failed of {} (goal 0)", failures.len(), arguments.seeds);
+        println!(
+            "sim: {} seeds failed of {} (goal 0)",
+            failures.len(),
+            arguments.seeds
+        );
         ExitCode::FAILURE
     }
 }
@@ -168,11 +182,17 @@ fn account(total: &Account) {
     println!("coordinator lives          {}", total.lives);
     println!("worker processes           {}", total.workers);
     println!("generations formed         {}", total.generations);
-    println!("store operations           {}, {} struck", total.operations, total.strikes);
+    println!(
+        "store operations           {}, {} struck",
+        total.operations, total.strikes
+    );
     let days = Duration::as_secs_f64(&total.elapsed) / 86_400.0;
     println!("virtual time               {days:.1} days");
     println!("trace                      {:016x}", total.trace);
-    println!("faults                     {}", total.faults.iter().sum::<u64>());
+    println!(
+        "faults                     {}",
+        total.faults.iter().sum::<u64>()
+    );
     for (kind, n) in KINDS.iter().zip(total.faults) {
         println!("  {kind:<38} {n}");
     }

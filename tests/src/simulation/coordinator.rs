@@ -83,7 +83,9 @@ fn judge(world: &World, ended: Result<Result<Outcome, journal::Error>, JoinError
             true
         }
         Ok(Ok(Outcome::Failed { message })) => {
-            let explained = message.contains("counted") || message.contains("in a row ended") || message.contains("times; the last time");
+            let explained = message.contains("counted")
+                || message.contains("in a row ended")
+                || message.contains("times; the last time");
             world.require("failed", explained, || message.clone());
             let late = world.now() > world.history.faults_end() + AFTERMATH;
             world.require("liveness", !late, || {
@@ -162,7 +164,8 @@ struct Check {
 impl Watch for Check {
     fn stepped(&mut self, _: Duration, event: &Event, machine: &Machine, actions: &[Action]) {
         let number = self.number;
-        self.world.happened(format_args!("coordinator {number}: {event:?}"));
+        self.world
+            .happened(format_args!("coordinator {number}: {event:?}"));
         if let Err(violation) = machine.check() {
             self.world.broken(violation.invariant, violation.seen);
         }
@@ -192,7 +195,10 @@ impl Check {
             }
         }
         self.world.require("I7", fold == *machine.durable(), || {
-            format!("the journal folds to {fold:?}, the machine holds {:?}", machine.durable())
+            format!(
+                "the journal folds to {fold:?}, the machine holds {:?}",
+                machine.durable()
+            )
         });
     }
 }

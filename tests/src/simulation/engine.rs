@@ -124,12 +124,26 @@ fn expect_obedience(world: &Arc<World>, agent: Pid, pid: Pid, message: &ToEngine
             | Command::Join(_)
             | Command::Peers { .. }
             | Command::Drain { .. },
-        )
-        | ToEngine::Answer { .. } => return,
+        ) => return,
+        ToEngine::Answer { .. } => {
+            // A task ends with the answer, whether or not the engine is awake to hear it.
+            if let Some((lease, _)) = world.state().working.get_mut(&pid) {
+                *lease = None;
+            }
+            return;
+        }
     };
     let works = match &owed {
-        Owed::Task(lease) => world.state().working.get(&pid).is_some_and(|(l, _)| l.as_ref() == Some(lease)),
-        Owed::Group(group) => world.state().working.get(&pid).is_some_and(|(_, g)| g.as_ref() == Some(group)),
+        Owed::Task(lease) => world
+            .state()
+            .working
+            .get(&pid)
+            .is_some_and(|(l, _)| l.as_ref() == Some(lease)),
+        Owed::Group(group) => world
+            .state()
+            .working
+            .get(&pid)
+            .is_some_and(|(_, g)| g.as_ref() == Some(group)),
     };
     if !works {
         return;
@@ -137,10 +151,14 @@ fn expect_obedience(world: &Arc<World>, agent: Pid, pid: Pid, message: &ToEngine
     let world = Arc::clone(world);
     tokio::spawn(async move {
         sleep(OBEY + LATE).await;
-        let still = world.state().working.get(&pid).is_some_and(|(lease, group)| match &owed {
-            Owed::Task(owed) => lease.as_ref() == Some(owed),
-            Owed::Group(owed) => group.as_ref() == Some(owed),
-        });
+        let still = world
+            .state()
+            .working
+            .get(&pid)
+            .is_some_and(|(lease, group)| match &owed {
+                Owed::Task(owed) => lease.as_ref() == Some(owed),
+                Owed::Group(owed) => group.as_ref() == Some(owed),
+            });
         let agent_ran = world.is_alive(agent) && world.has_run_for(agent, OBEY + LATE * 2);
         let lives = world.is_alive(pid);
         world.require("I3", !(still && lives && agent_ran), || {
@@ -231,7 +249,8 @@ impl Bench {
         }
     }
 
-    fn works_on(&self, lease: Option<Lease>, group: Option<GroupId>) {
+    /// Notes what this engine owes obedience for.
+    pub(super) fn works_on(&self, lease: Option<Lease>, group: Option<GroupId>) {
         self.world.state().working.insert(self.pid, (lease, group));
     }
 
@@ -358,7 +377,11 @@ impl Bench {
             .await;
         }
         if self.mishap(15) {
-            let classes = [FailureClass::Io, FailureClass::OutOfMemory, FailureClass::HostLost];
+            let classes = [
+                FailureClass::Io,
+                FailureClass::OutOfMemory,
+                FailureClass::HostLost,
+            ];
             let class = classes[self.chance(3) as usize];
             return Err(failure(class, "a mishap"));
         }
@@ -391,7 +414,9 @@ impl Bench {
                 return Ok(());
             }
             // It looks when the lease ends, and when the part does.
-            let look = expiry.map(|expiry| expiry + LATE * 2).filter(|&at| at > now);
+            let look = expiry
+                .map(|expiry| expiry + LATE * 2)
+                .filter(|&at| at > now);
             let next = look.map_or(until, |look| look.min(until));
             if !self.listen(Some(next)).await {
                 sleep(Duration::from_millis(10)).await;
@@ -427,10 +452,18 @@ impl Bench {
         }
         let commit = TaskCommit {
             lease: lease.clone(),
-            inputs: if is_rows { scene.dataset } else { Digest::of(b"recipe") },
+            inputs: if is_rows {
+                scene.dataset
+            } else {
+                Digest::of(b"recipe")
+            },
             files,
             rows: SHARD_ROWS,
-            schema: if is_rows { Scene::schema().id() } else { String::new() },
+            schema: if is_rows {
+                Scene::schema().id()
+            } else {
+                String::new()
+            },
             ordinals: index * SHARD_ROWS..(index + 1) * SHARD_ROWS,
             result: serde_json::Value::Null,
             cost: None,

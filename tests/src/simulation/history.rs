@@ -148,7 +148,11 @@ pub enum Fault {
         ms: u64,
     },
     /// Messages from and to a worker take up to `up_to_ms` longer.
-    Delay { worker: usize, up_to_ms: u64, ms: u64 },
+    Delay {
+        worker: usize,
+        up_to_ms: u64,
+        ms: u64,
+    },
     /// Reports of all workers arrive twice.
     Duplicate { ms: u64 },
     /// The coordinator dies.

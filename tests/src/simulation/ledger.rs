@@ -49,8 +49,16 @@ struct Agent {
     sent: BTreeSet<String>,
 }
 
-fn ensure(invariant: &'static str, holds: bool, seen: impl FnOnce() -> String) -> Result<(), Broken> {
-    if holds { Ok(()) } else { Err((invariant, seen())) }
+fn ensure(
+    invariant: &'static str,
+    holds: bool,
+    seen: impl FnOnce() -> String,
+) -> Result<(), Broken> {
+    if holds {
+        Ok(())
+    } else {
+        Err((invariant, seen()))
+    }
 }
 
 impl Ledger {
@@ -82,7 +90,11 @@ impl Ledger {
     }
 
     /// A coordinator is about to say something: what it says must be true already.
-    pub(super) fn told(&mut self, pid: Pid, message: &wire::CoordinatorMessage) -> Result<(), Broken> {
+    pub(super) fn told(
+        &mut self,
+        pid: Pid,
+        message: &wire::CoordinatorMessage,
+    ) -> Result<(), Broken> {
         use wire::coordinator_message::Message;
         match &message.message {
             Some(Message::GroupJoin(join)) => {
@@ -141,7 +153,9 @@ impl Ledger {
                     || self.fold.outcome.is_some()
                     || last != Some(group.generation)
                     || log.ended == last;
-                ensure("ack", ended, || format!("the end of {group} is acknowledged, but not durable"))
+                ensure("ack", ended, || {
+                    format!("the end of {group} is acknowledged, but not durable")
+                })
             }
             Report::TaskFailed(_) | Report::GroupReady(_) => Ok(()),
         }
@@ -195,15 +209,28 @@ impl Ledger {
     }
 
     /// A segment has landed in the store.
-    pub(super) fn segment(&mut self, plan: &Plan, seq: u64, term: Term, records: &[Record]) -> Result<(), Broken> {
+    pub(super) fn segment(
+        &mut self,
+        plan: &Plan,
+        seq: u64,
+        term: Term,
+        records: &[Record],
+    ) -> Result<(), Broken> {
         ensure("I7", seq == self.segments, || {
             format!("segment {seq} follows {} others", self.segments)
         })?;
         self.segments += 1;
         let claims = matches!(records.first(), Some(Record::TermClaimed { .. }));
-        ensure("I11", term == self.highest || (claims && term > self.highest), || {
-            format!("term {term} wrote segment {seq} after term {} had claimed the run", self.highest)
-        })?;
+        ensure(
+            "I11",
+            term == self.highest || (claims && term > self.highest),
+            || {
+                format!(
+                    "term {term} wrote segment {seq} after term {} had claimed the run",
+                    self.highest
+                )
+            },
+        )?;
         self.highest = term;
         for record in records {
             self.record(plan, term, record)?;
@@ -215,9 +242,9 @@ impl Ledger {
     /// A record is about to be folded in. New kinds of records belong here.
     fn record(&mut self, plan: &Plan, term: Term, record: &Record) -> Result<(), Broken> {
         match record {
-            Record::TermClaimed { term: claimed, .. } => {
-                ensure("I11", *claimed == term, || format!("term {term} claims {claimed}"))
-            }
+            Record::TermClaimed { term: claimed, .. } => ensure("I11", *claimed == term, || {
+                format!("term {term} claims {claimed}")
+            }),
             Record::GenerationFormed {
                 generation,
                 stage,
@@ -234,8 +261,13 @@ impl Ledger {
                 self.sealed(plan, stage, *digest)
             }
             Record::RunFinished(Outcome::Succeeded) => {
-                let open = plan.stages.iter().find(|s| self.fold.stage(&s.name).sealed.is_none());
-                ensure("I8", open.is_none(), || format!("succeeded without {open:?}"))
+                let open = plan
+                    .stages
+                    .iter()
+                    .find(|s| self.fold.stage(&s.name).sealed.is_none());
+                ensure("I8", open.is_none(), || {
+                    format!("succeeded without {open:?}")
+                })
             }
             Record::TaskFailedCounted { .. }
             | Record::Quarantined { .. }
@@ -254,7 +286,10 @@ impl Ledger {
         base: Option<&str>,
     ) -> Result<(), Broken> {
         ensure("I2", generation > self.fold.generation, || {
-            format!("generation {generation} of {stage} follows {}", self.fold.generation)
+            format!(
+                "generation {generation} of {stage} follows {}",
+                self.fold.generation
+            )
         })?;
         let at = plan.position(stage).expect("a stage of the plan");
         for &input in &plan.stages[at].after {
@@ -271,7 +306,9 @@ impl Ledger {
             .max_by_key(|c| (c.step, c.generation));
         let known = (newest.map_or(0, |c| c.step), newest.map(|c| c.key.as_str()));
         ensure("I12", (base_step, base) == known, || {
-            format!("generation {generation} of {stage} starts from {base_step} {base:?}, the newest is {known:?}")
+            format!(
+                "generation {generation} of {stage} starts from {base_step} {base:?}, the newest is {known:?}"
+            )
         })?;
         self.formed_by.insert(generation, self.highest);
         let formed = self.formed.entry(stage.to_owned()).or_default();
@@ -281,12 +318,16 @@ impl Ledger {
 
     fn checkpoint_counts(&self, stage: &str, checkpoint: &Checkpoint) -> Result<(), Broken> {
         let key = &checkpoint.key;
-        ensure("I9", self.checkpoints.get(key) == Some(&checkpoint.digest), || {
-            format!("{key} counts, but has no such COMMIT")
-        })?;
-        ensure("I12", self.on_lineage(stage, checkpoint.step, checkpoint.generation), || {
-            format!("{key} counts, but is on no line to the newest generation")
-        })
+        ensure(
+            "I9",
+            self.checkpoints.get(key) == Some(&checkpoint.digest),
+            || format!("{key} counts, but has no such COMMIT"),
+        )?;
+        ensure(
+            "I12",
+            self.on_lineage(stage, checkpoint.step, checkpoint.generation),
+            || format!("{key} counts, but is on no line to the newest generation"),
+        )
     }
 
     fn sealed(&self, plan: &Plan, stage: &str, digest: Digest) -> Result<(), Broken> {
@@ -294,14 +335,21 @@ impl Ledger {
         let log = self.fold.stage(stage);
         match &plan.stages[at].work {
             Work::Training(_) => {
-                let last = log.checkpoints.iter().find(|c| c.is_final && c.digest == digest);
-                ensure("I8", last.is_some(), || format!("{stage} is sealed without a last checkpoint"))
+                let last = log
+                    .checkpoints
+                    .iter()
+                    .find(|c| c.is_final && c.digest == digest);
+                ensure("I8", last.is_some(), || {
+                    format!("{stage} is sealed without a last checkpoint")
+                })
             }
             Work::Tasks(tasks) => {
                 let done = self
                     .commits
                     .keys()
-                    .filter(|key| super::objects::task_of(key, plan).is_some_and(|(of, _)| of == at))
+                    .filter(|key| {
+                        super::objects::task_of(key, plan).is_some_and(|(of, _)| of == at)
+                    })
                     .count() as u64;
                 let all = done + log.quarantined.len() as u64 >= tasks.count;
                 ensure("I1", all, || {

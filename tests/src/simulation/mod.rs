@@ -97,7 +97,10 @@ async fn live(history: &History, verbose: bool) -> Result<Account, Violation> {
         return Err(violation);
     }
     if ended.is_err() {
-        world.broken("liveness", format!("the run has not succeeded after {limit:?}"));
+        world.broken(
+            "liveness",
+            format!("the run has not succeeded after {limit:?}"),
+        );
     }
     verdict::check(&world, &objects);
     if let Some(violation) = world.violation() {
@@ -117,17 +120,23 @@ fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
     let engines = |worker| world.living(Some(Host::Worker(worker)), Role::Engine);
     match fault {
         Fault::KillWorker { worker, silent } => {
-            agents(worker).into_iter().for_each(|pid| world.kill(pid, silent));
+            agents(worker)
+                .into_iter()
+                .for_each(|pid| world.kill(pid, silent));
         }
         Fault::PauseWorker { worker, ms } => {
-            agents(worker).into_iter().for_each(|pid| world.pause(pid, ms));
+            agents(worker)
+                .into_iter()
+                .for_each(|pid| world.pause(pid, ms));
         }
         Fault::PauseHost { worker, ms } => {
             let all = agents(worker).into_iter().chain(engines(worker));
             all.for_each(|pid| world.pause(pid, ms));
         }
         Fault::HangEngine { worker, ms } => {
-            engines(worker).into_iter().for_each(|pid| world.pause(pid, ms));
+            engines(worker)
+                .into_iter()
+                .for_each(|pid| world.pause(pid, ms));
         }
         Fault::CrashEngine { worker, killed } => {
             for pid in engines(worker) {
@@ -146,7 +155,12 @@ fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
             worker_first,
             lag_ms,
         } => {
-            tokio::spawn(network::cut(Arc::clone(world), worker, worker_first, lag_ms));
+            tokio::spawn(network::cut(
+                Arc::clone(world),
+                worker,
+                worker_first,
+                lag_ms,
+            ));
         }
         Fault::Partition {
             worker,
@@ -175,7 +189,8 @@ fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
             ms,
         } => {
             let host = newest.map(|pid| world.state().processes[&pid].host);
-            host.into_iter().for_each(|host| world.cut(host, peer, direction, ms));
+            host.into_iter()
+                .for_each(|host| world.cut(host, peer, direction, ms));
         }
         Fault::Stop { now } => coordinator::ask_to_stop(world, now),
         Fault::ClockJump { ms } => {

@@ -187,7 +187,10 @@ async fn carry_up(
             return;
         }
         if let Some(message) = &message {
-            world.state().ledger.said(connection.agent, message, moment());
+            world
+                .state()
+                .ledger
+                .said(connection.agent, message, moment());
         }
         tokio::select! {
             biased;
@@ -233,7 +236,8 @@ async fn carry_down(
             }
             message = outbound.next() => message,
         };
-        let silent = *connection.coordinator_end.borrow() || world.is_silent(connection.coordinator);
+        let silent =
+            *connection.coordinator_end.borrow() || world.is_silent(connection.coordinator);
         if silent || down.is_none() {
             if message.is_some() && !silent {
                 continue;
@@ -300,8 +304,16 @@ async fn keep_alive(world: Arc<World>, connection: std::sync::Weak<Connection>) 
             || *connection.worker_end.borrow()
             || *connection.coordinator_end.borrow();
         let ends = [
-            (connection.agent, connection.coordinator, &connection.worker_end),
-            (connection.coordinator, connection.agent, &connection.coordinator_end),
+            (
+                connection.agent,
+                connection.coordinator,
+                &connection.worker_end,
+            ),
+            (
+                connection.coordinator,
+                connection.agent,
+                &connection.coordinator_end,
+            ),
         ];
         for (at, (own, peer, end)) in ends.into_iter().enumerate() {
             let pings = world.paused_until(own) <= now;

@@ -85,15 +85,21 @@ fn written(
     before: Option<Bytes>,
     after: &Bytes,
 ) -> Result<(), Broken> {
-    let decides = key.ends_with("COMMIT") || key.ends_with("MANIFEST") || key.starts_with("journal");
+    let decides =
+        key.ends_with("COMMIT") || key.ends_with("MANIFEST") || key.starts_with("journal");
     if decides && !creates {
         return Err(("I1", format!("{key} was put, not created")));
     }
     if before.is_some_and(|before| before != *after) {
-        return Err(("I1", format!("{key} was written twice with different bytes")));
+        return Err((
+            "I1",
+            format!("{key} was written twice with different bytes"),
+        ));
     }
     if let Some(seq) = key.strip_prefix("journal/") {
-        let seq: u64 = seq.parse().map_err(|_| ("I7", format!("{key} is no segment")))?;
+        let seq: u64 = seq
+            .parse()
+            .map_err(|_| ("I7", format!("{key} is no segment")))?;
         let (term, records) = journal::parse(after).map_err(|reason| ("I7", reason))?;
         let mut state = world.state();
         for record in &records {
@@ -127,7 +133,10 @@ pub(super) fn task_of(key: &str, plan: &Plan) -> Option<(usize, u64)> {
     };
     let index = folder.strip_prefix("shard-").unwrap_or(folder);
     let at = match root {
-        "trajectories" => plan.stages.iter().position(|s| s.kind == Kind::Trajectories)?,
+        "trajectories" => plan
+            .stages
+            .iter()
+            .position(|s| s.kind == Kind::Trajectories)?,
         "tasks" => plan.position(stage)?,
         _ => return None,
     };
@@ -149,7 +158,10 @@ fn files_are_there(objects: &InMemory, key: &str, files: &[FileEntry]) -> Result
         let found = look(objects, file.key.as_str());
         let whole = found.is_some_and(|bytes| file.check(&bytes).is_ok());
         if !whole {
-            return Err(("I9", format!("{key} names {}, which is not there as named", file.key)));
+            return Err((
+                "I9",
+                format!("{key} names {}, which is not there as named", file.key),
+            ));
         }
     }
     Ok(())
@@ -164,7 +176,10 @@ fn task_commit(world: &World, objects: &InMemory, key: &str, bytes: &Bytes) -> R
     let stage = &scene.plan.stages[at].name;
     for (n, file) in (0..).zip(&commit.files) {
         if file.sha256 != Digest::of(&content(stage, index, n)) {
-            return Err(("I1", format!("{key} holds other rows than a run without faults")));
+            return Err((
+                "I1",
+                format!("{key} holds other rows than a run without faults"),
+            ));
         }
     }
     let digest = Digest::of(bytes);
@@ -172,22 +187,33 @@ fn task_commit(world: &World, objects: &InMemory, key: &str, bytes: &Bytes) -> R
     Ok(())
 }
 
-fn checkpoint_commit(world: &World, objects: &InMemory, key: &str, bytes: &Bytes) -> Result<(), Broken> {
-    let manifest = checkpoint::Manifest::from_bytes(key, bytes).map_err(|e| ("I9", e.to_string()))?;
+fn checkpoint_commit(
+    world: &World,
+    objects: &InMemory,
+    key: &str,
+    bytes: &Bytes,
+) -> Result<(), Broken> {
+    let manifest =
+        checkpoint::Manifest::from_bytes(key, bytes).map_err(|e| ("I9", e.to_string()))?;
     let (stage, step, generation) = (&manifest.stage, manifest.step, manifest.generation);
     if world.state().ledger.on_lineage(stage, step, generation) {
         files_are_there(objects, key, &manifest.files)?;
     }
     // Else it is the late work of a group that was given up: its files may be gone, and it never counts.
     let digest = Digest::of(bytes);
-    world.state().ledger.checkpoints.insert(key.to_owned(), digest);
+    world
+        .state()
+        .ledger
+        .checkpoints
+        .insert(key.to_owned(), digest);
     Ok(())
 }
 
 /// I9: what is recorded is whole.
 fn counted_checkpoint(objects: &InMemory, key: &str) -> Result<(), Broken> {
     let bytes = look(objects, key).ok_or(("I9", format!("{key} counts, but is not there")))?;
-    let manifest = checkpoint::Manifest::from_bytes(key, &bytes).map_err(|e| ("I9", e.to_string()))?;
+    let manifest =
+        checkpoint::Manifest::from_bytes(key, &bytes).map_err(|e| ("I9", e.to_string()))?;
     files_are_there(objects, key, &manifest.files)
 }
 
@@ -195,22 +221,38 @@ fn counted_checkpoint(objects: &InMemory, key: &str) -> Result<(), Broken> {
 fn manifest(world: &World, key: &str, bytes: &Bytes) -> Result<(), Broken> {
     let scene = &world.scene;
     let folder = layout::dataset(&scene.dataset.short());
-    let manifest = DatasetManifest::from_bytes(&folder, bytes).map_err(|e| ("I1", e.to_string()))?;
+    let manifest =
+        DatasetManifest::from_bytes(&folder, bytes).map_err(|e| ("I1", e.to_string()))?;
     let state = world.state();
     let at = 0;
     let Work::Tasks(tasks) = &scene.plan.stages[at].work else {
         return Err(("I1", format!("{key} seals a stage without tasks")));
     };
-    let aside = state.ledger.fold.stage(&scene.plan.stages[at].name).quarantined;
+    let aside = state
+        .ledger
+        .fold
+        .stage(&scene.plan.stages[at].name)
+        .quarantined;
     let listed: Vec<u64> = manifest.shards.iter().map(|shard| shard.index).collect();
-    let expected: Vec<u64> = (0..tasks.count).filter(|index| !aside.contains(index)).collect();
+    let expected: Vec<u64> = (0..tasks.count)
+        .filter(|index| !aside.contains(index))
+        .collect();
     if listed != expected {
-        return Err(("I1", format!("{key} lists {listed:?} instead of {expected:?}")));
+        return Err((
+            "I1",
+            format!("{key} lists {listed:?} instead of {expected:?}"),
+        ));
     }
     for shard in &manifest.shards {
         let commit = layout::commit(&layout::shard(&folder, shard.index));
         if state.ledger.commits.get(commit.as_str()) != Some(&shard.commit) {
-            return Err(("I1", format!("{key} lists shard {} with another COMMIT than won", shard.index)));
+            return Err((
+                "I1",
+                format!(
+                    "{key} lists shard {} with another COMMIT than won",
+                    shard.index
+                ),
+            ));
         }
     }
     Ok(())

@@ -1,8 +1,8 @@
 //! A failing history, made short: faults that it fails without are left out.
 
 use super::history::History;
-use super::world::Violation;
 use super::simulate;
+use super::world::Violation;
 
 /// The shortest history that this finds in which the same promise is broken: first halves of the faults are left out,
 /// then smaller parts, then single ones.

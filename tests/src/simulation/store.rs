@@ -272,7 +272,10 @@ impl ObjectStore for Door {
         payload: PutPayload,
         opts: PutOptions,
     ) -> Result<PutResult> {
-        match self.ask(Request::Put(location.clone(), payload, opts)).await? {
+        match self
+            .ask(Request::Put(location.clone(), payload, opts))
+            .await?
+        {
             Reply::Put(done) => Ok(done),
             _ => unreachable!("a put is answered by a put"),
         }

@@ -99,11 +99,19 @@ impl Rank<'_> {
             })
             .await;
         self.state = self.load().await?;
-        let first = self.bench.world.scene.state(self.stage, self.membership.base_step);
+        let first = self
+            .bench
+            .world
+            .scene
+            .state(self.stage, self.membership.base_step);
         self.bench.world.require("I12", self.state == first, || {
-            format!("{group} starts step {} from another state", self.membership.base_step)
+            format!(
+                "{group} starts step {} from another state",
+                self.membership.base_step
+            )
         });
-        self.tell(Phase::Exchanging, self.membership.base_step).await;
+        self.tell(Phase::Exchanging, self.membership.base_step)
+            .await;
         loop {
             self.interrupted()?;
             let peers = |command: &Command| matches!(command, Command::Peers { group: other, .. } if *other == group);
@@ -140,6 +148,10 @@ impl Rank<'_> {
             self.state = advance(self.state, step, sum);
             step += 1;
             self.applied(step);
+            if step == self.steps && self.membership.rank != 0 {
+                // Nothing is left to give up.
+                self.bench.works_on(None, None);
+            }
             self.tell(Phase::Stepping, step).await;
             let due = step.is_multiple_of(self.every) || step == self.steps;
             if self.membership.rank == 0 && due {
@@ -151,7 +163,13 @@ impl Rank<'_> {
 
     /// A drained group commits what it has, once.
     async fn last_checkpoint(&mut self) -> Result<(), Stop> {
-        let step = self.bench.world.state().applied.get(&self.bench.pid).copied();
+        let step = self
+            .bench
+            .world
+            .state()
+            .applied
+            .get(&self.bench.pid)
+            .copied();
         if let Some(step) = step.filter(|&step| {
             self.membership.rank == 0
                 && step > self.membership.base_step
@@ -190,7 +208,10 @@ impl Rank<'_> {
         let arrives = peers
             .into_iter()
             .filter(|&host| host != here)
-            .map(|host| fleet.link_opens(here, host).max(moment()) + fleet.latency(self.bench.stream, here, host))
+            .map(|host| {
+                fleet.link_opens(here, host).max(moment())
+                    + fleet.latency(self.bench.stream, here, host)
+            })
             .max()
             .unwrap_or_else(moment);
         let share = Share {
@@ -200,7 +221,10 @@ impl Rank<'_> {
             arrives,
         };
         let mut state = fleet.state();
-        let ring = state.rings.entry(self.membership.group.clone()).or_default();
+        let ring = state
+            .rings
+            .entry(self.membership.group.clone())
+            .or_default();
         ring.add(step, rank, share);
     }
 
@@ -237,13 +261,22 @@ impl Rank<'_> {
     fn look(&self, step: u64) -> (Option<(u64, Instant)>, Arc<tokio::sync::Notify>, bool) {
         let world = &self.bench.world;
         let mut state = world.state();
-        let ring = state.rings.entry(self.membership.group.clone()).or_default();
+        let ring = state
+            .rings
+            .entry(self.membership.group.clone())
+            .or_default();
         let stirred = ring.stirred();
         let members: Vec<_> = ring.members.values().copied().collect();
         let complete = ring.complete(step, self.membership.world).map(|shares| {
-            let sum = shares.values().map(|share| share.sum).fold(0, u64::wrapping_add);
+            let sum = shares
+                .values()
+                .map(|share| share.sum)
+                .fold(0, u64::wrapping_add);
             let arrived = shares.values().map(|share| share.arrives).max();
-            let rows: Vec<_> = shares.values().flat_map(|share| share.rows.clone()).collect();
+            let rows: Vec<_> = shares
+                .values()
+                .flat_map(|share| share.rows.clone())
+                .collect();
             let agree = shares.values().all(|share| share.state == self.state);
             (sum, arrived.expect("a world has ranks"), rows, agree)
         });
@@ -255,8 +288,12 @@ impl Rank<'_> {
         let complete = complete.map(|(sum, arrived, rows, agree)| {
             let group = &self.membership.group;
             let all = (step * BATCH..(step + 1) * BATCH).collect::<Vec<_>>();
-            world.require("I12", rows == all, || format!("step {step} of {group} consumes {rows:?}"));
-            world.require("I4", agree, || format!("ranks of {group} differ before step {step}"));
+            world.require("I12", rows == all, || {
+                format!("step {step} of {group} consumes {rows:?}")
+            });
+            world.require("I4", agree, || {
+                format!("ranks of {group} differ before step {step}")
+            });
             (sum, arrived)
         });
         (complete, stirred, broken)
@@ -268,9 +305,11 @@ impl Rank<'_> {
         world.state().applied.insert(self.bench.pid, step);
         let (group, rank) = (&self.membership.group, self.membership.rank);
         world.happened(format_args!("{group} rank {rank} applied step {step}"));
-        world.require("I4", self.state == world.scene.state(self.stage, step), || {
-            format!("rank {rank} of {group} has another state after step {step}")
-        });
+        world.require(
+            "I4",
+            self.state == world.scene.state(self.stage, step),
+            || format!("rank {rank} of {group} has another state after step {step}"),
+        );
     }
 
     async fn tell(&self, phase: Phase, step: u64) {
@@ -294,15 +333,26 @@ impl Rank<'_> {
             return Ok(FRESH);
         };
         let loaded = async {
-            Checkpoint::open(&self.bench.store, &key).await?.load().await
+            Checkpoint::open(&self.bench.store, &key)
+                .await?
+                .load()
+                .await
         };
         let loaded = match loaded.await {
             Ok(loaded) => loaded,
             Err(error) => return Err(self.cannot_load(&key, &error)),
         };
-        let state = loaded.tensors.first().and_then(|(_, bytes)| bytes.first_chunk::<8>());
-        let state = u64::from_le_bytes(*state.ok_or_else(|| failure(FailureClass::Schema, "no state"))?);
-        Ok(if base.is_some() { state } else { inherit(state) })
+        let state = loaded
+            .tensors
+            .first()
+            .and_then(|(_, bytes)| bytes.first_chunk::<8>());
+        let state =
+            u64::from_le_bytes(*state.ok_or_else(|| failure(FailureClass::Schema, "no state"))?);
+        Ok(if base.is_some() {
+            state
+        } else {
+            inherit(state)
+        })
     }
 
     /// I9: whoever is in the live group finds what it starts from.
@@ -404,5 +454,6 @@ impl StateSource for State {
 
 /// The state that a stored checkpoint's file holds.
 pub(super) fn state_in(file: &[u8]) -> Option<u64> {
-    file.last_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes))
+    file.last_chunk::<8>()
+        .map(|bytes| u64::from_le_bytes(*bytes))
 }

@@ -41,11 +41,17 @@ pub(super) fn check(world: &World, objects: &InMemory) {
                 }
             }
             Work::Training(training) => {
-                let student = log.checkpoints.iter().find(|c| Some(c.digest) == log.sealed);
+                let student = log
+                    .checkpoints
+                    .iter()
+                    .find(|c| Some(c.digest) == log.sealed);
                 let state = student.and_then(|student| student_state(objects, &student.key));
                 let right = world.scene.state(at, training.steps);
                 world.require("I12", state == Some(right), || {
-                    format!("the student of {} is {state:?} instead of {right}", stage.name)
+                    format!(
+                        "the student of {} is {state:?} instead of {right}",
+                        stage.name
+                    )
                 });
             }
         }
@@ -76,14 +82,21 @@ pub(super) fn remains(world: &World, objects: &InMemory) -> Vec<String> {
             let commit = TaskCommit::from_bytes(&folder_of(&world.scene, at, index), &bytes);
             let files = commit.map(|commit| commit.files).unwrap_or_default();
             let digests: Vec<String> = files.iter().map(|file| file.sha256.short()).collect();
-            remains.push(format!("{} {index} {}", plan.stages[at].name, digests.join(" ")));
+            remains.push(format!(
+                "{} {index} {}",
+                plan.stages[at].name,
+                digests.join(" ")
+            ));
         } else if key.ends_with("MANIFEST") {
             remains.push("MANIFEST".into());
         }
     }
     let fold = world.state().ledger.fold.clone();
     for (name, log) in &fold.stages {
-        let student = log.checkpoints.iter().find(|c| Some(c.digest) == log.sealed);
+        let student = log
+            .checkpoints
+            .iter()
+            .find(|c| Some(c.digest) == log.sealed);
         if let Some(student) = student {
             let state = student_state(objects, &student.key).unwrap_or_default();
             let digest = Digest::of(&state.to_le_bytes()).short();

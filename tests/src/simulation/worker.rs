@@ -94,7 +94,15 @@ impl Outside for Surroundings {
         outputs: mpsc::Sender<(u64, Output)>,
     ) -> io::Result<Engine> {
         let (handle, far) = Engine::between(id, None);
-        engine::start(&self.world, &self.objects, self.pid, self.worker, id, far, outputs);
+        engine::start(
+            &self.world,
+            &self.objects,
+            self.pid,
+            self.worker,
+            id,
+            far,
+            outputs,
+        );
         Ok(handle)
     }
 

@@ -143,10 +143,7 @@ pub(super) struct World {
     state: Mutex<State>,
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "virtual time is read here alone"
-)]
+#[expect(clippy::disallowed_methods, reason = "virtual time is read here alone")]
 pub(super) fn moment() -> Instant {
     Instant::now()
 }
@@ -502,11 +499,16 @@ impl<F: Future> Future for Pausable<F> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let now = moment();
-        let turns = if self.turns.0 == now { self.turns.1 + 1 } else { 0 };
+        let turns = if self.turns.0 == now {
+            self.turns.1 + 1
+        } else {
+            0
+        };
         self.turns = (now, turns);
         if turns == CIRCLES {
             let role = self.world.state().processes[&self.pid].role;
-            self.world.broken("livelock", format!("the {role:?} goes in circles"));
+            self.world
+                .broken("livelock", format!("the {role:?} goes in circles"));
             return Poll::Pending;
         }
         loop {
