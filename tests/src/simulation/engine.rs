@@ -126,10 +126,7 @@ fn expect_obedience(world: &Arc<World>, agent: Pid, pid: Pid, message: &ToEngine
             | Command::Drain { .. },
         ) => return,
         ToEngine::Answer { .. } => {
-            // A task ends with the answer, whether or not the engine is awake to hear it.
-            if let Some((lease, _)) = world.state().working.get_mut(&pid) {
-                *lease = None;
-            }
+            answered(world, pid);
             return;
         }
     };
@@ -165,6 +162,20 @@ fn expect_obedience(world: &Arc<World>, agent: Pid, pid: Pid, message: &ToEngine
             format!("{pid:?} still works on {owed:?}, which its agent gave up {OBEY:?} ago")
         });
     });
+}
+
+/// A task ends with the answer to its commit, and a stage with that to its last checkpoint's, whether or not the engine
+/// is awake to hear it.
+fn answered(world: &World, pid: Pid) {
+    let mut state = world.state();
+    let applied = state.applied.get(&pid).copied();
+    if let Some((lease, group)) = state.working.get_mut(&pid) {
+        *lease = None;
+        let steps = group.as_ref().and_then(|group| world.scene.steps(&group.stage));
+        if steps == applied {
+            *group = None;
+        }
+    }
 }
 
 /// What runs in an engine.
