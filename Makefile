@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume compare bench-data bench-engine lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants compare bench-data bench-engine lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -29,6 +29,16 @@ SEED ?= 1
 kill-resume: libtorch ## Kill runs at N seeded moments (SEED) and compare what they make in the end.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin kill-resume
 	$(target)/release/kill-resume --number $(N) --seed $(SEED)
+
+SEEDS ?= 10000
+FROM ?= 1
+sim: ## Live through SEEDS simulated fleets from seed FROM on, in virtual time.
+	cargo build $(cargo_flags) -p distillery-tests --bin simulate
+	$(target)/release/simulate --seeds $(SEEDS) --from $(FROM) --shrink
+
+sim-mutants: ## Break the shipping code in each way of tests/mutants.txt and see that the simulation notices.
+	cargo build $(cargo_flags) -p distillery-tests --bin mutants
+	$(target)/release/mutants
 
 compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows, and say which is ahead.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin compare

@@ -83,10 +83,13 @@ impl Machine {
         if log.sealed.is_some() {
             return;
         }
-        if log.has(checkpoint.step, checkpoint.generation) {
-            // The last life may have ended between this record and the seal that follows from it.
-            if checkpoint.is_final && log.on_lineage(checkpoint) {
-                self.seal_training(at, checkpoint, out);
+        if let Some(newest) = log.newest(&[])
+            && newest.step >= checkpoint.step
+        {
+            // It has been told already, or is behind what counts and may be pruned by now. The last life may have
+            // ended between the last record and the seal that follows from it.
+            if newest.is_final {
+                self.seal_training(at, &newest.clone(), out);
             }
             return;
         }

@@ -358,13 +358,19 @@ impl Machine {
         }
     }
 
-    /// Members of a finished group are free, and are told: some may not have seen the end yet.
+    /// Members of a finished group are free, and are told: some may not have seen the end yet. After a restart they
+    /// may be back before there is a group again, so the workers are asked and not the group.
     pub(super) fn dissolve(&mut self, at: usize, out: &mut Vec<Action>) {
-        let Some((id, members)) = self.stages[at].group().and_then(Group::formed) else {
-            return;
-        };
-        let (id, members) = (id.clone(), members.to_vec());
-        self.release_members(&id, &members, "the stage is done", out);
+        let stage = &self.plan.stages[at].name;
+        let members: Vec<_> = self
+            .fleet
+            .iter()
+            .filter_map(|(member, worker)| Some((member, worker.group.clone()?)))
+            .filter(|(_, id)| id.stage == *stage)
+            .collect();
+        for (member, id) in members {
+            self.release_members(&id, &[member], "the stage is done", out);
+        }
     }
 
     /// Tells every member that still belongs to `id` to leave it.

@@ -124,8 +124,11 @@ fn expect_obedience(world: &Arc<World>, agent: Pid, pid: Pid, message: &ToEngine
             | Command::Join(_)
             | Command::Peers { .. }
             | Command::Drain { .. },
-        )
-        | ToEngine::Answer { .. } => return,
+        ) => return,
+        ToEngine::Answer { .. } => {
+            answered(world, pid);
+            return;
+        }
     };
     let works = match &owed {
         Owed::Task(lease) => world
@@ -159,6 +162,22 @@ fn expect_obedience(world: &Arc<World>, agent: Pid, pid: Pid, message: &ToEngine
             format!("{pid:?} still works on {owed:?}, which its agent gave up {OBEY:?} ago")
         });
     });
+}
+
+/// A task ends with the answer to its commit, and a stage with that to its last checkpoint's, whether or not the engine
+/// is awake to hear it.
+fn answered(world: &World, pid: Pid) {
+    let mut state = world.state();
+    let applied = state.applied.get(&pid).copied();
+    if let Some((lease, group)) = state.working.get_mut(&pid) {
+        *lease = None;
+        let steps = group
+            .as_ref()
+            .and_then(|group| world.scene.steps(&group.stage));
+        if steps == applied {
+            *group = None;
+        }
+    }
 }
 
 /// What runs in an engine.
@@ -243,7 +262,8 @@ impl Bench {
         }
     }
 
-    fn works_on(&self, lease: Option<Lease>, group: Option<GroupId>) {
+    /// Notes what this engine owes obedience for.
+    pub(super) fn works_on(&self, lease: Option<Lease>, group: Option<GroupId>) {
         self.world.state().working.insert(self.pid, (lease, group));
     }
 

@@ -27,6 +27,8 @@ pub(super) struct Ledger {
     pub(super) highest: Term,
     /// Generations and their base steps by stage, oldest first.
     formed: BTreeMap<String, Vec<(Generation, u64)>>,
+    /// Who formed each generation.
+    formed_by: BTreeMap<Generation, Term>,
     /// Tasks that were set aside when their stage was sealed.
     pub(super) aside: BTreeMap<String, BTreeSet<u64>>,
     /// COMMITs of tasks by key.
@@ -144,7 +146,10 @@ impl Ledger {
                 let group = from_wire::group_id(said.group.clone()).expect("our own messages");
                 let log = self.fold.stage(&group.stage);
                 let last = log.generations.last().map(|formed| formed.generation);
-                let ended = log.sealed.is_some()
+                // After a restart nothing need be recorded: a member that comes back without its group ends it.
+                let outlived = self.formed_by.get(&group.generation) < Some(&self.highest);
+                let ended = outlived
+                    || log.sealed.is_some()
                     || self.fold.outcome.is_some()
                     || last != Some(group.generation)
                     || log.ended == last;
@@ -308,6 +313,7 @@ impl Ledger {
                 "generation {generation} of {stage} starts from {base_step} {base:?}, the newest is {known:?}"
             )
         })?;
+        self.formed_by.insert(generation, self.highest);
         let formed = self.formed.entry(stage.to_owned()).or_default();
         formed.push((generation, base_step));
         Ok(())

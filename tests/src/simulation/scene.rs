@@ -60,6 +60,14 @@ impl Scene {
         timings
     }
 
+    /// How many steps a training stage has.
+    pub(super) fn steps(&self, stage: &str) -> Option<u64> {
+        match &self.plan.stages[self.plan.position(stage)?].work {
+            Work::Training(training) => Some(training.steps),
+            Work::Tasks(_) => None,
+        }
+    }
+
     /// The state of a training stage after `step` steps.
     pub(super) fn state(&self, stage: usize, step: u64) -> u64 {
         self.states[stage][step as usize]

@@ -148,6 +148,10 @@ impl Rank<'_> {
             self.state = advance(self.state, step, sum);
             step += 1;
             self.applied(step);
+            if step == self.steps && self.membership.rank != 0 {
+                // Nothing is left to give up.
+                self.bench.works_on(None, None);
+            }
             self.tell(Phase::Stepping, step).await;
             let due = step.is_multiple_of(self.every) || step == self.steps;
             if self.membership.rank == 0 && due {

@@ -31,13 +31,17 @@ pub(super) struct Member {
     pub(super) membership: Membership,
     /// As the engine last said.
     pub(super) progress: Option<group::Progress>,
+    /// Whether the stage's last checkpoint was put by this member.
+    pub(super) sealed: bool,
 }
 
 impl Member {
-    /// Whether the engine has applied the stage's last step.
+    /// Whether the engine has nothing more to do for the group: it has applied the stage's last step, and written the
+    /// last checkpoint if it is the one who does.
     pub(super) fn is_finished(&self) -> bool {
         let progress = self.progress.as_ref();
-        progress.is_some_and(|progress| progress.step >= progress.total_steps)
+        let stepped = progress.is_some_and(|progress| progress.step >= progress.total_steps);
+        stepped && (self.sealed || self.membership.rank != 0)
     }
 }
 
@@ -153,6 +157,7 @@ impl Holdings {
         self.member = Some(Member {
             membership,
             progress: None,
+            sealed: false,
         });
     }
 

@@ -289,6 +289,9 @@ impl Agent {
         match put.request.commit.what.clone() {
             Committed::Task(lease) => self.task_put(lease, &put.request.commit, put.result),
             Committed::Checkpoint(checkpoint) if outcome == CommitOutcome::Won => {
+                if let Some(member) = self.held.member_of(&checkpoint.group) {
+                    member.sealed |= checkpoint.is_final;
+                }
                 self.report(Report::CheckpointCommitted(checkpoint));
             }
             // The engine knows whether it can go on without this checkpoint.

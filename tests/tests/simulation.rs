@@ -1,0 +1,76 @@
+//! Whole fleets in virtual time: a thousand seeds, a fault at every operation on the store, and the named histories of
+//! every bug that they found. `make sim` lives through more.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use distillery_tests::simulation::{
+    Account, Client, Fault, History, KINDS, Strike, Trouble, Violation, simulate, sweep,
+};
+
+const SEEDS: u64 = 1_000;
+
+fn green(history: &History) -> Account {
+    simulate(history, false).unwrap_or_else(|violation| panic!("{violation:?}\n{history}"))
+}
+
+#[test]
+fn every_seed_ends_well_and_keeps_every_promise() {
+    let next = AtomicU64::new(1);
+    let accounts = Mutex::new(Vec::new());
+    let failures = Mutex::new(BTreeMap::<u64, Violation>::new());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed > SEEDS {
+                        return;
+                    }
+                    match simulate(&History::of(seed), false) {
+                        Ok(account) => accounts.lock().unwrap().push(account),
+                        Err(violation) => {
+                            failures.lock().unwrap().insert(seed, violation);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().unwrap();
+    assert!(
+        failures.is_empty(),
+        "{failures:#?}\nreplay with: simulate --replay SEED --shrink"
+    );
+    let accounts = accounts.into_inner().unwrap();
+    for (kind, name) in KINDS.iter().enumerate() {
+        let n: u64 = accounts.iter().map(|account| account.faults[kind]).sum();
+        assert!(
+            n >= 50,
+            "{n} faults of the kind {name} are too few to show anything"
+        );
+    }
+    let lives: u64 = accounts.iter().map(|account| account.lives).sum();
+    assert!(lives > 2 * SEEDS, "{lives} coordinator lives are too few");
+}
+
+#[test]
+fn a_seed_replays_to_the_same_event() {
+    for seed in [3, 17, 26, 86] {
+        let one = green(&History::of(seed));
+        let two = green(&History::of(seed));
+        assert_eq!(one, two, "seed {seed}");
+        assert!(one.trace != 0 && one.events > 500);
+    }
+    let other = green(&History::of(4));
+    assert_ne!(other.trace, green(&History::of(5)).trace);
+}
+
+/// U8: before, after, with a lost reply, and with the writer killed right there.
+#[test]
+fn a_fault_at_every_store_operation_loses_nothing() {
+    let sweep = sweep(1).unwrap_or_else(|violation| panic!("without faults: {violation:?}"));
+    assert!(sweep.failures.is_empty(), "{:#?}", sweep.failures);
+    assert!(sweep.operations > 50 && sweep.runs == sweep.operations * 4);
+}
