@@ -8,6 +8,7 @@ use super::action::Action;
 use super::decision::Decision;
 use super::machine::Machine;
 use super::record::Record;
+use super::task::Board;
 use crate::plan::Work;
 
 impl Machine {
@@ -92,8 +93,13 @@ impl Machine {
         }
     }
 
-    /// Sets a task aside, if so many may be; otherwise the run fails.
+    /// Sets a task aside, if so many may be; otherwise the run fails. A COMMIT of it that is being read is given the
+    /// chance to say otherwise.
     fn quarantine(&mut self, task: &TaskId, failure: &Failure, out: &mut Vec<Action>) {
+        let is_being_read = |board: &mut Board| board.verifying.contains_key(&task.index);
+        if self.board(task).is_some_and(is_being_read) {
+            return;
+        }
         let limit = self
             .plan
             .position(&task.stage)
@@ -118,8 +124,12 @@ impl Machine {
             },
             out,
         );
-        if let Some(board) = self.board(task) {
+        let others = self.board(task).and_then(|board| {
             board.quarantine(task.index);
+            board.leased.remove(&task.index)
+        });
+        for other in others.into_iter().flatten() {
+            self.revoke(other.lease, "the task is set aside", out);
         }
         out.push(Action::Explain(Decision::Quarantined {
             task: task.clone(),

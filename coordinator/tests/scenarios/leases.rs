@@ -51,7 +51,15 @@ fn an_idle_worker_that_is_silent_is_no_candidate() {
 
 /// Eight tasks on four workers: seven take a second each, the eighth hangs.
 fn straggling() -> (Scene, Lease) {
-    let mut scene = Scene::new(one_stage(8));
+    straggling_with(0)
+}
+
+/// The same, where some tasks may be set aside.
+fn straggling_with(quarantine_limit: u64) -> (Scene, Lease) {
+    let trajectories = tasks("trajectories", Kind::Trajectories, 8, &[], quarantine_limit);
+    let mut scene = Scene::new(Plan {
+        stages: vec![trajectories],
+    });
     for n in 1..=4 {
         scene.join(n);
     }
@@ -127,6 +135,48 @@ fn losing_one_of_two_attempts_leaves_the_other() {
     let again: Vec<_> = (1..=3).flat_map(|n| scene.granted(n)).collect();
     let again = again.iter().filter(|l| l.task == straggler.task).count();
     assert_eq!(again, 2, "nobody works on it: granted again");
+}
+
+/// Found by the simulation (seed 1863 of its first form): the second attempt stayed leased to a task that was set aside.
+#[test]
+fn a_task_that_is_set_aside_takes_both_attempts_with_it() {
+    let (mut scene, straggler) = straggling_with(1);
+    let (n, copy) = copy_of(&scene, &straggler);
+    scene.fails(4, &straggler, FailureClass::BadInput);
+    let revoked =
+        |told: &ToWorker| matches!(told, ToWorker::Revoke { lease, .. } if *lease == copy);
+    assert!(scene.was_told(n, revoked));
+    assert_eq!(scene.machine.outcome(), Some(&Outcome::Succeeded));
+}
+
+#[test]
+fn a_task_is_not_set_aside_while_its_commit_is_being_read() {
+    let (mut scene, straggler) = straggling_with(1);
+    let (n, copy) = copy_of(&scene, &straggler);
+    let reported = Event::Said {
+        connection: ConnectionId(n),
+        message: FromWorker::TaskCommitted {
+            seq: 9,
+            lease: copy.clone(),
+        },
+    };
+    let reading = scene.machine.handle(scene.now, reported);
+    let is_read = |action: &Action| matches!(action, Action::VerifyCommit { .. });
+    assert!(reading.iter().any(is_read));
+    scene.fails(4, &straggler, FailureClass::BadInput);
+    let commit = Ok(Some(CommitSummary {
+        key: "k".into(),
+        rows: 1,
+        bytes: 1,
+        digest: Digest::of(b"the copy's"),
+    }));
+    scene.happens(Event::CommitVerified {
+        task: copy.task,
+        commit,
+    });
+    let log = scene.machine.durable().stage("trajectories");
+    assert!(log.quarantined.is_empty());
+    assert_eq!(scene.machine.outcome(), Some(&Outcome::Succeeded));
 }
 
 #[test]
