@@ -74,3 +74,13 @@ fn a_fault_at_every_store_operation_loses_nothing() {
     assert!(sweep.failures.is_empty(), "{:#?}", sweep.failures);
     assert!(sweep.operations > 50 && sweep.runs == sweep.operations * 4);
 }
+
+/// A coordinator that has nothing to write never met its successor's segment: it kept workers that the other waited for.
+#[test]
+fn a_coordinator_that_was_replaced_while_the_run_was_paused_lets_go_of_its_workers() {
+    let paused = Fault::PauseRun { ms: 53_055 };
+    green(&History::with(
+        915,
+        &[(9_325, paused), (49_845, Fault::Rival)],
+    ));
+}

@@ -10,6 +10,7 @@ mod errands;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use distillery_common::ids::Term;
 use distillery_common::telemetry::peak_memory;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -31,6 +32,9 @@ const OUTBOUND: usize = 1024;
 const DECISIONS: usize = 50;
 /// Tries to append to the journal, a second apart, before the run is given up until somebody resumes it.
 const APPENDS: u32 = 60;
+/// Between two looks at whether somebody else has taken the run. A coordinator that has nothing to write would never hear
+/// of it otherwise, and would keep workers that its successor waits for.
+const LOOK: Duration = Duration::from_secs(10);
 /// How long streams stay open after the end, so that workers hear of it.
 const FAREWELL: Duration = Duration::from_millis(300);
 
@@ -43,6 +47,8 @@ enum Input {
         outbound: mpsc::Sender<ToWorker>,
     },
     Event(Event),
+    /// Somebody else has taken the run.
+    Replaced(Term),
     Status(oneshot::Sender<Snapshot>),
 }
 
@@ -102,6 +108,11 @@ impl Handle {
     /// Anything else that happened.
     pub async fn event(&self, event: Event) -> Result<(), Ended> {
         self.send(Input::Event(event)).await
+    }
+
+    /// Somebody else has taken the run.
+    pub(crate) async fn replaced(&self, by: Term) -> Result<(), Ended> {
+        self.send(Input::Replaced(by)).await
     }
 
     /// The run at this moment.
@@ -179,6 +190,8 @@ pub struct Driver {
     outbound: BTreeMap<ConnectionId, mpsc::Sender<ToWorker>>,
     decisions: VecDeque<String>,
     granted: bool,
+    /// When it was last looked whether somebody else has the run.
+    looked: Duration,
     watch: Option<Box<dyn Watch>>,
 }
 
@@ -202,6 +215,7 @@ impl Driver {
             outbound: BTreeMap::new(),
             decisions: VecDeque::new(),
             granted: false,
+            looked: Duration::ZERO,
             watch: None,
         };
         (driver, handle)
@@ -227,16 +241,19 @@ impl Driver {
                 tokio::time::sleep(FAREWELL).await;
                 return Ok(outcome);
             }
-            let wait = self
-                .machine
-                .next_deadline()
-                .map(|deadline| deadline.saturating_sub(self.clock.now()));
-            let input = match wait {
-                Some(wait) => tokio::time::timeout(wait, self.inputs.recv()).await,
-                None => Ok(self.inputs.recv().await),
-            };
-            match input {
-                Err(_) => self.step(Event::Tick).await?,
+            let now = self.clock.now();
+            if now >= self.looked + LOOK {
+                self.looked = now;
+                let seq = self.journal.next();
+                self.errands
+                    .look_for_successor(seq, self.journal.term(), self.handle.clone());
+            }
+            let tick = self.machine.next_deadline();
+            let deadline = tick.map_or(LOOK + self.looked, |tick| tick.min(LOOK + self.looked));
+            let wait = deadline.saturating_sub(now);
+            match tokio::time::timeout(wait, self.inputs.recv()).await {
+                Err(_) if tick == Some(deadline) => self.step(Event::Tick).await?,
+                Err(_) => {}
                 Ok(Some(input)) => self.take(input).await?,
                 Ok(None) => unreachable!("the driver holds a sender of its own"),
             }
@@ -254,6 +271,7 @@ impl Driver {
                 self.step(Event::Arrived { connection, hello }).await
             }
             Input::Event(event) => self.step(event).await,
+            Input::Replaced(by) => Err(journal::Error::Fenced { by }),
             Input::Status(reply) => {
                 let elapsed = self.clock.now();
                 // Whoever asked may have gone; that is no matter.

@@ -107,6 +107,7 @@ pub struct Journal {
     term: Term,
     writer: String,
     folded: Folded,
+    snapshot_every: u64,
 }
 
 /// Reads what was ever written, from the newest snapshot on that is whole.
@@ -208,6 +209,7 @@ impl Journal {
                 term,
                 writer: writer.to_string(),
                 folded,
+                snapshot_every: SNAPSHOT_EVERY,
             };
             match journal.append(std::slice::from_ref(&claim), spent).await {
                 Ok(()) => return Ok(journal),
@@ -218,6 +220,12 @@ impl Journal {
         Err(Error::Contended)
     }
 
+    /// The same journal, with a snapshot after every `segments` segments, at least one.
+    pub fn with_snapshots_every(mut self, segments: u64) -> Self {
+        self.snapshot_every = segments.max(1);
+        self
+    }
+
     /// What everything durable comes to.
     pub fn durable(&self) -> &Durable {
         &self.folded.durable
@@ -226,13 +234,18 @@ impl Journal {
     /// Writes a snapshot when it is time. A cache: one that cannot be written is done without.
     async fn take_snapshot(&self) {
         let seq = self.folded.next;
-        if !seq.is_multiple_of(SNAPSHOT_EVERY) {
+        if !seq.is_multiple_of(self.snapshot_every) {
             return;
         }
         let key = layout::journal_snapshot(seq);
         if let Err(error) = self.store.create(&key, snapshot::write(&self.folded)).await {
             tracing::warn!(%error, "no snapshot of the journal");
         }
+    }
+
+    /// The number of the segment that is written next.
+    pub fn next(&self) -> u64 {
+        self.folded.next
     }
 
     /// The term that was claimed.

@@ -65,6 +65,9 @@ pub struct Timings {
     pub free_failures: u32,
     /// Counted groups without a new checkpoint that end the run.
     pub fruitless_generations: u32,
+    /// COMMITs in one part of the commit index. A restart reads as many COMMITs one by one, at most, besides those of
+    /// tasks that were leased when the last life ended.
+    pub indexed_at_once: usize,
 }
 
 impl Default for Timings {
@@ -93,6 +96,7 @@ impl Default for Timings {
             counted_failures: 4,
             free_failures: 16,
             fruitless_generations: 3,
+            indexed_at_once: 1000,
         }
     }
 }

@@ -16,10 +16,6 @@ use super::record::Record;
 use super::task::Board;
 use crate::plan::{Tasks, Training, Work};
 
-/// COMMITs in one part of the commit index. A restart reads as many COMMITs one by one, at most, besides those of
-/// tasks that were leased when the last life ended.
-const INDEXED_AT_ONCE: usize = 1000;
-
 /// Where a stage is.
 #[derive(Debug, Clone)]
 pub(super) enum State {
@@ -340,10 +336,11 @@ impl Machine {
 
     /// Hands the commit index its next part, once enough was committed for one.
     fn index(&mut self, at: usize, out: &mut Vec<Action>) {
+        let enough = self.timings.indexed_at_once;
         let Some(board) = self.stages[at].board_mut() else {
             return;
         };
-        if board.unindexed.len() < INDEXED_AT_ONCE {
+        if board.unindexed.len() < enough {
             return;
         }
         let indexed = std::mem::take(&mut board.unindexed).into_iter();

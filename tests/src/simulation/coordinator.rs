@@ -17,6 +17,8 @@ use distillery_coordinator::service::{Identity, Service};
 use super::store;
 use super::world::{Host, Pid, Role, World};
 
+/// Segments between two snapshots: few, so that restarts read some.
+const SNAPSHOT_EVERY: u64 = 7;
 /// How long after the last fault a run may still give up because of it.
 const AFTERMATH: Duration = Duration::from_secs(180);
 
@@ -44,18 +46,44 @@ pub(super) fn start(world: &Arc<World>, objects: &Arc<InMemory>) {
 
 /// Asks the coordinator to stop, as a person does.
 pub(super) fn ask_to_stop(world: &Arc<World>, now: bool) {
-    let handle = {
-        let state = world.state();
-        let mut living = state.coordinators.iter().rev();
-        living
-            .find(|(_, pid, _)| state.processes[pid].alive)
-            .and_then(|(_, _, running)| running.clone())
-    };
-    if let Some(running) = handle {
+    if let Some(handle) = newest(world) {
         tokio::spawn(async move {
-            let _ = running.handle.event(Event::StopRequested { now }).await;
+            let _ = handle.event(Event::StopRequested { now }).await;
         });
     }
+}
+
+/// Pauses the run, and asks until it goes on again.
+pub(super) fn pause_run(world: &Arc<World>, ms: u64) {
+    let world = Arc::clone(world);
+    tokio::spawn(async move {
+        if let Some(handle) = newest(&world) {
+            let reason = String::from("somebody asked");
+            let _ = handle.event(Event::PauseRequested { reason }).await;
+        }
+        sleep(Duration::from_millis(ms)).await;
+        let is_paused = || world.state().ledger.fold.paused.is_some();
+        // The request may still be on its way when the pause would end.
+        let mut asked = 0;
+        while asked < 3 || is_paused() {
+            if let Some(handle) = newest(&world) {
+                let _ = handle.event(Event::ResumeRequested).await;
+                asked += 1;
+            }
+            sleep(Duration::from_secs(1)).await;
+            if world.state().finished {
+                return;
+            }
+        }
+    });
+}
+
+/// The way to the newest coordinator that lives.
+fn newest(world: &World) -> Option<Handle> {
+    let state = world.state();
+    let mut living = state.coordinators.iter().rev();
+    let (_, _, running) = living.find(|(_, pid, _)| state.processes[pid].alive)?;
+    running.as_ref().map(|running| running.handle.clone())
 }
 
 /// Starts another coordinator after a while, unless one lives or is about to.
@@ -121,7 +149,9 @@ async fn live(
     let clock = Clock::start();
     let writer = uuid::Uuid::from_u128(u128::from(number));
     let endpoint = format!("coordinator-{number}:1");
-    let journal = Journal::claim(&store, &endpoint, writer, clock.spent()).await?;
+    let journal = Journal::claim(&store, &endpoint, writer, clock.spent())
+        .await?
+        .with_snapshots_every(SNAPSHOT_EVERY);
     let term = journal.term();
     let durable = journal.durable().clone();
     let plan = world.scene.plan.clone();

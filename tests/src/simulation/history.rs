@@ -167,6 +167,8 @@ pub enum Fault {
         direction: Direction,
         ms: u64,
     },
+    /// Somebody pauses the run, and lets it go on later.
+    PauseRun { ms: u64 },
     /// Somebody asks the run to stop, and starts it again once it has.
     Stop { now: bool },
     /// All hosts stand still at once: when they wake, every clock has jumped.
@@ -181,7 +183,7 @@ pub enum Fault {
 }
 
 /// Kinds of faults, for the account.
-pub const KINDS: [&str; 20] = [
+pub const KINDS: [&str; 21] = [
     "kill worker",
     "pause worker",
     "pause host",
@@ -202,6 +204,7 @@ pub const KINDS: [&str; 20] = [
     "store lost reply or conflict",
     "store slow",
     "store full",
+    "pause run",
 ];
 
 impl Fault {
@@ -228,6 +231,7 @@ impl Fault {
             Self::Rival => 13,
             Self::Stop { .. } => 14,
             Self::ClockJump { .. } => 15,
+            Self::PauseRun { .. } => 20,
             Self::Store { trouble, .. } => match trouble {
                 Trouble::ErrorBefore | Trouble::ErrorAfter => 16,
                 Trouble::LostReply | Trouble::Conflict => 17,
@@ -249,6 +253,7 @@ impl Fault {
             | Self::PauseCoordinator { ms }
             | Self::PartitionCoordinator { ms, .. }
             | Self::ClockJump { ms }
+            | Self::PauseRun { ms }
             | Self::Store { ms, .. } => *ms,
             Self::CutStream { lag_ms, .. } => *lag_ms,
             Self::KillWorker { .. }
@@ -418,10 +423,11 @@ impl Draw {
                 direction: self.direction(),
                 ms: self.span(),
             },
-            24 => match self.below(2) {
+            24 => match self.below(3) {
                 0 => Fault::Stop {
                     now: self.below(2) == 0,
                 },
+                1 => Fault::PauseRun { ms: self.span() },
                 _ => Fault::ClockJump { ms: self.span() },
             },
             _ => Fault::Store {

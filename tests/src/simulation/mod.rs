@@ -193,6 +193,7 @@ fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
                 .for_each(|host| world.cut(host, peer, direction, ms));
         }
         Fault::Stop { now } => coordinator::ask_to_stop(world, now),
+        Fault::PauseRun { ms } => coordinator::pause_run(world, ms),
         Fault::ClockJump { ms } => {
             let all: Vec<_> = world.state().processes.keys().copied().collect();
             all.into_iter().for_each(|pid| world.pause(pid, ms));

@@ -45,7 +45,11 @@ impl Scene {
 
     /// The default waiting times, or short ones with which more happens.
     pub(super) fn timings(&self) -> Timings {
-        let mut timings = Timings::default();
+        // A few tasks must be enough for an index.
+        let mut timings = Timings {
+            indexed_at_once: 3,
+            ..Timings::default()
+        };
         if self.short_waits {
             let s = Duration::from_secs;
             timings.lease_ttl = s(12);
@@ -56,6 +60,8 @@ impl Scene {
             timings.keep_for_group = s(10);
             timings.hang = s(20);
             timings.drain = s(20);
+            timings.suspect = s(4);
+            timings.reattach_tasks = s(12);
         }
         timings
     }
