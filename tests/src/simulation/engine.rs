@@ -171,7 +171,9 @@ fn answered(world: &World, pid: Pid) {
     let applied = state.applied.get(&pid).copied();
     if let Some((lease, group)) = state.working.get_mut(&pid) {
         *lease = None;
-        let steps = group.as_ref().and_then(|group| world.scene.steps(&group.stage));
+        let steps = group
+            .as_ref()
+            .and_then(|group| world.scene.steps(&group.stage));
         if steps == applied {
             *group = None;
         }
