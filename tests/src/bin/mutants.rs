@@ -55,6 +55,7 @@ fn main() -> anyhow::Result<ExitCode> {
         build: root.join(&target).join("mutants/build"),
         root,
     };
+    std::fs::create_dir_all(&bench.copy)?;
     for name in COPIED {
         copy(&bench.root.join(name), &bench.copy.join(name))?;
     }
@@ -101,6 +102,7 @@ impl Bench {
         let built = Command::new("cargo")
             .args(["build", "--release", "--locked", "--quiet"])
             .args(["-p", "distillery-tests", "--bin", "simulate"])
+            .args(quickly())
             .current_dir(&self.copy)
             .env("CARGO_TARGET_DIR", &self.build)
             .env("CARGO_INCREMENTAL", "1")
@@ -132,6 +134,16 @@ impl Bench {
         }
         Ok(None)
     }
+}
+
+/// Our own crates are built often and run briefly.
+fn quickly() -> impl Iterator<Item = String> {
+    let crates = ["common", "coordinator", "worker", "tests"];
+    crates.into_iter().flat_map(|name| {
+        let level = u8::from(name == "common");
+        let setting = format!("profile.release.package.distillery-{name}.opt-level={level}");
+        ["--config".to_owned(), setting]
+    })
 }
 
 /// Copies a file or folder; what is the same already is left alone, so that little is built again.
