@@ -5,5 +5,6 @@
 
 pub mod compare;
 pub mod harness;
+pub mod mutants;
 pub mod sim;
 pub mod simulation;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use distillery_tests::mutants::{LIST, parse};
 use distillery_tests::simulation::{
     Account, Client, Fault, History, KINDS, Strike, Trouble, Violation, simulate, sweep,
 };
@@ -83,4 +84,17 @@ fn a_coordinator_that_was_replaced_while_the_run_was_paused_lets_go_of_its_worke
         915,
         &[(9_325, paused), (49_845, Fault::Rival)],
     ));
+
+/// Every mutant of `make sim-mutants` still finds what it breaks.
+#[test]
+fn every_mutant_can_be_applied() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let list = std::fs::read_to_string(root.join(LIST)).unwrap();
+    let mutants = parse(&list).unwrap();
+    assert!(mutants.len() >= 15, "{} mutants are too few", mutants.len());
+    let lost: Vec<String> = mutants
+        .iter()
+        .filter_map(|mutant| Some(mutant.apply(&root).err()?.to_string()))
+        .collect();
+    assert!(lost.is_empty(), "{lost:#?}");
 }

@@ -38,7 +38,12 @@ pub(super) fn start(world: &Arc<World>, objects: &Arc<InMemory>) {
         let ended = running.await;
         world.kill(pid, false);
         world.remark(format_args!("coordinator {number} ended: {ended:?}"));
-        if !judge(&world, ended) {
+        let term = {
+            let state = world.state();
+            let running = &state.coordinators[number as usize].2;
+            running.as_ref().map(|running| running.term)
+        };
+        if !judge(&world, term, ended) {
             another(&world, &objects).await;
         }
     });
@@ -103,7 +108,11 @@ async fn another(world: &Arc<World>, objects: &Arc<InMemory>) {
 }
 
 /// Whether the run has succeeded. An end that faults do not explain is a broken promise.
-fn judge(world: &World, ended: Result<Result<Outcome, journal::Error>, JoinError>) -> bool {
+fn judge(
+    world: &World,
+    term: Option<Term>,
+    ended: Result<Result<Outcome, journal::Error>, JoinError>,
+) -> bool {
     match ended {
         Ok(Ok(Outcome::Succeeded)) => {
             world.state().finished = true;
@@ -127,7 +136,9 @@ fn judge(world: &World, ended: Result<Result<Outcome, journal::Error>, JoinError
         }
         Ok(Ok(Outcome::Stopped { .. })) => false,
         Ok(Err(error)) => {
-            let explained = error.is_transient() || matches!(error, journal::Error::Fenced { .. });
+            // Only a higher term replaces: its own segment, found again, is no other's.
+            let replaced = matches!(error, journal::Error::Fenced { by } if Some(by) > term);
+            let explained = error.is_transient() || replaced;
             world.require("I7", explained, || error.to_string());
             false
         }
@@ -176,7 +187,11 @@ async fn live(
         term,
     };
     if let Some(own) = world.state().coordinators.get_mut(number as usize) {
-        own.2 = Some(Running { service, handle });
+        own.2 = Some(Running {
+            service,
+            handle,
+            term,
+        });
     }
     driver.watched_by(Box::new(check)).run().await
 }
@@ -186,6 +201,7 @@ async fn live(
 pub(super) struct Running {
     pub(super) service: Service,
     handle: Handle,
+    term: Term,
 }
 
 /// Looks at the machine after every event.
