@@ -39,6 +39,18 @@ pub fn init(level: &str, format: Format) {
     };
 }
 
+/// Seconds since 1970 by this host's clock, to show beside other clocks.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "it is told to people, and nothing follows from it"
+)]
+pub fn unix_seconds() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+    })
+}
+
 /// Measures how long something takes.
 #[derive(Debug, Clone, Copy)]
 pub struct Stopwatch {

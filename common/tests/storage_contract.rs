@@ -7,11 +7,20 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use distillery_common::ids::{Digest, Generation, Incarnation, Term};
+use distillery_common::storage::contract::{self, Promise};
 use distillery_common::storage::fault::{Fault, FaultStore, Mode};
 use distillery_common::storage::layout::{self, Key, Prefix};
 use distillery_common::storage::{Created, Damaged, Error, FileEntry, Store, VerifyError};
 use distillery_common::storage::{get_verified, verify};
 use distillery_common::task::{Lease, TaskId};
+use distillery_common::telemetry;
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
+};
 
 #[tokio::test]
 async fn memory_keeps_the_contract() {
@@ -91,6 +100,11 @@ async fn the_named_store_keeps_the_contract() {
 
 async fn suite(store: &Store) {
     store.probe().await.expect("the store can hold a run");
+    for kept in contract::check(store, telemetry::unix_seconds()).await {
+        let promise = kept.promise;
+        assert!(kept.result.is_ok(), "{promise}: {:?}", kept.result);
+    }
+    assert_eq!(store.list(&layout::probes()).await.expect("listed"), []);
     nothing_is_there(store).await;
     creation_has_one_winner(store).await;
     objects_are_read_as_written(store).await;
@@ -316,4 +330,100 @@ async fn faults_do_not_change_who_won(store: &Store) {
             assert!(handle.expect("it was wrapped").requests() >= 3);
         }
     }
+}
+
+/// Breaks promises as real stores have been seen to.
+#[derive(Debug)]
+struct Unreliable {
+    inner: Arc<dyn ObjectStore>,
+    overwrites: bool,
+    forgets: bool,
+}
+
+impl std::fmt::Display for Unreliable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Unreliable({})", self.inner)
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Unreliable {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        mut opts: PutOptions,
+    ) -> object_store::Result<PutResult> {
+        if self.overwrites {
+            opts.mode = PutMode::Overwrite;
+        }
+        self.inner.put_opts(location, payload, opts).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        opts: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(location, opts).await
+    }
+
+    async fn get_opts(
+        &self,
+        location: &Path,
+        options: GetOptions,
+    ) -> object_store::Result<GetResult> {
+        self.inner.get_opts(location, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, object_store::Result<Path>>,
+    ) -> BoxStream<'static, object_store::Result<Path>> {
+        self.inner.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        let shown = if self.forgets { 5 } else { usize::MAX };
+        self.inner.list(prefix).take(shown).boxed()
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(
+        &self,
+        from: &Path,
+        to: &Path,
+        options: CopyOptions,
+    ) -> object_store::Result<()> {
+        self.inner.copy_opts(from, to, options).await
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_breaks_a_promise_is_found_out() {
+    let broken_by = async |overwrites, forgets, skew| {
+        let store = Store::in_memory().wrapped(|inner| {
+            Arc::new(Unreliable {
+                inner,
+                overwrites,
+                forgets,
+            })
+        });
+        let kept = contract::check(&store, telemetry::unix_seconds() - skew).await;
+        let broken = kept.into_iter().filter(|kept| kept.result.is_err());
+        broken.map(|kept| kept.promise).collect::<Vec<_>>()
+    };
+    assert_eq!(broken_by(false, false, 0).await, []);
+    assert_eq!(
+        broken_by(true, false, 0).await,
+        [Promise::RefusesSecondCreation, Promise::OneWinnerOfARace]
+    );
+    assert_eq!(
+        broken_by(false, true, 0).await,
+        [Promise::ListsAtOnce, Promise::ListsEverything]
+    );
+    assert_eq!(broken_by(false, false, 7200).await, [Promise::TellsTheTime]);
 }

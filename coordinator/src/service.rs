@@ -155,17 +155,31 @@ impl Coordinator for Service {
         )))
     }
 
-    async fn stop(
+    async fn control(
         &self,
-        request: Request<wire::StopRequest>,
-    ) -> Result<Response<wire::StopReply>, Status> {
-        let now = request.into_inner().now;
+        request: Request<wire::ControlRequest>,
+    ) -> Result<Response<wire::ControlReply>, Status> {
+        use wire::control_request::Request as Wire;
+        let event = match request.into_inner().request {
+            Some(Wire::Stop(stop)) => Event::StopRequested { now: stop.now },
+            Some(Wire::Pause(pause)) => Event::PauseRequested {
+                reason: pause.reason,
+            },
+            Some(Wire::Resume(wire::Resume {})) => Event::ResumeRequested,
+            Some(Wire::Cancel(cancel)) => Event::CancelRequested {
+                reason: cancel.reason,
+            },
+            Some(Wire::Drain(drain)) => Event::DrainRequested {
+                worker: drain.worker,
+            },
+            None => return Err(Status::invalid_argument("nothing is asked")),
+        };
         self.shared
             .handle
-            .event(Event::StopRequested { now })
+            .event(event)
             .await
             .map_err(|ended| Status::unavailable(ended.to_string()))?;
-        Ok(Response::new(wire::StopReply {}))
+        Ok(Response::new(wire::ControlReply {}))
     }
 }
 

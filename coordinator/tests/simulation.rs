@@ -265,7 +265,9 @@ impl World {
                     self.cut(worker);
                 }
             }
-            Action::Inspect { stage, after_ms } => {
+            Action::Inspect {
+                stage, after_ms, ..
+            } => {
                 let finding = match self.below(10) {
                     0 => Err(Trouble::Transient("503".into())),
                     _ => Ok(self.finding(stage)),
@@ -310,7 +312,7 @@ impl World {
                 pinned,
                 ..
             } => self.prune(stage, before, &pinned),
-            Action::Explain(_) => {}
+            Action::Index { .. } | Action::Explain(_) => {}
             Action::Finish(outcome) => self.finished = Some(outcome),
         }
     }

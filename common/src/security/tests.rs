@@ -146,10 +146,10 @@ mod handshake {
             Ok(Response::new(wire::StatusReply::default()))
         }
 
-        async fn stop(
+        async fn control(
             &self,
-            _: Request<wire::StopRequest>,
-        ) -> Result<Response<wire::StopReply>, Status> {
+            _: Request<wire::ControlRequest>,
+        ) -> Result<Response<wire::ControlReply>, Status> {
             Err(Status::unimplemented("not asked for here"))
         }
     }

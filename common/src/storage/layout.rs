@@ -4,11 +4,12 @@
 //! <run URI>/
 //!   run.json                                                   create-only, once
 //!   prompts/{train,holdout,preview}.parquet
-//!   journal/<seq:020>
+//!   journal/<seq:020>    journal/snapshot-<seq:020>
 //!   trajectories/<dataset>/shard-<index:08>/a<attempt>-<incarnation>.parquet  …-embeddings.parquet  COMMIT
-//!   trajectories/<dataset>/MANIFEST
+//!   trajectories/<dataset>/MANIFEST    commit-index/t<term:06>-<part:06>
 //!   checkpoints/<stage>/<step:010>-g<generation>/s<part:04>.safetensors  metrics.jsonl  COMMIT
 //!   tasks/<stage>/<index:08>/a<attempt>-<incarnation>/…  COMMIT                evaluation and export parts
+//!   tasks/<stage>/commit-index/t<term:06>-<part:06>
 //!   export/<stage>/…    report/…    logs/<worker>/…
 //! ```
 
@@ -16,8 +17,10 @@ use std::fmt;
 
 use object_store::path::Path;
 
-use crate::ids::Generation;
+use crate::ids::{Generation, Term};
 use crate::task::Lease;
+
+const SNAPSHOT: &str = "snapshot-";
 
 /// A key below the run URI. Only this module makes one, from validated parts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -144,6 +147,27 @@ pub fn journal_segment(seq: u64) -> Key {
     journal().key(&format!("{seq:020}"))
 }
 
+/// What all segments before `seq` come to.
+pub fn journal_snapshot(seq: u64) -> Key {
+    journal().key(&format!("{SNAPSHOT}{seq:020}"))
+}
+
+/// Reads the number back from the key of a snapshot.
+pub fn parse_journal_snapshot(key: &Key) -> Option<u64> {
+    let name = key.as_str().strip_prefix("journal/")?;
+    name.strip_prefix(SNAPSHOT)?.parse().ok()
+}
+
+/// The parts of the commit index of a dataset or of a task stage.
+pub fn commit_index(folder: &Prefix) -> Prefix {
+    folder.folder("commit-index")
+}
+
+/// One part of a commit index, written by the coordinator of `term`.
+pub fn commit_index_part(folder: &Prefix, term: Term, part: u64) -> Key {
+    commit_index(folder).key(&format!("t{:06}-{part:06}", term.0))
+}
+
 /// One set of trajectories; `dataset` is the short digest that names it.
 pub fn dataset(dataset: &str) -> Prefix {
     Prefix("trajectories".into()).folder(dataset)
@@ -251,6 +275,41 @@ pub fn probe(nonce: &str) -> Key {
     Prefix("probe".into()).key(nonce)
 }
 
+/// The folder of one check of all that a run relies on.
+pub fn trial(nonce: &str) -> Prefix {
+    Prefix("probe".into()).folder(nonce)
+}
+
+/// A folder within a check.
+pub fn trial_folder(trial: &Prefix, name: &str) -> Prefix {
+    trial.folder(name)
+}
+
+/// An object of a check.
+pub fn trial_object(folder: &Prefix, name: &str) -> Key {
+    folder.key(name)
+}
+
+/// The folder of all trajectories.
+pub fn trajectories() -> Prefix {
+    Prefix("trajectories".into())
+}
+
+/// The folder of all checkpoints.
+pub fn all_checkpoints() -> Prefix {
+    Prefix("checkpoints".into())
+}
+
+/// The folder of all task stages other than trajectories.
+pub fn all_tasks() -> Prefix {
+    Prefix("tasks".into())
+}
+
+/// The folder of all checks of the store.
+pub fn probes() -> Prefix {
+    Prefix("probe".into())
+}
+
 /// Reads the key of a task's COMMIT: a shard of trajectories, or a unit of another task stage.
 pub fn parse_commit(key: &str) -> Result<Key, ForeignKey> {
     let parts: Vec<&str> = key.split('/').collect();
@@ -284,7 +343,7 @@ fn attempt(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{Incarnation, Term};
+    use crate::ids::Incarnation;
     use crate::task::TaskId;
 
     #[test]
@@ -328,6 +387,8 @@ mod tests {
             assert_eq!(parse_checkpoint_commit(foreign), None, "{foreign}");
         }
         assert_eq!(journal_segment(7).as_str(), "journal/00000000000000000007");
+        assert_eq!(parse_journal_snapshot(&journal_snapshot(7)), Some(7));
+        assert_eq!(parse_journal_snapshot(&journal_segment(7)), None);
         assert_eq!(parse_task_commit(&commit(&shard)), Some(42));
         assert_eq!(parse_task_commit(&commit(&task("evaluate", 7))), Some(7));
         assert_eq!(parse_task_commit(&shard_rows(&shard, &lease)), None);

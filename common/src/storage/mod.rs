@@ -5,6 +5,7 @@
 //! race for. Keys come from [`layout`] alone. This module must never know what the objects mean, and never
 //! shows credentials: they come from the environment and stay inside object_store.
 
+pub mod contract;
 mod error;
 pub mod fault;
 pub mod layout;

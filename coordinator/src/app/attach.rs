@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 
 use crate::console;
-use crate::service::client::Client;
+use crate::service::client::{Client, Request};
 
 /// Between two looks at a run.
 const LOOK: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ pub(super) async fn follow(mut client: Client) -> anyhow::Result<()> {
                 }
             }
             _ = tokio::signal::ctrl_c() => {
-                client.stop(interrupted).await.context("the coordinator does not answer")?;
+                client.ask(Request::Stop { now: interrupted }).await.context("the coordinator does not answer")?;
                 interrupted = true;
             }
         }

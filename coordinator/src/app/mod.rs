@@ -4,6 +4,8 @@
 
 mod access;
 mod attach;
+mod control;
+mod find;
 mod memo;
 mod prepare;
 mod progress;
@@ -27,13 +29,15 @@ use distillery_common::storage::layout::{self, Key};
 
 use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
-use crate::journal::{self, Journal};
+use crate::journal::{self, Folded, Journal};
 use crate::launch::local;
 use crate::report;
-use crate::scheduler::{Durable, Event, Machine, Outcome, Record, Timings};
+use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
 
 pub use access::Access;
+pub use control::{Heard, control};
+pub use find::{Found, find};
 pub use prepare::{Prepared, Refused, facts, open_teacher, prepare};
 pub use waits::Wait;
 
@@ -64,15 +68,20 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
     let store = Store::open_or_create(&recipe.output)?;
     let prepared = prepare(&recipe, teacher, &store, &config.engine).await?;
     let access = Access::of_run(&store, &prepared.record, recipe.cluster.token.as_ref())?;
-    let history = journal::read(&store).await?;
-    let durable = Durable::replay(&history.records);
+    let Folded { durable, next, .. } = journal::read(&store).await?;
+    if let Some(Outcome::Cancelled { reason }) = &durable.outcome {
+        anyhow::bail!(
+            "the run at {} was cancelled ({reason}); use another output",
+            store.uri()
+        );
+    }
     if durable.outcome == Some(Outcome::Succeeded) {
         console::note(format_args!("run {} has succeeded already", recipe.name));
         show_results(&recipe, &store, &prepared.record, config.json).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let tls = recipe.cluster.tls == Tls::On;
-    if !config.takeover && !history.records.is_empty() {
+    if !config.takeover && next > 0 && !durable.endpoint.is_empty() {
         let join = access.join(&durable.endpoint, tls)?;
         if let Some(client) = Client::find(&join).await {
             console::note(format_args!(
@@ -100,12 +109,17 @@ async fn coordinate(
     let listener = listen(&recipe, config.insecure).await?;
     let endpoint = advertised(&listener)?;
     let join = access.join(&endpoint, tls)?;
-    let (journal, records) =
-        Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
+    let journal = Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
+    if journal.durable().paused.is_some() {
+        console::note(format_args!(
+            "the run is paused; `coordinator resume {}` lets it go on",
+            store.uri()
+        ));
+    }
     let machine = Machine::new(
         prepared.plan.clone(),
         timings.clone(),
-        Durable::replay(&records),
+        journal.durable().clone(),
     );
     let term = journal.term();
     tracing::info!(%term, endpoint, run_id = %prepared.record.run_id, "claimed the run");
@@ -139,7 +153,7 @@ async fn coordinate(
     }
     let launched = launch(&recipe, &config, &access, &join, handle.clone())?;
     let watching = tokio::spawn(watch_signals(handle.clone()));
-    let showing = tokio::spawn(progress::show(handle, resumed(&records)));
+    let showing = tokio::spawn(progress::show(handle, term.0 > 1));
     let ended = driver.run().await;
     watching.abort();
     showing.abort();
@@ -165,8 +179,7 @@ async fn end_elsewhere(
     record: &RunRecord,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
-    let history = journal::read(store).await?;
-    let ended = match Durable::replay(&history.records).outcome {
+    let ended = match journal::read(store).await?.durable.outcome {
         Some(Outcome::Succeeded) => return succeed(recipe, store, record, json).await,
         Some(outcome) => Ending::of(outcome),
         None => Ending::interrupted("the coordinator is gone"),
@@ -237,10 +250,6 @@ async fn forget_earlier_stages(recipe: &Recipe, store: &Store) -> Result<(), che
         }
     }
     Ok(())
-}
-
-fn resumed(records: &[Record]) -> bool {
-    records.len() > 1
 }
 
 fn timings(recipe: &Recipe, waits: &[Wait]) -> anyhow::Result<Timings> {
@@ -344,6 +353,7 @@ impl Ending {
         let (state, message, code) = match outcome {
             Outcome::Succeeded => ("succeeded", String::new(), 0),
             Outcome::Failed { message } => ("failed", message, 1),
+            Outcome::Cancelled { reason } => ("cancelled", reason, 1),
             Outcome::Stopped { reason } => (
                 "stopped",
                 format!("{reason}; run the same command to resume"),
@@ -378,7 +388,10 @@ impl Ending {
             // The exit code says it too.
             let _ = console::result(summary);
         } else if code == 1 {
-            console::note(format_args!("error: run {} failed: {message}", recipe.name));
+            console::note(format_args!(
+                "error: run {} {state}: {message}",
+                recipe.name
+            ));
         } else {
             console::note(format_args!("run {} {state}: {message}", recipe.name));
         }

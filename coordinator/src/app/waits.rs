@@ -38,7 +38,7 @@ pub enum Wrong {
 
 type Field = (&'static str, fn(&mut Timings) -> &mut Duration);
 
-const FIELDS: [Field; 19] = [
+const FIELDS: [Field; 18] = [
     ("beat", |t| &mut t.beat),
     ("suspect", |t| &mut t.suspect),
     ("lease_ttl", |t| &mut t.lease_ttl),
@@ -55,7 +55,6 @@ const FIELDS: [Field; 19] = [
     ("reattach_tasks", |t| &mut t.reattach_tasks),
     ("hang", |t| &mut t.hang),
     ("drain", |t| &mut t.drain),
-    ("index_every", |t| &mut t.index_every),
     ("retry", |t| &mut t.retry),
     ("retry_cap", |t| &mut t.retry_cap),
 ];

@@ -1,7 +1,10 @@
 //! The command line: one file for each command, one way to end.
 
 mod check;
+mod control;
+mod doctor;
 mod export;
+mod gc;
 mod one_shot;
 mod plan;
 mod report;
@@ -59,6 +62,20 @@ enum Command {
     Schema,
     /// Shows how a run is.
     Status(status::Arguments),
+    /// Stops a run, to be resumed: after a checkpoint, or at once.
+    Stop(control::Stop),
+    /// Lets a run begin nothing new: tasks end, groups leave after a checkpoint.
+    Pause(control::WithReason),
+    /// Lets a paused run go on.
+    Resume(control::Run),
+    /// Gives a run up for good; what it made stays.
+    Cancel(control::WithReason),
+    /// Lets a worker leave after what it has in hand.
+    Drain(control::Drain),
+    /// Checks that a bucket or folder keeps every promise that a run relies on.
+    Doctor(doctor::Arguments),
+    /// Lists, or with --delete removes, files that attempts left behind and nothing names.
+    Gc(gc::Arguments),
     /// Writes a run's results as one page.
     Report(report::Arguments),
     /// Draws pictures from a teacher, an export or a run's student.
@@ -101,6 +118,13 @@ pub fn main() -> ExitCode {
         Command::Plan(own) => plan::run(&own, context),
         Command::Schema => schema::run(),
         Command::Status(own) => status::run(&own, context),
+        Command::Stop(own) => control::stop(own, context),
+        Command::Pause(own) => control::pause(own, context),
+        Command::Resume(own) => control::resume(&own, context),
+        Command::Cancel(own) => control::cancel(own, context),
+        Command::Drain(own) => control::drain(own, context),
+        Command::Doctor(own) => doctor::run(&own, context),
+        Command::Gc(own) => gc::run(&own, context),
         Command::Report(own) => report::run(&own, context),
         Command::Sample(own) => sample::run(own, context),
         Command::Export(own) => export::run(own, context),

@@ -3,18 +3,15 @@
 use std::io;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use serde_json::json;
 
 use distillery_common::run::RunRecord;
-use distillery_common::storage::{Store, layout};
 
 use super::Context;
-use crate::app::Access;
+use crate::app;
 use crate::console;
-use crate::journal;
 use crate::scheduler::Durable;
-use crate::service::client::{Client, Status};
+use crate::service::client::Status;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -27,24 +24,10 @@ pub(super) fn run(arguments: &Arguments, context: Context) -> anyhow::Result<Exi
 }
 
 async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCode> {
-    let store = Store::open(&arguments.run)?;
-    let bytes = store
-        .find(&layout::run_record())
-        .await?
-        .with_context(|| format!("there is no run at {}", store.uri()))?;
-    let record = RunRecord::from_bytes(&bytes)?;
-    let durable = Durable::replay(&journal::read(&store).await?.records);
-    let tls = record
-        .recipe
-        .pointer("/cluster/tls")
-        .is_none_or(|tls| tls != "off" && tls != false);
-    let client = match (Access::find(&store, &record)?, durable.endpoint.as_str()) {
-        (None, _) | (_, "") => None,
-        (Some(access), endpoint) => Client::find(&access.join(endpoint, tls)?).await,
-    };
-    match client {
+    let found = app::find(&arguments.run).await?;
+    match found.client {
         Some(mut client) => live(&client.status().await?, context)?,
-        None => stored(&record, &durable, context)?,
+        None => stored(&found.record, &found.durable, context)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -61,6 +44,9 @@ fn live(status: &Status, context: Context) -> io::Result<()> {
 fn stored(record: &RunRecord, durable: &Durable, context: Context) -> io::Result<()> {
     let state = match &durable.outcome {
         Some(outcome) => outcome.to_string(),
+        None if durable.paused.is_some() => {
+            "paused, and no coordinator has it; `coordinator resume`, then `coordinator run` with its recipe".into()
+        }
         None => "no coordinator has it; `coordinator run` with its recipe resumes it".into(),
     };
     let stages: Vec<_> = durable

@@ -11,16 +11,18 @@ use tokio::sync::Semaphore;
 use distillery_common::checkpoint;
 use distillery_common::commit::{self, TaskCommit};
 use distillery_common::group::CheckpointCommitted;
-use distillery_common::ids::{Digest, Generation};
+use distillery_common::ids::{Digest, Generation, Term};
 use distillery_common::latents;
 use distillery_common::storage::layout::{self, Prefix};
 use distillery_common::storage::{self, FileEntry, Store};
 use distillery_common::task::{CommitSummary, TaskId};
 
-use super::Handle;
+use super::{Handle, commit_index};
 use crate::plan::{Kind, Plan, Work};
 use crate::scheduler::{Checkpoint, Event, Finding, Trouble};
 
+/// COMMITs that are looked for one by one; more of them are listed.
+const PROBED: u64 = 4096;
 /// Errands under way at a time.
 const AT_A_TIME: usize = 32;
 
@@ -64,10 +66,16 @@ impl Errands {
         &self.shared.plan
     }
 
-    pub(super) fn inspect(&self, stage: usize, after_ms: u64, handle: Handle) {
+    pub(super) fn inspect(
+        &self,
+        stage: usize,
+        granted_below: Option<u64>,
+        after_ms: u64,
+        handle: Handle,
+    ) {
         let shared = Arc::clone(&self.shared);
         let errand = async move {
-            let finding = shared.inspect(stage).await;
+            let finding = shared.inspect(stage, granted_below).await;
             Event::Inspected { stage, finding }
         };
         self.spawn(after_ms, handle, errand.boxed());
@@ -111,6 +119,24 @@ impl Errands {
         self.spawn(after_ms, handle, errand.boxed());
     }
 
+    /// Writes a part of a commit index; one that cannot be written is done without.
+    pub(super) fn index(
+        &self,
+        stage: usize,
+        term: Term,
+        part: u64,
+        commits: Vec<(u64, CommitSummary)>,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            let folder = shared.tasks_folder(stage);
+            let written = commit_index::write(&shared.store, &folder, term, part, &commits).await;
+            if let Err(error) = written {
+                tracing::warn!(%error, "a part of the commit index is not written");
+            }
+        });
+    }
+
     /// Deletes checkpoints; one that cannot be deleted is tried again after the next checkpoint.
     pub(super) fn prune(
         &self,
@@ -147,12 +173,14 @@ impl Errands {
 }
 
 impl Shared {
-    async fn inspect(&self, at: usize) -> Result<Finding, Trouble> {
+    async fn inspect(&self, at: usize, granted_below: Option<u64>) -> Result<Finding, Trouble> {
         let stage = &self.plan.stages[at];
         match &stage.work {
-            Work::Tasks(_) if stage.kind == Kind::Trajectories => self.find_trajectories(at).await,
+            Work::Tasks(_) if stage.kind == Kind::Trajectories => {
+                self.find_trajectories(at, granted_below).await
+            }
             Work::Tasks(_) => Ok(Finding::Tasks {
-                commits: self.find_commits(at).await?,
+                commits: self.find_commits(at, granted_below).await?,
                 sealed: None,
             }),
             Work::Training(training) => {
@@ -162,7 +190,11 @@ impl Shared {
         }
     }
 
-    async fn find_trajectories(&self, at: usize) -> Result<Finding, Trouble> {
+    async fn find_trajectories(
+        &self,
+        at: usize,
+        granted_below: Option<u64>,
+    ) -> Result<Finding, Trouble> {
         let store = self.dataset.reused_from.as_ref().unwrap_or(&self.store);
         let manifest = latents::manifest::find(store, &self.dataset_folder())
             .await
@@ -177,7 +209,7 @@ impl Shared {
         }
         let commits = match sealed {
             Some(_) => BTreeMap::new(),
-            None => self.find_commits(at).await?,
+            None => self.find_commits(at, granted_below).await?,
         };
         Ok(Finding::Tasks { commits, sealed })
     }
@@ -196,26 +228,54 @@ impl Shared {
         }
     }
 
-    /// Every COMMIT of a task stage.
-    async fn find_commits(&self, at: usize) -> Result<BTreeMap<u64, CommitSummary>, Trouble> {
+    /// The folder of all tasks of a stage.
+    fn tasks_folder(&self, at: usize) -> Prefix {
         let stage = &self.plan.stages[at];
-        let folder = match stage.kind {
+        match stage.kind {
             Kind::Trajectories => self.dataset_folder(),
             Kind::Distill | Kind::Reference | Kind::Evaluate | Kind::Export => {
                 layout::tasks(&stage.name)
             }
+        }
+    }
+
+    /// Every COMMIT of a task stage: those that the index has, and those among the rest. From `granted_below` on
+    /// there are none, so that a few of the others are looked for one by one; without that bound, or where the
+    /// index lacks many, the store is listed.
+    async fn find_commits(
+        &self,
+        at: usize,
+        granted_below: Option<u64>,
+    ) -> Result<BTreeMap<u64, CommitSummary>, Trouble> {
+        let stage = &self.plan.stages[at];
+        let Work::Tasks(tasks) = &stage.work else {
+            return Ok(BTreeMap::new());
         };
-        let listed = self.store.list(&folder).await.map_err(trouble)?;
+        let folder = self.tasks_folder(at);
+        let key_of = |index| layout::commit(&self.task_folder(at, index)).to_string();
+        let mut commits = commit_index::read(&self.store, &folder, key_of)
+            .await
+            .map_err(trouble)?;
+        let missing = |below: u64| {
+            let open = (0..below).filter(|index| !commits.contains_key(index));
+            open.take(PROBED as usize + 1).collect::<Vec<u64>>()
+        };
+        let few = granted_below
+            .map(|below| missing(below.min(tasks.count)))
+            .filter(|missing| missing.len() as u64 <= PROBED);
+        let rest = match few {
+            Some(missing) => missing,
+            None => self.list_commits(&folder, &commits).await?,
+        };
         // Collected, because a closure over borrowed entries cannot cross an await in a spawned task.
-        let tasks: Vec<TaskId> = listed
-            .iter()
-            .filter_map(|entry| layout::parse_task_commit(&entry.key))
+        let rest: Vec<TaskId> = rest
+            .into_iter()
             .map(|index| TaskId {
                 stage: stage.name.clone(),
                 index,
             })
             .collect();
-        let found: Vec<_> = stream::iter(tasks)
+        let found: Vec<_> = stream::iter(rest)
             .map(|task| async move {
                 let commit = self.read_commit(&task).await?;
                 Ok::<_, Trouble>(commit.map(|commit| (task.index, commit)))
@@ -223,7 +283,22 @@ impl Shared {
             .buffered(AT_A_TIME)
             .try_collect()
             .await?;
-        Ok(found.into_iter().flatten().collect())
+        commits.extend(found.into_iter().flatten());
+        Ok(commits)
+    }
+
+    /// The indexes below `folder` that have a COMMIT and are not among `known`.
+    async fn list_commits(
+        &self,
+        folder: &Prefix,
+        known: &BTreeMap<u64, CommitSummary>,
+    ) -> Result<Vec<u64>, Trouble> {
+        let listed = self.store.list(folder).await.map_err(trouble)?;
+        let indexes = listed
+            .iter()
+            .filter_map(|entry| layout::parse_task_commit(&entry.key))
+            .filter(|index| !known.contains_key(index));
+        Ok(indexes.collect())
     }
 
     /// What a task's COMMIT says, once everything it names was seen to be there.

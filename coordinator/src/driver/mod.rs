@@ -4,6 +4,7 @@
 //! before anything that follows them is done. Reading the clock happens here and nowhere else in this program.
 //! Must never decide anything itself.
 
+mod commit_index;
 mod errands;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -298,9 +299,19 @@ impl Driver {
             Action::Close(connection) => {
                 self.outbound.remove(&connection);
             }
-            Action::Inspect { stage, after_ms } => {
-                self.errands.inspect(stage, after_ms, self.handle.clone());
-            }
+            Action::Inspect {
+                stage,
+                granted_below,
+                after_ms,
+            } => self
+                .errands
+                .inspect(stage, granted_below, after_ms, self.handle.clone()),
+            Action::Index {
+                stage,
+                term,
+                part,
+                commits,
+            } => self.errands.index(stage, term, part, commits),
             Action::VerifyCommit { task, after_ms } => {
                 self.errands
                     .verify_commit(task, after_ms, self.handle.clone());
@@ -350,12 +361,13 @@ impl Driver {
     fn explain(&mut self, decision: &Decision) {
         let text = decision.to_string();
         match decision {
-            Decision::Granted(_) => tracing::debug!("{text}"),
+            Decision::Granted { .. } => tracing::debug!("{text}"),
             Decision::Lost { .. }
             | Decision::Retrying { .. }
             | Decision::Quarantined { .. }
             | Decision::Aborted { .. }
             | Decision::Resized { .. }
+            | Decision::Suspected { .. }
             | Decision::Postponed { .. } => tracing::warn!("{text}"),
             Decision::Welcomed { .. }
             | Decision::StageStarted { .. }
@@ -364,6 +376,11 @@ impl Driver {
             | Decision::Exchanged { .. }
             | Decision::Checkpoint { .. }
             | Decision::Ignored { .. }
+            | Decision::Cleared { .. }
+            | Decision::Reserved { .. }
+            | Decision::Paused { .. }
+            | Decision::Resumed
+            | Decision::Draining { .. }
             | Decision::Stopping { .. }
             | Decision::Finished(_) => tracing::info!("{text}"),
         }

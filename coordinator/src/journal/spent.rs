@@ -27,20 +27,20 @@ pub struct Account {
     /// The most memory that one of them had at a time, where that is known.
     pub peak_bytes: Option<u64>,
     /// Whether a segment does not say what was spent, so that no sum over time is known.
-    has_gaps: bool,
-    term: Term,
+    pub(super) has_gaps: bool,
+    pub(super) term: Term,
     /// Of earlier lives, and of the newest.
-    earlier: Duration,
-    elapsed: Duration,
-    stages: BTreeMap<String, Stage>,
+    pub(super) earlier: Duration,
+    pub(super) elapsed: Duration,
+    pub(super) stages: BTreeMap<String, StageCost>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Stage {
+pub(super) struct StageCost {
     /// Of lives that are over, and of work that is.
-    counted: Duration,
+    pub(super) counted: Duration,
     /// When work began in this life, while it lasts.
-    since: Option<Duration>,
+    pub(super) since: Option<Duration>,
 }
 
 impl Account {
@@ -67,6 +67,9 @@ impl Account {
                         .end(spent.elapsed);
                 }
                 Record::TermClaimed { .. }
+                | Record::GrantsReached { .. }
+                | Record::Paused { .. }
+                | Record::Resumed
                 | Record::GenerationFormed { .. }
                 | Record::GenerationFailed { .. }
                 | Record::CheckpointCommitted { .. }
@@ -103,7 +106,7 @@ impl Account {
     }
 }
 
-impl Stage {
+impl StageCost {
     fn end(&mut self, now: Duration) {
         if let Some(since) = self.since.take() {
             self.counted += now.saturating_sub(since);

@@ -53,6 +53,10 @@ enum StoredRecord {
         stage: String,
         digest: String,
     },
+    GrantsReached {
+        stage: String,
+        below: u64,
+    },
     GenerationFormed {
         generation: u64,
         stage: String,
@@ -81,6 +85,10 @@ enum StoredRecord {
         index: u64,
         message: String,
     },
+    Paused {
+        reason: String,
+    },
+    Resumed,
     RunFinished {
         outcome: StoredOutcome,
     },
@@ -88,7 +96,7 @@ enum StoredRecord {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct StoredCheckpoint {
+pub(super) struct StoredCheckpoint {
     step: u64,
     generation: u64,
     key: String,
@@ -98,9 +106,10 @@ struct StoredCheckpoint {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum StoredOutcome {
+pub(super) enum StoredOutcome {
     Succeeded,
     Failed { message: String },
+    Cancelled { reason: String },
     Stopped { reason: String },
 }
 
@@ -156,6 +165,7 @@ fn to_stored(record: &Record) -> StoredRecord {
             stage,
             digest: digest.to_string(),
         },
+        Record::GrantsReached { stage, below } => StoredRecord::GrantsReached { stage, below },
         Record::GenerationFormed {
             generation,
             stage,
@@ -204,6 +214,8 @@ fn to_stored(record: &Record) -> StoredRecord {
             index,
             message,
         },
+        Record::Paused { reason } => StoredRecord::Paused { reason },
+        Record::Resumed => StoredRecord::Resumed,
         Record::RunFinished(outcome) => {
             let outcome = outcome_to_stored(outcome);
             StoredRecord::RunFinished { outcome }
@@ -222,6 +234,7 @@ fn from_stored(record: StoredRecord) -> Result<Record, String> {
             stage,
             digest: parse_digest(&digest)?,
         },
+        StoredRecord::GrantsReached { stage, below } => Record::GrantsReached { stage, below },
         StoredRecord::GenerationFormed {
             generation,
             stage,
@@ -270,11 +283,13 @@ fn from_stored(record: StoredRecord) -> Result<Record, String> {
             index,
             message,
         },
+        StoredRecord::Paused { reason } => Record::Paused { reason },
+        StoredRecord::Resumed => Record::Resumed,
         StoredRecord::RunFinished { outcome } => Record::RunFinished(outcome_from_stored(outcome)),
     })
 }
 
-fn checkpoint_to_stored(checkpoint: Checkpoint) -> StoredCheckpoint {
+pub(super) fn checkpoint_to_stored(checkpoint: Checkpoint) -> StoredCheckpoint {
     StoredCheckpoint {
         step: checkpoint.step,
         generation: checkpoint.generation.0,
@@ -284,7 +299,7 @@ fn checkpoint_to_stored(checkpoint: Checkpoint) -> StoredCheckpoint {
     }
 }
 
-fn checkpoint_from_stored(checkpoint: StoredCheckpoint) -> Result<Checkpoint, String> {
+pub(super) fn checkpoint_from_stored(checkpoint: StoredCheckpoint) -> Result<Checkpoint, String> {
     Ok(Checkpoint {
         step: checkpoint.step,
         generation: Generation(checkpoint.generation),
@@ -294,18 +309,20 @@ fn checkpoint_from_stored(checkpoint: StoredCheckpoint) -> Result<Checkpoint, St
     })
 }
 
-fn outcome_to_stored(outcome: Outcome) -> StoredOutcome {
+pub(super) fn outcome_to_stored(outcome: Outcome) -> StoredOutcome {
     match outcome {
         Outcome::Succeeded => StoredOutcome::Succeeded,
         Outcome::Failed { message } => StoredOutcome::Failed { message },
+        Outcome::Cancelled { reason } => StoredOutcome::Cancelled { reason },
         Outcome::Stopped { reason } => StoredOutcome::Stopped { reason },
     }
 }
 
-fn outcome_from_stored(outcome: StoredOutcome) -> Outcome {
+pub(super) fn outcome_from_stored(outcome: StoredOutcome) -> Outcome {
     match outcome {
         StoredOutcome::Succeeded => Outcome::Succeeded,
         StoredOutcome::Failed { message } => Outcome::Failed { message },
+        StoredOutcome::Cancelled { reason } => Outcome::Cancelled { reason },
         StoredOutcome::Stopped { reason } => Outcome::Stopped { reason },
     }
 }
@@ -337,6 +354,10 @@ mod tests {
             Record::StageSealed {
                 stage: stage(),
                 digest,
+            },
+            Record::GrantsReached {
+                stage: stage(),
+                below: 2000,
             },
             Record::GenerationFormed {
                 generation: Generation(4),
@@ -372,6 +393,13 @@ mod tests {
                 index: 8,
                 message: "empty prompt".into(),
             },
+            Record::Paused {
+                reason: "why".into(),
+            },
+            Record::Resumed,
+            Record::RunFinished(Outcome::Cancelled {
+                reason: "why".into(),
+            }),
             Record::RunFinished(Outcome::Succeeded),
             Record::RunFinished(Outcome::Failed {
                 message: "why".into(),

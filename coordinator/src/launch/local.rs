@@ -9,6 +9,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
@@ -66,12 +68,14 @@ pub fn start(workers: Workers, handle: Handle) -> io::Result<Launched> {
     std::fs::create_dir_all(&workers.logs)?;
     let (stop, stopped) = watch::channel(false);
     let mut tasks = JoinSet::new();
+    let kept = Arc::new(AtomicU32::new(workers.count));
     for index in 0..workers.count {
         tasks.spawn(keep(
             workers.clone(),
             format!("local-{index}"),
             handle.clone(),
             stopped.clone(),
+            Arc::clone(&kept),
         ));
     }
     Ok(Launched { tasks, stop })
@@ -86,7 +90,15 @@ impl Launched {
 }
 
 /// One worker, again and again.
-async fn keep(workers: Workers, name: String, handle: Handle, mut stopped: watch::Receiver<bool>) {
+///
+/// Gives it up after too many deaths in a row; the last to be given up is told of.
+async fn keep(
+    workers: Workers,
+    name: String,
+    handle: Handle,
+    mut stopped: watch::Receiver<bool>,
+    kept: Arc<AtomicU32>,
+) {
     let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
     let mut deaths = 0;
     let log = workers.logs.join(format!("{name}.log"));
@@ -117,6 +129,10 @@ async fn keep(workers: Workers, name: String, handle: Handle, mut stopped: watch
                 tracing::warn!(worker = name, how, deaths, "a worker ended");
                 if deaths >= DEATHS || how == wrong_start() {
                     let message = give_up(&name, &how, deaths, &log);
+                    if kept.fetch_sub(1, Ordering::SeqCst) > 1 {
+                        tracing::error!("{message}");
+                        return;
+                    }
                     // The driver may have ended meanwhile; then nobody needs to know.
                     let _ = handle.event(Event::LauncherFailed { message }).await;
                     return;

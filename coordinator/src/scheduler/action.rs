@@ -1,12 +1,12 @@
 //! What the machine wants done, in order.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 
 use distillery_common::group::{CheckpointCommitted, GroupId, Membership};
-use distillery_common::ids::{Generation, Incarnation};
-use distillery_common::task::{CommitSummary, Failure, Lease, TaskId};
+use distillery_common::ids::{Generation, Incarnation, Term};
+use distillery_common::task::{CommitSummary, Lease, TaskId};
 
+use super::decision::Decision;
 use super::event::ConnectionId;
 use super::record::Record;
 use super::run::Outcome;
@@ -24,6 +24,8 @@ pub enum Action {
     Inspect {
         /// Position of the stage.
         stage: usize,
+        /// Task stages: nothing from this index on was ever leased; none when that is not known.
+        granted_below: Option<u64>,
         /// Wait this long before, because the last try failed.
         after_ms: u64,
     },
@@ -49,6 +51,18 @@ pub enum Action {
         commits: BTreeMap<u64, CommitSummary>,
         /// Wait this long before, because the last try failed.
         after_ms: u64,
+    },
+    /// Write a part of a task stage's commit index, which spares a later coordinator reading each COMMIT; no answer
+    /// is awaited, since the index is a cache.
+    Index {
+        /// Position of the stage.
+        stage: usize,
+        /// This life…
+        term: Term,
+        /// …and the number of the part in it.
+        part: u64,
+        /// Verified COMMITs that no other part has.
+        commits: Vec<(u64, CommitSummary)>,
     },
     /// Delete checkpoints that nothing needs any more; no answer is awaited.
     Prune {
@@ -117,202 +131,4 @@ pub enum ToWorker {
         /// For people.
         reason: String,
     },
-}
-
-/// What was decided, and why.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Decision {
-    /// A worker is part of the fleet.
-    Welcomed {
-        /// Name of the worker.
-        worker: String,
-        /// Its registration.
-        incarnation: Incarnation,
-        /// Whether it had been here before its stream broke.
-        returned: bool,
-    },
-    /// A worker is no longer part of the fleet.
-    Lost {
-        /// Name of the worker.
-        worker: String,
-        /// Its registration.
-        incarnation: Incarnation,
-        /// How it was noticed.
-        cause: String,
-        /// Leases that are pending again.
-        requeued: usize,
-    },
-    /// A stage began, or went on after a restart.
-    StageStarted {
-        /// Name of the stage.
-        stage: String,
-        /// Tasks or steps already done.
-        done: u64,
-        /// Tasks or steps in all.
-        total: u64,
-    },
-    /// A stage is done.
-    StageSealed {
-        /// Name of the stage.
-        stage: String,
-        /// Whether the seal was there already.
-        cached: bool,
-    },
-    /// A task was given to a worker.
-    Granted(Lease),
-    /// An attempt failed and its task waits for another.
-    Retrying {
-        /// The attempt.
-        lease: Lease,
-        /// How it failed.
-        failure: Failure,
-        /// Counted failures of the task so far.
-        counted: u32,
-    },
-    /// A task was set aside.
-    Quarantined {
-        /// Which.
-        task: TaskId,
-        /// Why.
-        message: String,
-    },
-    /// A group was formed.
-    Formed {
-        /// Which formation.
-        group: GroupId,
-        /// Number of members.
-        world: u32,
-        /// Step it starts from.
-        base_step: u64,
-    },
-    /// A group goes on from a state that a group of another size made.
-    Resized {
-        /// Which formation.
-        group: GroupId,
-        /// Number of members.
-        world: u32,
-        /// Members of the group that made the state.
-        was: u32,
-    },
-    /// All members of a group know each other.
-    Exchanged {
-        /// Which formation.
-        group: GroupId,
-    },
-    /// A group was given up.
-    Aborted {
-        /// Which formation.
-        group: GroupId,
-        /// Why.
-        reason: String,
-        /// Counted generations since the last checkpoint.
-        fruitless: u32,
-    },
-    /// A checkpoint counts.
-    Checkpoint {
-        /// Name of the stage.
-        stage: String,
-        /// Steps applied in it.
-        step: u64,
-        /// Who wrote it.
-        generation: Generation,
-    },
-    /// A message or an object was not taken seriously.
-    Ignored {
-        /// What, and why.
-        what: String,
-    },
-    /// Something is tried again later.
-    Postponed {
-        /// What, and why.
-        what: String,
-    },
-    /// The run stops, to be resumed.
-    Stopping {
-        /// Why.
-        reason: String,
-    },
-    /// The run ended.
-    Finished(Outcome),
-}
-
-impl fmt::Display for Decision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Welcomed {
-                worker,
-                incarnation,
-                returned,
-            } => {
-                let how = if *returned { "is back" } else { "joined" };
-                write!(f, "worker {worker} {how} as {incarnation}")
-            }
-            Self::Lost {
-                worker,
-                cause,
-                requeued,
-                ..
-            } => write!(
-                f,
-                "worker {worker} left: {cause}; {requeued} tasks wait again"
-            ),
-            Self::StageStarted { stage, done, total } => {
-                write!(f, "stage {stage} started with {done} of {total} done")
-            }
-            Self::StageSealed {
-                stage,
-                cached: true,
-            } => {
-                write!(f, "stage {stage} was sealed by an earlier run")
-            }
-            Self::StageSealed { stage, .. } => write!(f, "stage {stage} sealed"),
-            Self::Granted(lease) => write!(f, "granted {lease}"),
-            Self::Retrying {
-                lease,
-                failure,
-                counted,
-            } => write!(
-                f,
-                "{lease} failed: {failure}; {counted} counted failures, trying again"
-            ),
-            Self::Quarantined { task, message } => write!(f, "{task} set aside: {message}"),
-            Self::Formed {
-                group,
-                world,
-                base_step,
-            } => write!(f, "formed {group} of {world} from step {base_step}"),
-            Self::Resized { group, world, was } => resized(f, group, *world, *was),
-            Self::Exchanged { group } => write!(f, "{group} is connected"),
-            Self::Aborted {
-                group,
-                reason,
-                fruitless,
-            } => write!(
-                f,
-                "gave up {group}: {reason}; {fruitless} generations without a checkpoint"
-            ),
-            Self::Checkpoint {
-                stage,
-                step,
-                generation,
-            } => write!(
-                f,
-                "checkpoint of {stage} at step {step} by generation {generation}"
-            ),
-            Self::Ignored { what } => write!(f, "ignored: {what}"),
-            Self::Postponed { what } => write!(f, "postponed: {what}"),
-            Self::Stopping { reason } => write!(f, "stopping: {reason}"),
-            Self::Finished(outcome) => write!(f, "run {outcome}"),
-        }
-    }
-}
-
-fn resized(f: &mut fmt::Formatter<'_>, group: &GroupId, world: u32, was: u32) -> fmt::Result {
-    let engines = if world == 1 { "engine" } else { "engines" };
-    write!(
-        f,
-        "{} goes on with {world} {engines} instead of {was}: the result will not be bit-equal to that of an \
-         undisturbed run",
-        group.stage
-    )
 }

@@ -6,13 +6,13 @@ use distillery_common::group::GroupId;
 use distillery_common::ids::Incarnation;
 use distillery_common::task::{Lease, TaskId};
 
-use super::action::{Action, Decision, ToWorker};
+use super::action::{Action, ToWorker};
+use super::decision::Decision;
 use super::event::{ConnectionId, FromWorker, Hello};
 use super::fleet::{Link, Worker};
 use super::group::{self, Group};
 use super::machine::Machine;
 use super::stage::State;
-use crate::plan::Work;
 
 impl Machine {
     /// A worker introduces itself.
@@ -34,6 +34,7 @@ impl Machine {
                 host: hello.host.clone(),
                 link: Link::Up(connection),
                 heard: now,
+                suspect: false,
                 slots: hello.slots.max(1),
                 leases: Default::default(),
                 group: None,
@@ -50,17 +51,11 @@ impl Machine {
             returned: kept.is_some(),
         }));
         if kept.is_some() {
-            self.reconcile_leases(incarnation, &hello.leases, out);
+            self.reconcile_leases(incarnation, &hello.leases, now, out);
             self.reconcile_group(incarnation, hello.group, now, out);
         }
         if self.is_stopping() {
-            self.fleet
-                .update(incarnation, |worker| worker.draining = true);
-            let drain = ToWorker::Drain {
-                checkpoint: true,
-                reason: "the run is stopping".into(),
-            };
-            self.send(incarnation, drain, out);
+            self.drain(incarnation, true, "the run is stopping", out);
         }
     }
 
@@ -76,7 +71,13 @@ impl Machine {
     }
 
     /// Makes what a returning worker holds and what we think it holds the same.
-    fn reconcile_leases(&mut self, holder: Incarnation, held: &[Lease], out: &mut Vec<Action>) {
+    fn reconcile_leases(
+        &mut self,
+        holder: Incarnation,
+        held: &[Lease],
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
         let known = self.fleet.get(holder).map(|w| w.leases.clone());
         for lease in known.unwrap_or_default() {
             if !held.contains(&lease) {
@@ -93,7 +94,7 @@ impl Machine {
             }
             if lease.incarnation == holder && self.adoptable(&lease.task) {
                 if let Some(board) = self.board(&lease.task) {
-                    board.lease(lease.clone());
+                    board.lease(lease.clone(), now);
                 }
                 self.fleet.update(holder, |worker| {
                     worker.leases.insert(lease.clone());
@@ -211,11 +212,9 @@ impl Machine {
         now: Duration,
         out: &mut Vec<Action>,
     ) -> bool {
-        let Some(who) = self.fleet.at(connection) else {
-            out.push(Action::Close(connection));
+        let Some(who) = self.heard(connection, now, out) else {
             return false;
         };
-        self.fleet.update(who, |worker| worker.heard = now);
         match message {
             FromWorker::Beat {
                 seq,
@@ -223,17 +222,17 @@ impl Machine {
                 group,
                 rss_bytes,
             } => {
-                self.fleet.update(who, |worker| {
-                    worker.rss_bytes = rss_bytes;
-                    worker.progress = tasks.first().map(|task| (task.done, task.total));
-                });
-                group
-                    .into_iter()
-                    .for_each(|progress| self.group_progress(progress, now));
+                let progress = tasks.first().map(|task| (task.done, task.total));
+                self.fleet.note(who, rss_bytes, progress);
+                if let Some(progress) = group {
+                    self.group_progress(progress, now);
+                }
                 self.send(who, ToWorker::BeatAck { seq }, out);
                 return false;
             }
-            FromWorker::TaskCommitted { seq, lease } => self.task_committed(who, seq, &lease, out),
+            FromWorker::TaskCommitted { seq, lease } => {
+                self.task_committed(who, seq, &lease, now, out);
+            }
             FromWorker::TaskFailed {
                 seq,
                 lease,
@@ -280,8 +279,35 @@ impl Machine {
         true
     }
 
+    /// The worker that speaks on `connection`, which is no longer suspect; streams that do not count are ended.
+    fn heard(
+        &mut self,
+        connection: ConnectionId,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) -> Option<Incarnation> {
+        let Some(who) = self.fleet.at(connection) else {
+            out.push(Action::Close(connection));
+            return None;
+        };
+        if self.fleet.heard(who, now)
+            && let Some(worker) = self.fleet.get(who)
+        {
+            let worker = worker.name.clone();
+            out.push(Action::Explain(Decision::Cleared { worker }));
+        }
+        Some(who)
+    }
+
     /// Whoever reports a COMMIT is believed once it was read; the lease no longer matters.
-    fn task_committed(&mut self, who: Incarnation, seq: u64, lease: &Lease, out: &mut Vec<Action>) {
+    fn task_committed(
+        &mut self,
+        who: Incarnation,
+        seq: u64,
+        lease: &Lease,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
         self.fleet.update(who, |worker| {
             worker.leases.remove(lease);
         });
@@ -292,8 +318,9 @@ impl Machine {
             }
             return;
         };
-        if board.holds(lease) {
-            board.leased.remove(&index);
+        let since = board.attempt(lease).map(|attempt| attempt.since);
+        if let Some(since) = since {
+            board.lived(now.saturating_sub(since));
         }
         if index >= board.count || board.committed.contains_key(&index) {
             self.send(who, ToWorker::ReportAck { seq }, out);
@@ -303,7 +330,7 @@ impl Machine {
             let what = format!("COMMIT of {}, which was set aside", lease.task);
             out.push(Action::Explain(Decision::Ignored { what }));
             self.send(who, ToWorker::ReportAck { seq }, out);
-        } else if board.verify(index, who, seq) {
+        } else if board.verify(lease, who, seq) {
             out.push(Action::VerifyCommit {
                 task: lease.task.clone(),
                 after_ms: 0,
@@ -373,55 +400,5 @@ impl Machine {
             reason: reason.to_owned(),
         };
         self.send(holder, revoke, out);
-    }
-
-    /// Gives idle workers to stages, earlier stages first.
-    pub(super) fn assign(&mut self, now: Duration, out: &mut Vec<Action>) {
-        for at in 0..self.stages.len() {
-            match self.plan.stages[at].work.clone() {
-                Work::Tasks(_) => self.grant(at, out),
-                Work::Training(training) => {
-                    if self.gather(at, &training, now, out) {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-
-    fn grant(&mut self, at: usize, out: &mut Vec<Action>) {
-        let stage = self.plan.stages[at].name.clone();
-        loop {
-            let Some(holder) = self.fleet.idle().next() else {
-                return;
-            };
-            let term = self.term;
-            let Some(board) = self.stages[at].board_mut() else {
-                return;
-            };
-            let Some(&index) = board.pending.first() else {
-                return;
-            };
-            let lease = Lease {
-                term,
-                task: TaskId {
-                    stage: stage.clone(),
-                    index,
-                },
-                attempt: board.next_attempt(index),
-                incarnation: holder,
-            };
-            board.lease(lease.clone());
-            self.fleet.update(holder, |worker| {
-                worker.leases.insert(lease.clone());
-            });
-            out.push(Action::Explain(Decision::Granted(lease.clone())));
-            self.send(holder, ToWorker::Grant(lease), out);
-        }
-    }
-
-    pub(super) fn board(&mut self, task: &TaskId) -> Option<&mut super::task::Board> {
-        let at = self.plan.position(&task.stage)?;
-        self.stages[at].board_mut()
     }
 }

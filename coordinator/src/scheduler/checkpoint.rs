@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use distillery_common::group::CheckpointCommitted;
 
-use super::action::{Action, Decision};
+use super::action::Action;
+use super::decision::Decision;
 use super::durable::Checkpoint;
 use super::event::Trouble;
 use super::group::Group;
@@ -102,6 +103,9 @@ impl Machine {
             self.seal_stage(at, checkpoint.digest, false, out);
         }
         self.prune(at, checkpoint.step, out);
+        if self.durable.paused.is_some() && !checkpoint.is_final {
+            self.abort(at, "the run is paused", false, now, out);
+        }
     }
 
     /// Lets go of what lies behind step `before`, all but the newest on the lineage and what the live group started

@@ -18,7 +18,9 @@ pub struct Durable {
     pub generation: Generation,
     /// By stage name.
     pub stages: BTreeMap<String, StageLog>,
-    /// How the run last ended, if it did since the last term claim.
+    /// Why nothing new is begun, if so.
+    pub paused: Option<String>,
+    /// How the run last ended, if it did since the last term claim; an end for good outlives claims.
     pub outcome: Option<Outcome>,
 }
 
@@ -29,6 +31,8 @@ pub struct StageLog {
     pub started: bool,
     /// Digest of its sealed result.
     pub sealed: Option<Digest>,
+    /// Tasks from this index on have never been leased.
+    pub granted_below: u64,
     /// Its groups, oldest first.
     pub generations: Vec<Formed>,
     /// Generation of the last group if that was given up.
@@ -71,6 +75,19 @@ pub struct Checkpoint {
     pub is_final: bool,
 }
 
+/// Of a stage of which nothing is known.
+static NEW: StageLog = StageLog {
+    started: false,
+    sealed: None,
+    granted_below: 0,
+    generations: Vec::new(),
+    ended: None,
+    checkpoints: Vec::new(),
+    fruitless: 0,
+    failures: BTreeMap::new(),
+    quarantined: BTreeSet::new(),
+};
+
 impl Durable {
     /// The fold of `records`.
     pub fn replay<'a>(records: impl IntoIterator<Item = &'a Record>) -> Self {
@@ -92,6 +109,10 @@ impl Durable {
             Record::StageStarted { stage } => self.stage_mut(stage).started = true,
             Record::StageSealed { stage, digest } => {
                 self.stage_mut(stage).sealed = Some(*digest);
+            }
+            Record::GrantsReached { stage, below } => {
+                let log = self.stage_mut(stage);
+                log.granted_below = log.granted_below.max(*below);
             }
             Record::GenerationFormed {
                 generation,
@@ -129,17 +150,23 @@ impl Durable {
             Record::Quarantined { stage, index, .. } => {
                 self.stage_mut(stage).quarantined.insert(*index);
             }
+            Record::Paused { reason } => self.paused = Some(reason.clone()),
+            Record::Resumed => self.paused = None,
             Record::RunFinished(outcome) => self.outcome = Some(outcome.clone()),
         }
     }
 
     /// What is known of `stage`; nothing yet is the default.
-    pub fn stage(&self, stage: &str) -> StageLog {
-        self.stages.get(stage).cloned().unwrap_or_default()
+    pub fn stage(&self, stage: &str) -> &StageLog {
+        self.stages.get(stage).unwrap_or(&NEW)
     }
 
-    /// A new life after a failure starts counting anew: a person looked at it and asked for another try.
+    /// A new life opens a run that has ended, unless it ended for good. After a failure it starts counting anew: a
+    /// person looked at it and asked for another try.
     fn reopen(&mut self) {
+        if self.outcome.as_ref().is_some_and(Outcome::is_for_good) {
+            return;
+        }
         if let Some(Outcome::Failed { .. }) = self.outcome.take() {
             for log in self.stages.values_mut() {
                 log.fruitless = 0;

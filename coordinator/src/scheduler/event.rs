@@ -69,7 +69,24 @@ pub enum Event {
         /// Without waiting for a checkpoint.
         now: bool,
     },
-    /// No worker can be started any more.
+    /// Somebody wants nothing new to be begun.
+    PauseRequested {
+        /// Who or why, for people.
+        reason: String,
+    },
+    /// Somebody wants a paused run to go on.
+    ResumeRequested,
+    /// Somebody gives the run up for good.
+    CancelRequested {
+        /// Who or why, for people.
+        reason: String,
+    },
+    /// Somebody wants the workers of a name to leave after what they have in hand.
+    DrainRequested {
+        /// The name.
+        worker: String,
+    },
+    /// No worker can be started any more, and none that was started lives.
     LauncherFailed {
         /// Why, and what to do.
         message: String,

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use distillery_common::task::{Failure, FailureClass, Lease, Remedy, TaskId};
 
-use super::action::{Action, Decision};
+use super::action::Action;
+use super::decision::Decision;
 use super::machine::Machine;
 use super::record::Record;
 use crate::plan::Work;
@@ -20,7 +21,7 @@ impl Machine {
     ) {
         let is_live = self
             .board(&lease.task)
-            .is_some_and(|board| board.holds(lease));
+            .is_some_and(|board| board.attempt(lease).is_some());
         self.release(lease);
         if !is_live {
             return;

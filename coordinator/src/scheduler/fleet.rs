@@ -17,6 +17,8 @@ pub(super) struct Worker {
     pub(super) link: Link,
     /// When it was last heard.
     pub(super) heard: Duration,
+    /// It has been silent for so long that it is given nothing new.
+    pub(super) suspect: bool,
     /// Tasks it can hold at a time.
     pub(super) slots: u32,
     pub(super) leases: BTreeSet<Lease>,
@@ -46,6 +48,8 @@ pub(super) struct Fleet {
     down: BTreeSet<(Duration, Incarnation)>,
     /// Those that can take one more task.
     idle: BTreeSet<Incarnation>,
+    /// Those that could be members of a group, at once or after what they hold.
+    eligible: BTreeSet<Incarnation>,
     /// Registrations of earlier lives that were lost in this one; they must not come back.
     fenced: BTreeSet<Incarnation>,
 }
@@ -89,6 +93,32 @@ impl Fleet {
         self.refresh(incarnation);
     }
 
+    /// Notes that a worker was heard at `now`; gives back whether it had been suspect.
+    pub(super) fn heard(&mut self, incarnation: Incarnation, now: Duration) -> bool {
+        let Some(worker) = self.workers.get_mut(&incarnation) else {
+            return false;
+        };
+        worker.heard = now;
+        let was_suspect = std::mem::take(&mut worker.suspect);
+        if was_suspect {
+            self.refresh(incarnation);
+        }
+        was_suspect
+    }
+
+    /// Notes what a worker said of itself, which no index depends on.
+    pub(super) fn note(
+        &mut self,
+        incarnation: Incarnation,
+        rss_bytes: u64,
+        progress: Option<(u64, u64)>,
+    ) {
+        if let Some(worker) = self.workers.get_mut(&incarnation) {
+            worker.rss_bytes = rss_bytes;
+            worker.progress = progress;
+        }
+    }
+
     /// Changes a worker and keeps the indexes true.
     pub(super) fn update(&mut self, incarnation: Incarnation, change: impl FnOnce(&mut Worker)) {
         if let Some(worker) = self.workers.get_mut(&incarnation) {
@@ -115,6 +145,7 @@ impl Fleet {
         self.update(incarnation, |worker| {
             worker.link = Link::Up(connection);
             worker.heard = now;
+            worker.suspect = false;
         });
         old
     }
@@ -139,6 +170,7 @@ impl Fleet {
             }
         }
         self.idle.remove(&incarnation);
+        self.eligible.remove(&incarnation);
         self.fenced.insert(incarnation);
         Some(worker)
     }
@@ -163,23 +195,29 @@ impl Fleet {
 
     /// Workers that could be members of a group at once or after what they hold.
     pub(super) fn eligible(&self) -> usize {
-        self.workers
-            .values()
-            .filter(|worker| !worker.draining && worker.group.is_none())
-            .count()
+        self.eligible.len()
+    }
+
+    /// Tasks that all workers together can hold.
+    pub(super) fn slots(&self) -> u64 {
+        self.workers.values().map(|w| u64::from(w.slots)).sum()
     }
 
     fn refresh(&mut self, incarnation: Incarnation) {
-        let takes_more = self.workers.get(&incarnation).is_some_and(|worker| {
-            matches!(worker.link, Link::Up(_))
-                && !worker.draining
-                && worker.group.is_none()
+        let worker = self.workers.get(&incarnation);
+        let is_eligible = worker.is_some_and(|worker| !worker.draining && worker.group.is_none());
+        let is_idle = worker.is_some_and(|worker| {
+            is_eligible
+                && matches!(worker.link, Link::Up(_))
+                && !worker.suspect
                 && (worker.leases.len() as u64) < u64::from(worker.slots)
         });
-        if takes_more {
-            self.idle.insert(incarnation);
-        } else {
-            self.idle.remove(&incarnation);
+        for (is_in, index) in [(is_eligible, &mut self.eligible), (is_idle, &mut self.idle)] {
+            if is_in {
+                index.insert(incarnation);
+            } else {
+                index.remove(&incarnation);
+            }
         }
     }
 }

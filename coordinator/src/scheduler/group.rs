@@ -6,7 +6,8 @@ use distillery_common::group::{GroupId, Membership, Phase, Progress};
 use distillery_common::ids::{Generation, Incarnation};
 use distillery_common::task::{Failure, Remedy};
 
-use super::action::{Action, Decision, ToWorker};
+use super::action::{Action, ToWorker};
+use super::decision::Decision;
 use super::durable::{Checkpoint, Formed};
 use super::machine::Machine;
 use super::record::Record;
@@ -215,7 +216,7 @@ impl Machine {
 
     fn final_checkpoint(&self, at: usize) -> Option<Checkpoint> {
         let log = self.durable.stage(&self.plan.stages[at].name);
-        log.checkpoints.into_iter().rev().find(|c| c.is_final)
+        log.checkpoints.iter().rev().find(|c| c.is_final).cloned()
     }
 
     fn final_key(&self, at: usize) -> Option<String> {
@@ -353,10 +354,7 @@ impl Machine {
             );
             self.fail(message, out);
         } else {
-            out.push(Action::Inspect {
-                stage: at,
-                after_ms: 0,
-            });
+            out.push(self.inspection(at, 0));
         }
     }
 

@@ -6,6 +6,7 @@ use std::fmt;
 use super::machine::Machine;
 use super::run;
 use super::stage::State;
+use super::task::Attempt;
 use crate::plan::Work;
 
 /// A broken promise.
@@ -43,7 +44,7 @@ impl Machine {
             for index in 0..board.count {
                 let places = [
                     board.pending.contains(&index),
-                    board.waiting.iter().any(|&(_, waiting)| waiting == index),
+                    board.waiting.contains(index),
                     board.leased.contains_key(&index) || board.verifying.contains_key(&index),
                     board.committed.contains_key(&index),
                     board.quarantined.contains(&index),
@@ -105,7 +106,7 @@ impl Machine {
             let State::Tasks(board) = stage else {
                 continue;
             };
-            for lease in board.leased.values() {
+            for Attempt { lease, .. } in board.leased.values().flatten() {
                 let holder = self.fleet.get(lease.incarnation);
                 ensure(
                     "I5",
@@ -119,7 +120,7 @@ impl Machine {
             for lease in &worker.leases {
                 let at = self.plan.position(&lease.task.stage);
                 let agrees = at.is_some_and(|at| match &self.stages[at] {
-                    State::Tasks(board) => board.holds(lease),
+                    State::Tasks(board) => board.attempt(lease).is_some(),
                     State::Inspecting { .. } => true,
                     State::Blocked | State::Training(_) | State::Sealing { .. } | State::Sealed => {
                         false

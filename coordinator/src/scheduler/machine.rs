@@ -6,7 +6,8 @@ use std::time::Duration;
 use distillery_common::group::GroupId;
 use distillery_common::ids::{Incarnation, Term};
 
-use super::action::{Action, Decision, ToWorker};
+use super::action::{Action, ToWorker};
+use super::decision::Decision;
 use super::durable::Durable;
 use super::event::{Event, Trouble};
 use super::fleet::Fleet;
@@ -54,8 +55,6 @@ pub struct Timings {
     pub hang: Duration,
     /// How long workers may take to leave.
     pub drain: Duration,
-    /// How long a verified COMMIT may be missing from the commit index.
-    pub index_every: Duration,
     /// Pause after a first failure; doubles up to `retry_cap`.
     pub retry: Duration,
     /// Longest pause after a failure.
@@ -89,7 +88,6 @@ impl Default for Timings {
             reattach_tasks: s(30),
             hang: s(60),
             drain: s(120),
-            index_every: s(1),
             retry: s(1),
             retry_cap: s(30),
             counted_failures: 4,
@@ -125,6 +123,8 @@ pub struct Machine {
     pub(super) swept: Duration,
     /// When deadlines were last looked at.
     pub(super) ticked: Duration,
+    /// Why no worker can be started any more, if so.
+    pub(super) launcher_failure: Option<String>,
 }
 
 impl Machine {
@@ -140,7 +140,11 @@ impl Machine {
             .collect();
         Self {
             term: durable.term,
-            run: run::State::Running,
+            run: match (&durable.outcome, &durable.paused) {
+                (Some(outcome), _) => run::State::Finished(outcome.clone()),
+                (None, Some(_)) => run::State::Paused,
+                (None, None) => run::State::Running,
+            },
             plan,
             timings,
             durable,
@@ -150,6 +154,7 @@ impl Machine {
             registrations: 0,
             swept: Duration::ZERO,
             ticked: Duration::ZERO,
+            launcher_failure: None,
         }
     }
 
@@ -181,10 +186,10 @@ impl Machine {
             .map(|(at, _)| at + self.timings.reconnect);
         let stop = match &self.run {
             run::State::Stopping { deadline, .. } => Some(*deadline),
-            run::State::Running | run::State::Finished(_) => None,
+            run::State::Running | run::State::Paused | run::State::Finished(_) => None,
         };
         let stages = self.stages.iter().filter_map(|stage| match stage {
-            stage::State::Tasks(board) => board.waiting.first().map(|&(until, _)| until),
+            stage::State::Tasks(board) => board.waiting.first(),
             stage::State::Training(group) => self.group_deadline(group),
             stage::State::Blocked
             | stage::State::Inspecting { .. }
@@ -212,7 +217,7 @@ impl Machine {
     pub fn outcome(&self) -> Option<&Outcome> {
         match &self.run {
             run::State::Finished(outcome) => Some(outcome),
-            run::State::Running | run::State::Stopping { .. } => None,
+            run::State::Running | run::State::Paused | run::State::Stopping { .. } => None,
         }
     }
 
@@ -233,12 +238,11 @@ impl Machine {
             }
             Event::Sealed { stage, result } => self.sealed(stage, result, out),
             Event::StopRequested { now: at_once } => self.stop(at_once, now, out),
-            Event::LauncherFailed { message } if self.fleet.is_empty() && !self.is_stopping() => {
-                self.fail(message, out);
-            }
-            Event::LauncherFailed { message } => {
-                out.push(Action::Explain(Decision::Postponed { what: message }));
-            }
+            Event::PauseRequested { reason } => self.pause(reason, out),
+            Event::ResumeRequested => self.resume(out),
+            Event::CancelRequested { reason } => self.finish(Outcome::Cancelled { reason }, out),
+            Event::DrainRequested { worker } => self.drain_named(&worker, out),
+            Event::LauncherFailed { message } => self.launcher_failed(message, out),
         }
         true
     }
@@ -271,23 +275,41 @@ impl Machine {
 
     fn sweep(&mut self, now: Duration, out: &mut Vec<Action>) {
         let lease = self.timings.lease_ttl + self.timings.lease_grace;
-        let silent: Vec<_> = self
+        let quiet: Vec<_> = self
             .fleet
             .iter()
-            .filter(|(_, worker)| {
+            .filter(|(_, worker)| now >= worker.heard + self.timings.suspect)
+            .map(|(incarnation, worker)| {
                 let limit = if worker.group.is_some() {
                     self.timings.member_silence
                 } else {
                     lease
                 };
-                now >= worker.heard + limit
+                (incarnation, now - worker.heard, limit)
             })
-            .map(|(incarnation, worker)| (incarnation, now.saturating_sub(worker.heard)))
             .collect();
-        for (incarnation, silence) in silent {
+        for (incarnation, silence, limit) in quiet {
+            if silence < limit {
+                self.suspect(incarnation, silence, out);
+                continue;
+            }
             let cause = format!("silent for {} s", silence.as_secs());
             self.lose_worker(incarnation, &cause, true, now, out);
         }
+    }
+
+    /// A silent worker is given nothing new; what it holds stays its own until it counts as lost.
+    fn suspect(&mut self, incarnation: Incarnation, silent: Duration, out: &mut Vec<Action>) {
+        let Some(worker) = self.fleet.get(incarnation).filter(|w| !w.suspect) else {
+            return;
+        };
+        out.push(Action::Explain(Decision::Suspected {
+            worker: worker.name.clone(),
+            incarnation,
+            silent,
+        }));
+        self.fleet
+            .update(incarnation, |worker| worker.suspect = true);
     }
 
     /// Ends the run.
@@ -296,7 +318,7 @@ impl Machine {
             return;
         }
         self.journal(Record::RunFinished(outcome.clone()), out);
-        self.drain(false, &format!("the run {outcome}"), out);
+        self.drain_everybody(false, &format!("the run {outcome}"), out);
         out.push(Action::Explain(Decision::Finished(outcome.clone())));
         out.push(Action::Finish(outcome.clone()));
         self.run = run::State::Finished(outcome);
@@ -307,38 +329,9 @@ impl Machine {
         self.finish(Outcome::Failed { message }, out);
     }
 
-    fn stop(&mut self, at_once: bool, now: Duration, out: &mut Vec<Action>) {
-        let reason = String::from("asked to stop");
-        if at_once {
-            self.finish(Outcome::Stopped { reason }, out);
-        } else if matches!(self.run, run::State::Running) {
-            out.push(Action::Explain(Decision::Stopping {
-                reason: reason.clone(),
-            }));
-            self.drain(true, &reason, out);
-            self.run = run::State::Stopping {
-                reason,
-                deadline: now + self.timings.drain,
-            };
-        }
-    }
-
     /// Whether the run is being stopped.
     pub(super) fn is_stopping(&self) -> bool {
         matches!(self.run, run::State::Stopping { .. })
-    }
-
-    fn drain(&mut self, checkpoint: bool, reason: &str, out: &mut Vec<Action>) {
-        let everybody: Vec<_> = self.fleet.iter().map(|(i, _)| i).collect();
-        for incarnation in everybody {
-            self.fleet
-                .update(incarnation, |worker| worker.draining = true);
-            let drain = ToWorker::Drain {
-                checkpoint,
-                reason: reason.to_owned(),
-            };
-            self.send(incarnation, drain, out);
-        }
     }
 
     /// Writes down, and takes in, a durable fact.
@@ -364,17 +357,20 @@ impl Machine {
     /// Goes on until nothing more can be decided without another event.
     fn settle(&mut self, now: Duration, out: &mut Vec<Action>) {
         match self.run {
-            run::State::Running => {}
-            run::State::Stopping { .. } => {
-                self.settle_stopping(out);
-                return;
+            run::State::Running => {
+                self.start_stages(out);
+                self.assign(now, out);
+                self.seal_complete(out);
+                self.finish_if_sealed(out);
             }
+            run::State::Paused => {
+                self.seal_complete(out);
+                self.finish_if_sealed(out);
+            }
+            run::State::Stopping { .. } => self.settle_stopping(out),
             run::State::Finished(_) => return,
         }
-        self.start_stages(out);
-        self.assign(now, out);
-        self.seal_complete(out);
-        self.finish_if_sealed(out);
+        self.fail_if_deserted(out);
     }
 
     fn settle_stopping(&mut self, out: &mut Vec<Action>) {

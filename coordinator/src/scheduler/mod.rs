@@ -6,20 +6,24 @@
 mod action;
 mod assign;
 mod checkpoint;
+mod decision;
 mod durable;
 mod event;
 mod failed_task;
 mod fleet;
+mod grant;
 mod group;
 mod invariants;
 mod machine;
 mod record;
+mod request;
 mod run;
 mod stage;
 mod task;
 mod view;
 
-pub use action::{Action, Decision, ToWorker};
+pub use action::{Action, ToWorker};
+pub use decision::{Decision, Why};
 pub use durable::{Checkpoint, Durable, Formed, StageLog};
 pub use event::{ConnectionId, Event, Finding, FromWorker, Hello, Trouble};
 pub use invariants::Violation;

@@ -28,6 +28,13 @@ pub enum Record {
         /// Of the manifest, or of the final checkpoint's COMMIT.
         digest: Digest,
     },
+    /// Tasks of a stage from `below` on have never been leased. Written before the first of them is.
+    GrantsReached {
+        /// Which.
+        stage: String,
+        /// Every lease so far is of an index below this one.
+        below: u64,
+    },
     /// A group is about to be told to form.
     GenerationFormed {
         /// Its fencing number.
@@ -79,6 +86,13 @@ pub enum Record {
         /// For people.
         message: String,
     },
+    /// Nothing new is begun until somebody resumes the run.
+    Paused {
+        /// Who or why.
+        reason: String,
+    },
+    /// Work goes on.
+    Resumed,
     /// The run ended, or stopped to be resumed.
     RunFinished(Outcome),
 }

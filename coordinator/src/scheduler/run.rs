@@ -13,6 +13,11 @@ pub enum Outcome {
         /// What, where, and what to do.
         message: String,
     },
+    /// Somebody gave it up for good.
+    Cancelled {
+        /// Who or why.
+        reason: String,
+    },
     /// Somebody stopped it; the same command resumes it.
     Stopped {
         /// Who or why.
@@ -20,11 +25,22 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    /// Whether nothing follows: no later coordinator may open the run again.
+    pub fn is_for_good(&self) -> bool {
+        match self {
+            Self::Succeeded | Self::Cancelled { .. } => true,
+            Self::Failed { .. } | Self::Stopped { .. } => false,
+        }
+    }
+}
+
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Succeeded => write!(f, "succeeded"),
             Self::Failed { message } => write!(f, "failed: {message}"),
+            Self::Cancelled { reason } => write!(f, "cancelled: {reason}"),
             Self::Stopped { reason } => write!(f, "stopped: {reason}"),
         }
     }
@@ -35,6 +51,8 @@ impl fmt::Display for Outcome {
 pub(super) enum State {
     /// Stages advance.
     Running,
+    /// What is under way is finished, and nothing new is begun.
+    Paused,
     /// Workers finish what they hold; at the deadline the run stops anyway.
     Stopping { reason: String, deadline: Duration },
     /// Terminal.

@@ -6,7 +6,8 @@ use std::time::Duration;
 use distillery_common::ids::{Digest, Generation};
 use distillery_common::task::{CommitSummary, TaskId};
 
-use super::action::{Action, Decision};
+use super::action::Action;
+use super::decision::Decision;
 use super::durable::StageLog;
 use super::event::{Finding, Trouble};
 use super::group::Group;
@@ -14,6 +15,10 @@ use super::machine::Machine;
 use super::record::Record;
 use super::task::Board;
 use crate::plan::{Tasks, Training, Work};
+
+/// COMMITs in one part of the commit index. A restart reads as many COMMITs one by one, at most, besides those of
+/// tasks that were leased when the last life ended.
+const INDEXED_AT_ONCE: usize = 1000;
 
 /// Where a stage is.
 #[derive(Debug, Clone)]
@@ -87,10 +92,7 @@ impl Machine {
                 self.journal(Record::StageStarted { stage }, out);
             }
             self.stages[at] = State::Inspecting { tries: 0 };
-            out.push(Action::Inspect {
-                stage: at,
-                after_ms: 0,
-            });
+            out.push(self.inspection(at, 0));
         }
     }
 
@@ -112,7 +114,7 @@ impl Machine {
                 }
             }
             (Ok(Finding::Tasks { commits, .. }), Work::Tasks(tasks)) => {
-                self.start_tasks(at, &tasks, commits, out);
+                self.start_tasks(at, &tasks, commits, now, out);
             }
             (Ok(Finding::Checkpoints(mut found)), Work::Training(training)) => {
                 found.sort();
@@ -141,10 +143,7 @@ impl Machine {
             | State::Sealing { .. }
             | State::Sealed => 3,
         };
-        let again = Action::Inspect {
-            stage: at,
-            after_ms: self.timings.retry_ms(tries),
-        };
+        let again = self.inspection(at, self.timings.retry_ms(tries));
         let what = format!("looking at stage {}", self.plan.stages[at].name);
         self.retry_or_fail(trouble, &what, again, out);
     }
@@ -154,13 +153,15 @@ impl Machine {
         at: usize,
         tasks: &Tasks,
         commits: BTreeMap<u64, CommitSummary>,
+        now: Duration,
         out: &mut Vec<Action>,
     ) {
         if !matches!(self.stages[at], State::Inspecting { .. }) {
             return;
         }
         let stage = self.plan.stages[at].name.clone();
-        let quarantined = self.durable.stage(&stage).quarantined;
+        let log = self.durable.stage(&stage);
+        let (quarantined, granted_below) = (log.quarantined.clone(), log.granted_below);
         let commits = commits
             .into_iter()
             .filter(|(index, _)| *index < tasks.count && !quarantined.contains(index))
@@ -174,13 +175,49 @@ impl Machine {
             .filter(|lease| lease.task.stage == stage && board.is_open(lease.task.index))
             .cloned()
             .collect();
-        held.into_iter().for_each(|lease| board.lease(lease));
+        held.into_iter().for_each(|lease| board.lease(lease, now));
+        let reserved = self.reserve(at, &mut board, granted_below, now);
         out.push(Action::Explain(Decision::StageStarted {
             stage,
             done: board.done(),
             total: tasks.count,
         }));
+        out.extend(reserved);
         self.stages[at] = State::Tasks(board);
+    }
+
+    /// After a restart: keeps what workers of an earlier life may still hold for them, until they must have come
+    /// back. What was never leased can be leased at once.
+    fn reserve(
+        &self,
+        at: usize,
+        board: &mut Board,
+        granted_below: u64,
+        now: Duration,
+    ) -> Option<Action> {
+        let wait = self.timings.reattach_tasks;
+        let reserved: Vec<_> = board.pending.range(..granted_below).copied().collect();
+        if wait.is_zero() || reserved.is_empty() {
+            return None;
+        }
+        for &index in &reserved {
+            board.postpone(index, now + wait);
+        }
+        Some(Action::Explain(Decision::Reserved {
+            stage: self.plan.stages[at].name.clone(),
+            tasks: reserved.len() as u64,
+            wait,
+        }))
+    }
+
+    /// The request to look at what the store holds of a stage.
+    pub(super) fn inspection(&self, at: usize, after_ms: u64) -> Action {
+        let below = self.durable.stage(&self.plan.stages[at].name).granted_below;
+        Action::Inspect {
+            stage: at,
+            granted_below: (below > 0).then_some(below),
+            after_ms,
+        }
     }
 
     fn start_training(
@@ -191,7 +228,7 @@ impl Machine {
         out: &mut Vec<Action>,
     ) {
         let stage = self.plan.stages[at].name.clone();
-        let log = self.durable.stage(&stage);
+        let log = self.durable.stage(&stage).clone();
         match &mut self.stages[at] {
             State::Training(Group::Gathering { inspected, .. }) => *inspected = true,
             State::Inspecting { .. } => {
@@ -275,11 +312,34 @@ impl Machine {
         }
         let is_done = commit.is_some();
         let verification = board.verified(task.index, commit);
-        let other = is_done.then(|| board.leased.remove(&task.index)).flatten();
+        let others = is_done.then(|| board.leased.remove(&task.index)).flatten();
+        self.index(at, out);
         self.acknowledge(verification, out);
-        if let Some(lease) = other {
-            self.revoke(lease, "another attempt has committed", out);
+        for other in others.into_iter().flatten() {
+            self.revoke(other.lease, "another attempt has committed", out);
         }
+    }
+
+    /// Hands the commit index its next part, once enough was committed for one.
+    fn index(&mut self, at: usize, out: &mut Vec<Action>) {
+        let Some(board) = self.stages[at].board_mut() else {
+            return;
+        };
+        if board.unindexed.len() < INDEXED_AT_ONCE {
+            return;
+        }
+        let indexed = std::mem::take(&mut board.unindexed).into_iter();
+        let commits = indexed
+            .filter_map(|index| Some((index, board.committed.get(&index)?.clone())))
+            .collect();
+        let part = board.index_parts;
+        board.index_parts += 1;
+        out.push(Action::Index {
+            stage: at,
+            term: self.term,
+            part,
+            commits,
+        });
     }
 
     /// Seals task stages in which nothing is open.

@@ -72,6 +72,7 @@ impl Machine {
             term: self.term,
             state: match &self.run {
                 run::State::Running => "running".into(),
+                run::State::Paused => "paused".into(),
                 run::State::Stopping { .. } => "stopping".into(),
                 run::State::Finished(outcome) => outcome.to_string(),
             },
@@ -159,6 +160,7 @@ impl Machine {
                     incarnation,
                     state: match (worker.link, worker.draining, doing.is_empty()) {
                         (Link::Down(_), _, _) => "disconnected",
+                        (Link::Up(_), _, _) if worker.suspect => "suspect",
                         (Link::Up(_), true, _) => "draining",
                         (Link::Up(_), false, true) => "idle",
                         (Link::Up(_), false, false) => "busy",

@@ -14,6 +14,33 @@ use distillery_common::security::{Join, ShowToken};
 /// How long a coordinator may be silent before it counts as gone.
 const SILENCE: Duration = Duration::from_secs(5);
 
+/// What people ask of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Stop, to be resumed.
+    Stop {
+        /// Without waiting for a checkpoint.
+        now: bool,
+    },
+    /// Begin nothing new.
+    Pause {
+        /// Who or why.
+        reason: String,
+    },
+    /// Go on after a pause.
+    Resume,
+    /// Give the run up for good.
+    Cancel {
+        /// Who or why.
+        reason: String,
+    },
+    /// Let workers leave after what they have in hand.
+    Drain {
+        /// Their name.
+        worker: String,
+    },
+}
+
 /// A connection to a coordinator.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -39,9 +66,20 @@ impl Client {
         Ok(Status(reply.into_inner()))
     }
 
-    /// Asks the run to stop.
-    pub async fn stop(&mut self, now: bool) -> Result<(), tonic::Status> {
-        self.client.stop(wire::StopRequest { now }).await?;
+    /// Asks something of the run; done once it was heard.
+    pub async fn ask(&mut self, request: Request) -> Result<(), tonic::Status> {
+        use wire::control_request::Request as Wire;
+        let request = match request {
+            Request::Stop { now } => Wire::Stop(wire::Stop { now }),
+            Request::Pause { reason } => Wire::Pause(wire::Pause { reason }),
+            Request::Resume => Wire::Resume(wire::Resume {}),
+            Request::Cancel { reason } => Wire::Cancel(wire::Cancel { reason }),
+            Request::Drain { worker } => Wire::Drain(wire::DrainWorker { worker }),
+        };
+        let request = Some(request);
+        self.client
+            .control(wire::ControlRequest { request })
+            .await?;
         Ok(())
     }
 }

@@ -354,7 +354,7 @@ impl Agent {
         }
         let jitter = self.jitter();
         self.seat = Seat::Empty(moment + self.restart.next_delay(jitter));
-        let failure = engine_failure(&self.name, exit);
+        let failure = engine_failure(&self.name, exit, ready);
         tracing::warn!(%failure, "the engine ended");
         self.give_back(&failure);
         anyhow::ensure!(
@@ -366,9 +366,10 @@ impl Agent {
     }
 }
 
-/// An engine that something outside killed is no fault of its task; any other end may be.
-fn engine_failure(worker: &str, exit: &Exit) -> Failure {
-    let class = if exit.killed {
+/// An engine that something outside killed, or that never got as far as its task, is no fault of the task; any other
+/// end may be.
+fn engine_failure(worker: &str, exit: &Exit, was_ready: bool) -> Failure {
+    let class = if exit.killed || !was_ready {
         FailureClass::HostLost
     } else {
         FailureClass::Unknown
@@ -386,5 +387,26 @@ fn preempted(message: &str) -> Failure {
     Failure {
         class: FailureClass::Preempted,
         message: message.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_does_not_pay_for_an_engine_that_never_started() {
+        let exit = |killed| Exit {
+            how: "exited with code 1".into(),
+            killed,
+            clean: false,
+            tail: vec!["no CUDA here".into()],
+        };
+        let class = |killed, was_ready| engine_failure("w", &exit(killed), was_ready).class;
+        assert_eq!(class(false, false), FailureClass::HostLost);
+        assert_eq!(class(true, true), FailureClass::HostLost);
+        assert_eq!(class(false, true), FailureClass::Unknown);
+        let message = engine_failure("w", &exit(false), false).message;
+        assert!(message.ends_with("\n  no CUDA here"), "{message}");
     }
 }

@@ -1,5 +1,8 @@
 //! Named histories of the machine. Every bug becomes one before it is fixed.
 
+mod leases;
+mod requests;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -162,7 +165,10 @@ impl Scene {
                     result: Ok(Digest::of(b"sealed")),
                 });
             }
-            Action::Prune { .. } | Action::Explain(_) | Action::Finish(_) => {
+            Action::Prune { .. }
+            | Action::Index { .. }
+            | Action::Explain(_)
+            | Action::Finish(_) => {
                 self.done.push(action);
             }
         }
@@ -820,6 +826,10 @@ fn a_restart_goes_on_with_what_is_committed() {
     scene.restart(small_plan(), Timings::default());
     let new = scene.join(2);
     assert_eq!(new.term(), Term(2));
+    for _ in 0..7 {
+        scene.wait(Duration::from_secs(5));
+        scene.beat(2);
+    }
     let granted = scene.granted(2);
     assert_eq!(granted.len(), 1, "only the other task is left");
     assert_ne!(granted[0].task, lease.task);
@@ -834,8 +844,15 @@ fn a_worker_that_outlives_its_coordinator_keeps_its_task() {
     let back = scene.hello(2, Some(incarnation), vec![lease.clone()], None);
     assert_eq!(back, incarnation);
     scene.join(3);
-    assert_ne!(scene.granted(3)[0].task, lease.task);
     scene.commits(2, &lease);
+    for _ in 0..7 {
+        scene.wait(Duration::from_secs(5));
+        scene.beat(2);
+        scene.beat(3);
+    }
+    let granted: Vec<_> = [2, 3].into_iter().flat_map(|n| scene.granted(n)).collect();
+    assert_eq!(granted.len(), 1, "only the other task is left");
+    assert_ne!(granted[0].task, lease.task);
     assert!(!scene.was_told(2, |m| matches!(m, ToWorker::Revoke { .. })));
 }
 
@@ -876,6 +893,7 @@ fn a_group_whose_members_do_not_come_back_is_replaced() {
     scene.join(12);
     scene.wait(ms(9_000));
     scene.beat(11);
+    scene.beat(12);
     assert!(scene.joined(12).is_empty());
     scene.wait(ms(1_000));
     assert!(scene.was_told(11, |m| matches!(m, ToWorker::GroupAbort { .. })));

@@ -1,0 +1,63 @@
+//! What people ask of a run by its URI: told to its coordinator, or, where none answers, written in its journal.
+
+use anyhow::Context as _;
+
+use super::find::{Found, find};
+use crate::driver::{Clock, unique_id};
+use crate::journal::Journal;
+use crate::scheduler::{Outcome, Record};
+use crate::service::client::Request;
+
+/// Who heard a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// A living coordinator.
+    Coordinator,
+    /// The journal: whoever takes the run next will know.
+    Journal,
+}
+
+/// Asks `request` of the run at `uri`.
+///
+/// # Errors
+/// When there is no such run, when it has ended for good, or when only a living coordinator could do it.
+pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Result<Heard> {
+    let mut found = find(uri).await?;
+    if let Some(outcome) = found.durable.outcome.as_ref().filter(|o| o.is_for_good()) {
+        anyhow::bail!("the run at {} has ended: it {outcome}", found.store.uri());
+    }
+    if let Some(client) = &mut found.client {
+        let asked = client.ask(request).await;
+        asked.context("the coordinator did not take the request")?;
+        return Ok(Heard::Coordinator);
+    }
+    let record = match request {
+        Request::Pause { reason } => Record::Paused { reason },
+        Request::Resume => Record::Resumed,
+        Request::Cancel { reason } => Record::RunFinished(Outcome::Cancelled { reason }),
+        Request::Stop { .. } | Request::Drain { .. } => {
+            anyhow::bail!("no coordinator has the run at {}", found.store.uri())
+        }
+    };
+    note(&found, record, clock).await?;
+    Ok(Heard::Journal)
+}
+
+/// Writes one record, as a coordinator that lives for no more than that. One that is alive after all, and only did not
+/// answer, is fenced by it and ends.
+async fn note(found: &Found, record: Record, clock: Clock) -> anyhow::Result<()> {
+    let mut journal = Journal::claim(&found.store, "", unique_id(), clock.spent()).await?;
+    let is_known = match &record {
+        Record::Paused { .. } => journal.durable().paused.is_some(),
+        Record::Resumed => journal.durable().paused.is_none(),
+        _ => journal
+            .durable()
+            .outcome
+            .as_ref()
+            .is_some_and(Outcome::is_for_good),
+    };
+    if !is_known {
+        journal.append(&[record], clock.spent()).await?;
+    }
+    Ok(())
+}

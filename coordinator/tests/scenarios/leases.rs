@@ -1,0 +1,241 @@
+//! Who is given which task, and for how long it stays his.
+
+use super::*;
+
+fn one_stage(count: u64) -> Plan {
+    Plan {
+        stages: vec![tasks("trajectories", Kind::Trajectories, count, &[], 0)],
+    }
+}
+
+fn indexes(leases: &[Lease]) -> Vec<u64> {
+    leases.iter().map(|lease| lease.task.index).collect()
+}
+
+#[test]
+fn a_silent_worker_is_given_nothing_new_and_keeps_what_it_holds() {
+    let mut scene = Scene::new(one_stage(2));
+    scene.join(1);
+    let held = scene.granted(1).pop().expect("a task");
+    scene.wait(Duration::from_secs(7));
+    let state = |scene: &Scene| scene.machine.view(scene.now).workers[0].state;
+    assert_eq!(state(&scene), "suspect");
+    scene.join(2);
+    assert_eq!(indexes(&scene.granted(2)), [1], "the other task");
+    scene.beat(1);
+    assert_eq!(state(&scene), "busy");
+    scene.commits(1, &held);
+    assert!(scene.was_told(1, |told| matches!(told, ToWorker::ReportAck { .. })));
+}
+
+#[test]
+fn an_idle_worker_that_is_silent_is_no_candidate() {
+    let mut scene = Scene::new(small_plan());
+    scene.make_rows();
+    let group = scene.exchange(&[1, 2]);
+    assert_eq!(group.generation, Generation(1));
+    let mut scene = Scene::new(one_stage(1));
+    for n in [1, 2] {
+        scene.join(n);
+    }
+    let lease = scene.granted(1).pop().expect("a task");
+    scene.wait(Duration::from_secs(5));
+    scene.beat(1);
+    scene.wait(Duration::from_secs(3));
+    scene.beat(1);
+    scene.fails(1, &lease, FailureClass::Preempted);
+    scene.wait(ms(1));
+    assert_eq!(scene.granted(2).len(), 0, "not heard for 8 s");
+    assert_eq!(scene.granted(1).len(), 2);
+}
+
+/// Eight tasks on four workers: seven take a second each, the eighth hangs.
+fn straggling() -> (Scene, Lease) {
+    let mut scene = Scene::new(one_stage(8));
+    for n in 1..=4 {
+        scene.join(n);
+    }
+    let straggler = scene.granted(4).pop().expect("a task");
+    for _ in 0..2 {
+        scene.wait(Duration::from_secs(1));
+        for n in 1..=3 {
+            let lease = scene.granted(n).pop().expect("a task");
+            scene.commits(n, &lease);
+        }
+    }
+    scene.wait(Duration::from_secs(1));
+    let last = scene.granted(1).pop().expect("the eighth task");
+    scene.commits(1, &last);
+    for n in 1..=4 {
+        scene.beat(n);
+    }
+    scene.wait(Duration::from_secs(1));
+    (scene, straggler)
+}
+
+fn copy_of(scene: &Scene, straggler: &Lease) -> (u64, Lease) {
+    let copies = (1..=4).filter_map(|n| {
+        let lease = scene.granted(n).pop()?;
+        let is_copy = lease.task == straggler.task && lease != *straggler;
+        is_copy.then_some((n, lease))
+    });
+    let copies: Vec<_> = copies.collect();
+    assert_eq!(copies.len(), 1, "one copy, not more");
+    copies[0].clone()
+}
+
+#[test]
+fn a_straggler_gets_one_copy_and_the_first_commit_wins() {
+    let (mut scene, straggler) = straggling();
+    let (n, copy) = copy_of(&scene, &straggler);
+    assert_eq!(copy.attempt, straggler.attempt + 1);
+    scene.wait(Duration::from_secs(2));
+    copy_of(&scene, &straggler);
+    scene.commits(n, &copy);
+    let revoked =
+        |told: &ToWorker| matches!(told, ToWorker::Revoke { lease, .. } if *lease == straggler);
+    assert!(scene.was_told(4, revoked));
+    assert_eq!(scene.machine.outcome(), Some(&Outcome::Succeeded));
+}
+
+#[test]
+fn a_straggler_may_still_win_and_its_copy_is_revoked() {
+    let (mut scene, straggler) = straggling();
+    let (n, copy) = copy_of(&scene, &straggler);
+    scene.commits(4, &straggler);
+    let revoked =
+        |told: &ToWorker| matches!(told, ToWorker::Revoke { lease, .. } if *lease == copy);
+    assert!(scene.was_told(n, revoked));
+    assert_eq!(scene.machine.outcome(), Some(&Outcome::Succeeded));
+}
+
+#[test]
+fn losing_one_of_two_attempts_leaves_the_other() {
+    let (mut scene, straggler) = straggling();
+    let (n, copy) = copy_of(&scene, &straggler);
+    scene.happens(Event::Closed {
+        connection: ConnectionId(4),
+    });
+    scene.wait(ms(400));
+    let attempts: usize = (1..=3)
+        .map(|n| scene.granted(n))
+        .map(|leases| leases.iter().filter(|l| l.task == straggler.task).count())
+        .sum();
+    assert_eq!(attempts, 1, "the copy is enough");
+    scene.fails(n, &copy, FailureClass::Preempted);
+    scene.wait(ms(1));
+    let again: Vec<_> = (1..=3).flat_map(|n| scene.granted(n)).collect();
+    let again = again.iter().filter(|l| l.task == straggler.task).count();
+    assert_eq!(again, 2, "nobody works on it: granted again");
+}
+
+#[test]
+fn no_copy_is_made_while_tasks_are_open_or_most_are_not_done() {
+    let mut scene = Scene::new(one_stage(8));
+    for n in 1..=4 {
+        scene.join(n);
+    }
+    scene.wait(Duration::from_secs(1));
+    for n in 1..=3 {
+        let lease = scene.granted(n).pop().expect("a task");
+        scene.commits(n, &lease);
+    }
+    for n in 5..=9 {
+        scene.join(n);
+    }
+    scene.wait(Duration::from_secs(3));
+    let granted: usize = (1..=9).map(|n| scene.granted(n).len()).sum();
+    assert_eq!(granted, 8, "each task once: three of eight are done");
+}
+
+fn with_reattach() -> Timings {
+    Timings {
+        reattach_tasks: Duration::from_secs(20),
+        ..Timings::default()
+    }
+}
+
+#[test]
+fn after_a_restart_what_was_never_leased_is_granted_at_once() {
+    let mut scene = Scene::new(one_stage(2500));
+    let first = scene.join(1);
+    let held = scene.granted(1).pop().expect("a task");
+    let marks = |scene: &Scene| {
+        let mark = |record: &Record| match record {
+            Record::GrantsReached { below, .. } => Some(*below),
+            _ => None,
+        };
+        scene.records.iter().filter_map(mark).collect::<Vec<_>>()
+    };
+    assert_eq!(marks(&scene), [16]);
+    scene.restart(one_stage(2500), with_reattach());
+    scene.join(2);
+    assert_eq!(indexes(&scene.granted(2)), [16]);
+    assert_eq!(marks(&scene), [16, 32]);
+    scene.hello(1, Some(first), vec![held.clone()], None);
+    let revoked = |told: &ToWorker| matches!(told, ToWorker::Revoke { .. });
+    assert!(!scene.was_told(1, revoked), "the holder keeps its lease");
+    scene.commits(1, &held);
+    assert_eq!(indexes(&scene.granted(1)), [17]);
+    for _ in 0..3 {
+        scene.wait(Duration::from_secs(7));
+        scene.beat(1);
+        scene.beat(2);
+    }
+    let lease = scene.granted(2).pop().expect("the first task");
+    scene.commits(2, &lease);
+    assert_eq!(
+        indexes(&scene.granted(2)),
+        [16, 1],
+        "whoever had it has not come back"
+    );
+}
+
+#[test]
+fn where_no_worker_outlives_its_coordinator_nothing_is_kept_for_it() {
+    let mut scene = Scene::new(one_stage(3));
+    scene.join(1);
+    let local = Timings {
+        reattach_tasks: Duration::ZERO,
+        ..Timings::default()
+    };
+    scene.restart(one_stage(3), local);
+    scene.join(2);
+    assert_eq!(indexes(&scene.granted(2)), [0]);
+}
+
+#[test]
+fn a_restart_looks_only_where_tasks_were_leased() {
+    let mut scene = Scene::new(one_stage(2500));
+    let machine = &mut scene.machine;
+    assert_eq!(machine.durable().stage("trajectories").granted_below, 0);
+    scene.join(1);
+    let durable = Durable::replay(&scene.records);
+    let mut machine = Machine::new(one_stage(2500), Timings::default(), durable);
+    let inspection = Action::Inspect {
+        stage: 0,
+        granted_below: Some(16),
+        after_ms: 0,
+    };
+    assert!(machine.handle(ms(0), Event::Tick).contains(&inspection));
+}
+
+#[test]
+fn every_thousand_commits_go_into_the_index() {
+    let mut scene = Scene::new(one_stage(2100));
+    scene.join(1);
+    for _ in 0..2100 {
+        let lease = scene.granted(1).pop().expect("a task");
+        scene.told.clear();
+        scene.commits(1, &lease);
+    }
+    let parts: Vec<_> = scene
+        .done
+        .iter()
+        .filter_map(|action| match action {
+            Action::Index { part, commits, .. } => Some((*part, commits.len(), commits[0].0)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(parts, [(0, 1000, 0), (1, 1000, 1000)]);
+}

@@ -1,0 +1,244 @@
+//! What people ask of a run by its URI, through the real programs: pause, resume, cancel, drain, stop, gc, doctor.
+
+use std::process::Output;
+use std::time::Duration;
+
+use distillery_tests::harness::{EngineKind, Run, Target, sim_recipe};
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn slow(folder: &tempfile::TempDir) -> Run {
+    let run = Run::new(folder.path(), sim_recipe(), EngineKind::Sim);
+    let run = run.expect("the programs are built");
+    run.with("SIM_TASK_MS", 300).with("SIM_STEP_MS", 30)
+}
+
+fn ask(run: &Run, arguments: &[&str]) -> Output {
+    let mut command = run.command("coordinator");
+    command.args(arguments).arg("--json");
+    command.output().expect("the coordinator starts")
+}
+
+/// Asks and expects to be heard.
+fn heard(run: &Run, arguments: &[&str]) -> Value {
+    let output = ask(run, arguments);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    serde_json::from_slice(&output.stdout).expect("one JSON value")
+}
+
+fn uri(run: &Run) -> String {
+    run.output().display().to_string()
+}
+
+fn state(run: &Run) -> Value {
+    heard(run, &["status", &uri(run)])["state"].clone()
+}
+
+fn commits(run: &Run) -> usize {
+    run.count_objects("COMMIT").expect("readable").0
+}
+
+fn await_commits(run: &Run, n: usize) {
+    let enough = || run.output().join("trajectories").exists() && commits(run) >= n;
+    run.await_some(|| enough().then_some(()), "COMMITs", PATIENCE)
+        .expect("it works");
+}
+
+#[test]
+fn a_paused_run_stands_still_over_a_restart_and_then_goes_on_to_the_same_students() {
+    let undisturbed = tempfile::tempdir().expect("a folder");
+    let mut reference = slow(&undisturbed);
+    reference.finish(PATIENCE).expect("it finishes");
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    let answer = heard(&run, &["pause", &uri(&run), "--reason", "night rates"]);
+    assert_eq!(answer["heard"], "the coordinator was told");
+    assert_eq!(state(&run), "paused");
+    // The two attempts at work end; nothing follows.
+    std::thread::sleep(Duration::from_millis(800));
+    let after = commits(&run);
+    std::thread::sleep(Duration::from_millis(1000));
+    assert_eq!(commits(&run), after, "nothing new is begun");
+
+    run.kill(Target::Coordinator, 0).expect("killed");
+    run.wait(PATIENCE).expect("it ends");
+    run.no_orphans(Duration::from_secs(15)).expect("none");
+    let stored = state(&run);
+    let stored = stored.as_str().expect("text");
+    assert!(stored.starts_with("paused"), "{stored}");
+    run.start().expect("starts again");
+    run.await_process(Target::Worker, PATIENCE)
+        .expect("workers");
+    std::thread::sleep(Duration::from_millis(1000));
+    assert_eq!(commits(&run), after, "still paused");
+    heard(&run, &["resume", &uri(&run)]);
+    run.finish(PATIENCE).expect("it finishes");
+    assert_eq!(
+        run.made().expect("readable"),
+        reference.made().expect("readable")
+    );
+    let status = heard(&run, &["status", &uri(&run)]);
+    assert_eq!(status["state"], "succeeded");
+}
+
+#[test]
+fn a_training_group_is_paused_at_its_next_checkpoint() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder).with("SIM_TASK_MS", 0);
+    run.start().expect("starts");
+    let training = run.output().join("checkpoints/seg4");
+    run.await_path(&training, PATIENCE).expect("it trains");
+    heard(&run, &["pause", &uri(&run)]);
+    std::thread::sleep(Duration::from_millis(1500));
+    let stages = || heard(&run, &["status", &uri(&run)])["stages"].clone();
+    let before = stages();
+    std::thread::sleep(Duration::from_millis(1000));
+    assert_eq!(stages(), before, "no step is made");
+    let done = |stages: &Value| -> u64 {
+        let stages = stages.as_array().expect("a list").iter();
+        let training = stages.filter(|stage| stage["kind"] == "distill");
+        training
+            .map(|s| s["done"].as_u64().expect("a number"))
+            .sum()
+    };
+    assert_eq!(done(&before) % 10, 0, "at a checkpoint: {before}");
+    heard(&run, &["resume", &uri(&run)]);
+    run.finish(PATIENCE).expect("it finishes");
+}
+
+#[test]
+fn a_cancelled_run_ends_and_cannot_be_started_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    heard(&run, &["cancel", &uri(&run), "--reason", "wrong teacher"]);
+    let status = run.wait(PATIENCE).expect("it ends");
+    assert_eq!(status.code(), Some(1), "{}", run.log_tail());
+    assert!(run.log_tail().contains("cancelled: wrong teacher"));
+    run.no_orphans(Duration::from_secs(15)).expect("none");
+    let made = commits(&run);
+    run.start().expect("starts");
+    let again = run.wait(PATIENCE).expect("it ends");
+    assert_eq!(again.code(), Some(1));
+    let said = run.log_tail();
+    assert!(
+        said.contains("was cancelled (wrong teacher)") && said.contains("another output"),
+        "{said}"
+    );
+    assert_eq!(commits(&run), made, "what it made stays");
+    for request in ["pause", "resume", "cancel"] {
+        let refused = ask(&run, &[request, &uri(&run)]);
+        let said = String::from_utf8_lossy(&refused.stdout).into_owned();
+        assert!(
+            !refused.status.success() && said.contains("has ended"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn without_a_coordinator_requests_go_into_the_journal() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    run.kill(Target::Coordinator, 0).expect("killed");
+    run.wait(PATIENCE).expect("it ends");
+    let said = heard(&run, &["pause", &uri(&run)]);
+    assert!(
+        said["heard"]
+            .as_str()
+            .is_some_and(|s| s.contains("journal"))
+    );
+    let refused = ask(&run, &["stop", &uri(&run)]);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("no coordinator has"));
+    heard(&run, &["resume", &uri(&run)]);
+    run.start().expect("starts");
+    run.finish(PATIENCE).expect("it finishes");
+
+    let nowhere = ask(&run, &["pause", &folder.path().display().to_string()]);
+    assert!(String::from_utf8_lossy(&nowhere.stdout).contains("there is no run"));
+}
+
+#[test]
+fn a_drained_worker_leaves_and_is_replaced() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    let workers = || run.processes_of(Target::Worker);
+    let before = workers();
+    heard(&run, &["drain", &uri(&run), "local-0"]);
+    let gone = || before.iter().any(|pid| !workers().contains(pid));
+    run.await_some(|| gone().then_some(()), "departure", PATIENCE)
+        .expect("one leaves");
+    run.finish(PATIENCE).expect("it finishes");
+}
+
+#[test]
+fn a_stopped_run_resumes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    heard(&run, &["stop", &uri(&run)]);
+    let status = run.wait(PATIENCE).expect("it ends");
+    assert_eq!(status.code(), Some(75), "{}", run.log_tail());
+    run.start().expect("starts");
+    run.finish(PATIENCE).expect("it finishes");
+}
+
+#[test]
+fn garbage_is_listed_first_and_removed_when_asked() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder).with("SIM_TASK_MS", 0).with("SIM_STEP_MS", 0);
+    run.finish(PATIENCE).expect("it finishes");
+    let made = run.made().expect("readable");
+    let clean = heard(&run, &["gc", &uri(&run)]);
+    assert_eq!(clean["objects"], Value::Array(vec![]));
+
+    let datasets = std::fs::read_dir(run.output().join("trajectories")).expect("there");
+    let dataset = datasets.flatten().next().expect("one").path();
+    let left = dataset.join("shard-00000003/a9-99.parquet");
+    std::fs::write(&left, b"an attempt that lost").expect("writable");
+    let dry = heard(&run, &["gc", &uri(&run)]);
+    assert_eq!(dry["objects"].as_array().expect("a list").len(), 1);
+    assert_eq!(
+        (&dry["bytes"], &dry["deleted"]),
+        (&20.into(), &false.into())
+    );
+    assert!(left.exists(), "dry by default");
+    heard(&run, &["gc", &uri(&run), "--delete"]);
+    assert!(!left.exists());
+    assert_eq!(run.made().expect("still readable"), made);
+}
+
+#[test]
+fn the_doctor_finds_a_folder_well_and_leaves_nothing_in_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = slow(&folder);
+    let place = tempfile::tempdir().expect("a folder");
+    let said = heard(&run, &["doctor", &place.path().display().to_string()]);
+    assert_eq!(said["broken"], 0, "{said}");
+    assert_eq!(said["promises"].as_array().expect("a list").len(), 8);
+    let mut files = Vec::new();
+    let mut folders = vec![place.path().to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("readable").flatten() {
+            match entry.path() {
+                path if path.is_dir() => folders.push(path),
+                path => files.push(path),
+            }
+        }
+    }
+    assert!(files.is_empty(), "{files:?}");
+    let nowhere = ask(&run, &["doctor", "/nonexistent/place"]);
+    assert!(!nowhere.status.success());
+}
