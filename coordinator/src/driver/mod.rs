@@ -10,9 +10,11 @@ mod errands;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use distillery_common::ids::Term;
 use distillery_common::telemetry::peak_memory;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::journal::{self, Journal, Spent};
 use crate::plan::Plan;
@@ -31,6 +33,8 @@ const OUTBOUND: usize = 1024;
 const DECISIONS: usize = 50;
 /// Tries to append to the journal, a second apart, before the run is given up until somebody resumes it.
 const APPENDS: u32 = 60;
+/// Between two looks for a coordinator that has taken over: one that has nothing to write would never meet it.
+const LOOK: Duration = Duration::from_secs(5);
 /// How long streams stay open after the end, so that workers hear of it.
 const FAREWELL: Duration = Duration::from_millis(300);
 
@@ -44,6 +48,10 @@ enum Input {
     },
     Event(Event),
     Status(oneshot::Sender<Snapshot>),
+    /// Another coordinator has the run.
+    Replaced {
+        by: Term,
+    },
 }
 
 /// What people are shown.
@@ -206,6 +214,9 @@ impl Driver {
     /// lost then; the same command resumes.
     pub async fn run(mut self) -> Result<Outcome, journal::Error> {
         self.step(Event::Tick).await?;
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looking = tokio::spawn(std::future::ready(()));
         loop {
             if let Some(outcome) = self.machine.outcome() {
                 let outcome = outcome.clone();
@@ -217,9 +228,21 @@ impl Driver {
                 .machine
                 .next_deadline()
                 .map(|deadline| deadline.saturating_sub(self.clock.now()));
-            let input = match wait {
-                Some(wait) => tokio::time::timeout(wait, self.inputs.recv()).await,
-                None => Ok(self.inputs.recv().await),
+            let next = async {
+                match wait {
+                    Some(wait) => tokio::time::timeout(wait, self.inputs.recv()).await,
+                    None => Ok(self.inputs.recv().await),
+                }
+            };
+            let input = tokio::select! {
+                input = next => input,
+                _ = looks.tick() => {
+                    // A look that takes long is not joined by another one.
+                    if looking.is_finished() {
+                        looking = self.look_for_a_successor();
+                    }
+                    continue;
+                }
             };
             match input {
                 Err(_) => self.step(Event::Tick).await?,
@@ -227,6 +250,20 @@ impl Driver {
                 Ok(None) => unreachable!("the driver holds a sender of its own"),
             }
         }
+    }
+
+    /// Asks the store beside the loop, which must not wait for it.
+    fn look_for_a_successor(&self) -> JoinHandle<()> {
+        let lookout = self.journal.lookout();
+        let handle = self.handle.clone();
+        tokio::spawn(async move {
+            match lookout.successor().await {
+                Ok(None) => {}
+                // The driver may have ended meanwhile; then it knows.
+                Ok(Some(by)) => drop(handle.send(Input::Replaced { by }).await),
+                Err(error) => tracing::warn!(%error, "the journal cannot be looked at"),
+            }
+        })
     }
 
     async fn take(&mut self, input: Input) -> Result<(), journal::Error> {
@@ -240,6 +277,7 @@ impl Driver {
                 self.step(Event::Arrived { connection, hello }).await
             }
             Input::Event(event) => self.step(event).await,
+            Input::Replaced { by } => Err(journal::Error::Fenced { by }),
             Input::Status(reply) => {
                 let elapsed = self.clock.now();
                 // Whoever asked may have gone; that is no matter.
