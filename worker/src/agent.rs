@@ -245,7 +245,18 @@ impl Agent {
         }
         for lease in self.held.take_expired(now) {
             tracing::warn!(%lease, "the lease ended; the coordinator has not been heard in time");
-            self.end(Ended::Task(lease), now);
+            self.end(Ended::Task(lease.clone()), now);
+            // Our beats may reach a coordinator in whose eyes the lease has not ended: it must not wait for us.
+            self.report(Report::TaskFailed {
+                lease,
+                failure: Failure {
+                    class: FailureClass::Stale,
+                    message: format!(
+                        "the lease of worker {} ended before it was renewed",
+                        self.name
+                    ),
+                },
+            });
         }
         let overdue = self.ending.values().any(|&deadline| now >= deadline);
         let Some(departure) = &self.departure else {
