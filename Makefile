@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume compare bench-data bench-engine lint libtorch servers
+.PHONY: help demo test kill-resume chaos compare bench-data bench-engine lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -29,6 +29,12 @@ SEED ?= 1
 kill-resume: libtorch ## Kill runs at N seeded moments (SEED) and compare what they make in the end.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin kill-resume
 	$(target)/release/kill-resume --number $(N) --seed $(SEED)
+
+MINUTES ?= 10
+chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audited; some ways take root.
+	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
+	set -a; . $(target)/test-servers.env; set +a; \
+	$(target)/release/chaos --minutes $(MINUTES) --seed $(SEED)
 
 compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows, and say which is ahead.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin compare

@@ -44,7 +44,10 @@ pub(crate) struct Journal {
 
 impl Journal {
     pub(crate) async fn read(tree: &Tree, findings: &mut Findings) -> anyhow::Result<Self> {
-        let keys: Vec<String> = tree.below("journal/").map(|(key, _)| key.into()).collect();
+        // Snapshots are caches of what the segments say.
+        let segments = tree.below("journal/");
+        let segments = segments.filter(|(_, name)| !name.starts_with("snapshot-"));
+        let keys: Vec<String> = segments.map(|(key, _)| key.into()).collect();
         let mut journal = Self::default();
         let found = tree.jsons(&keys).await;
         for (seq, (key, found)) in (0u64..).zip(keys.iter().zip(found)) {

@@ -23,7 +23,9 @@ mod clock;
 mod coordinators;
 mod disk;
 mod engines;
+mod faraway;
 mod moment;
+mod proxy;
 mod score;
 mod site;
 mod takeovers;
@@ -160,8 +162,8 @@ impl Campaign {
             Self::WorkerKills => workers::kills(context, &mut score),
             Self::StoppedWorkers => workers::stops(context, &mut score),
             Self::Engines => engines::hurt(context, &mut score),
-            Self::Network => Ok(()),
-            Self::Store => Ok(()),
+            Self::Network => faraway::network(context, &mut score),
+            Self::Store => faraway::store(context, &mut score),
             Self::DiskFull => disk::fill(context, &mut score),
             Self::Clock => clock::shift(context, &mut score),
             Self::Writers => writers::kills(context, &mut score),

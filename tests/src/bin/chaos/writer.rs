@@ -38,7 +38,7 @@ pub(crate) fn write(folder: &Path) -> anyhow::Result<()> {
 async fn forever(folder: &Path) -> anyhow::Result<()> {
     let store = Store::open_or_create(&folder.display().to_string())?;
     let clock = Clock::start();
-    let (mut journal, _) = Journal::claim(&store, "nowhere:1", unique_id(), clock.spent()).await?;
+    let mut journal = Journal::claim(&store, "nowhere:1", unique_id(), clock.spent()).await?;
     let term = journal.term();
     say(&format!("term {term}"))?;
     for round in 0u64.. {

@@ -88,17 +88,21 @@ async fn check(folder: &Path, acknowledged: &[String]) -> anyhow::Result<()> {
         return Ok(());
     }
     let store = Store::open(&folder.display().to_string())?;
-    let history = journal::read(&store).await.context("the journal")?;
+    let folded = journal::read(&store).await.context("the journal")?;
+    let records = journal::records(&store).await.context("the journal")?;
     for line in acknowledged {
         let (kind, what) = line.split_once(' ').context("a line of a writer")?;
         match kind {
             "term" => {
                 let term: u64 = what.parse()?;
-                anyhow::ensure!(history.term.0 >= term, "the claim of term {term} is lost");
+                anyhow::ensure!(
+                    folded.durable.term.0 >= term,
+                    "the claim of term {term} is lost"
+                );
             }
             "record" => {
                 let record = Record::StageStarted { stage: what.into() };
-                let kept = history.records.contains(&record);
+                let kept = records.contains(&record);
                 anyhow::ensure!(kept, "the record {what} is lost");
             }
             "commit" => check_commit(&store, what).await.context("a COMMIT")?,
