@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants compare bench-data bench-engine lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants chaos compare bench-data bench-engine lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -39,6 +39,12 @@ sim: ## Live through SEEDS simulated fleets from seed FROM on, in virtual time.
 sim-mutants: ## Break the shipping code in each way of tests/mutants.txt and see that the simulation notices.
 	cargo build $(cargo_flags) -p distillery-tests --bin mutants
 	$(target)/release/mutants
+
+MINUTES ?= 10
+chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audited; some ways take root.
+	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
+	set -a; . $(target)/test-servers.env; set +a; \
+	$(target)/release/chaos --minutes $(MINUTES) --seed $(SEED)
 
 compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows, and say which is ahead.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin compare

@@ -184,3 +184,36 @@ fn a_worker_that_was_away_past_its_lease_commits_nothing_a_second_time() {
         "one COMMIT for each folder that has one"
     );
 }
+
+/// Whether a worker of the run has something in hand, as a second process is told.
+fn is_busy(run: &Run) -> bool {
+    let mut status = run.command("coordinator");
+    status.arg("status").arg(run.output()).arg("--json");
+    let output = status.output().expect("it starts");
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let workers = status["workers"].as_array();
+    workers.is_some_and(|workers| workers.iter().any(|worker| worker["doing"] != ""))
+}
+
+/// A coordinator that cannot answer for a while, as when its store is away, loses its workers' leases on their side
+/// alone: they must say so, or each waits for the other for ever.
+#[test]
+fn leases_that_ended_while_the_coordinator_stood_still_are_given_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = Run::new(folder.path(), sim_recipe(), EngineKind::Sim)
+        .expect("the programs are built")
+        .with("SIM_TASK_MS", 3000)
+        .with(
+            "DISTILLERY_TIMINGS",
+            "beat=200ms,suspect=20s,member_silence=20s,lease_ttl=1s,lease_grace=60s",
+        );
+    run.start().expect("starts");
+    run.await_some(|| is_busy(&run).then_some(()), "busy worker", PATIENCE)
+        .expect("it works");
+    let coordinator = run.await_process(Target::Coordinator, PATIENCE);
+    let coordinator = coordinator.expect("it lives");
+    signal(coordinator, "STOP").expect("stopped");
+    std::thread::sleep(Duration::from_secs(2));
+    signal(coordinator, "CONT").expect("continued");
+    run.finish(Duration::from_secs(60)).expect("it finishes");
+}

@@ -84,6 +84,7 @@ fn a_coordinator_that_was_replaced_while_the_run_was_paused_lets_go_of_its_worke
         915,
         &[(9_325, paused), (49_845, Fault::Rival)],
     ));
+}
 
 /// Every mutant of `make sim-mutants` still finds what it breaks.
 #[test]

@@ -18,7 +18,6 @@ use distillery_common::storage::{self, FileEntry, Store};
 use distillery_common::task::{CommitSummary, TaskId};
 
 use super::{Handle, commit_index};
-use crate::journal;
 use crate::plan::{Kind, Plan, Work};
 use crate::scheduler::{Checkpoint, Event, Finding, Trouble};
 
@@ -118,24 +117,6 @@ impl Errands {
             Event::Sealed { stage, result }
         };
         self.spawn(after_ms, handle, errand.boxed());
-    }
-
-    /// Looks whether somebody with a higher term than `ours` has written journal segment `seq`. A look that fails is done
-    /// without: there will be another.
-    pub(super) fn look_for_successor(&self, seq: u64, ours: Term, handle: Handle) {
-        let shared = Arc::clone(&self.shared);
-        tokio::spawn(async move {
-            let found = shared.store.find(&layout::journal_segment(seq)).await;
-            let Ok(Some(segment)) = found else {
-                return;
-            };
-            if let Ok((by, _)) = journal::parse(&segment)
-                && by > ours
-            {
-                // The driver may have found out meanwhile.
-                let _ = handle.replaced(by).await;
-            }
-        });
     }
 
     /// Writes a part of a commit index; one that cannot be written is done without.

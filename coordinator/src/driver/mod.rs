@@ -13,6 +13,7 @@ use std::time::Duration;
 use distillery_common::ids::Term;
 use distillery_common::telemetry::peak_memory;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::journal::{self, Journal, Spent};
@@ -34,7 +35,7 @@ const DECISIONS: usize = 50;
 const APPENDS: u32 = 60;
 /// Between two looks at whether somebody else has taken the run. A coordinator that has nothing to write would never hear
 /// of it otherwise, and would keep workers that its successor waits for.
-const LOOK: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_secs(5);
 /// How long streams stay open after the end, so that workers hear of it.
 const FAREWELL: Duration = Duration::from_millis(300);
 
@@ -108,11 +109,6 @@ impl Handle {
     /// Anything else that happened.
     pub async fn event(&self, event: Event) -> Result<(), Ended> {
         self.send(Input::Event(event)).await
-    }
-
-    /// Somebody else has taken the run.
-    pub(crate) async fn replaced(&self, by: Term) -> Result<(), Ended> {
-        self.send(Input::Replaced(by)).await
     }
 
     /// The run at this moment.
@@ -190,8 +186,9 @@ pub struct Driver {
     outbound: BTreeMap<ConnectionId, mpsc::Sender<ToWorker>>,
     decisions: VecDeque<String>,
     granted: bool,
-    /// When it was last looked whether somebody else has the run.
+    /// When it was last looked whether somebody else has the run, and the look if it still lasts.
     looked: Duration,
+    looking: Option<JoinHandle<()>>,
     watch: Option<Box<dyn Watch>>,
 }
 
@@ -216,6 +213,7 @@ impl Driver {
             decisions: VecDeque::new(),
             granted: false,
             looked: Duration::ZERO,
+            looking: None,
             watch: None,
         };
         (driver, handle)
@@ -244,9 +242,7 @@ impl Driver {
             let now = self.clock.now();
             if now >= self.looked + LOOK {
                 self.looked = now;
-                let seq = self.journal.next();
-                self.errands
-                    .look_for_successor(seq, self.journal.term(), self.handle.clone());
+                self.look_for_a_successor();
             }
             let tick = self.machine.next_deadline();
             let deadline = tick.map_or(LOOK + self.looked, |tick| tick.min(LOOK + self.looked));
@@ -258,6 +254,27 @@ impl Driver {
                 Ok(None) => unreachable!("the driver holds a sender of its own"),
             }
         }
+    }
+
+    /// Asks the store beside the loop, which must not wait for it. A look that takes long is not joined by another one.
+    fn look_for_a_successor(&mut self) {
+        if self
+            .looking
+            .as_ref()
+            .is_some_and(|look| !look.is_finished())
+        {
+            return;
+        }
+        let lookout = self.journal.lookout();
+        let handle = self.handle.clone();
+        self.looking = Some(tokio::spawn(async move {
+            match lookout.successor().await {
+                Ok(None) => {}
+                // The driver may have ended meanwhile; then it knows.
+                Ok(Some(by)) => drop(handle.send(Input::Replaced(by)).await),
+                Err(error) => tracing::warn!(%error, "the journal cannot be looked at"),
+            }
+        }));
     }
 
     async fn take(&mut self, input: Input) -> Result<(), journal::Error> {

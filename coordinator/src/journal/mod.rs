@@ -110,6 +110,27 @@ pub struct Journal {
     snapshot_every: u64,
 }
 
+/// Where the next segment of a journal would be, for whoever wants to know whether another coordinator wrote it.
+#[derive(Debug, Clone)]
+pub struct Lookout {
+    store: Store,
+    term: Term,
+    next: u64,
+}
+
+impl Lookout {
+    /// The term of the coordinator that has taken over the run, if one has.
+    pub async fn successor(&self) -> Result<Option<Term>, Error> {
+        let seq = self.next;
+        let Some(bytes) = self.store.find(&layout::journal_segment(seq)).await? else {
+            return Ok(None);
+        };
+        let found = stored::parse(&bytes).map_err(|reason| Error::Malformed { seq, reason })?;
+        // One of our own was written since this look began.
+        Ok((found.term > self.term).then_some(found.term))
+    }
+}
+
 /// Reads what was ever written, from the newest snapshot on that is whole.
 pub async fn read(store: &Store) -> Result<Folded, Error> {
     let (count, snapshots) = listed(store).await?;
@@ -243,14 +264,18 @@ impl Journal {
         }
     }
 
-    /// The number of the segment that is written next.
-    pub fn next(&self) -> u64 {
-        self.folded.next
-    }
-
     /// The term that was claimed.
     pub fn term(&self) -> Term {
         self.term
+    }
+
+    /// A look for a successor that needs nothing of this journal any more.
+    pub fn lookout(&self) -> Lookout {
+        Lookout {
+            store: self.store.clone(),
+            term: self.term,
+            next: self.folded.next,
+        }
     }
 
     /// Makes `records` durable, all of them or none. After an error that is transient the same call may be
@@ -340,6 +365,21 @@ mod tests {
         let records = records(&store).await.expect("readable");
         assert_eq!(records.last(), Some(&started("y")));
         assert!(!records.contains(&started("x")));
+    }
+
+    #[tokio::test]
+    async fn whoever_was_replaced_can_see_it_without_writing() {
+        let store = Store::in_memory();
+        let mut old = claim(&store, 1).await;
+        let look = old.lookout();
+        assert_eq!(look.successor().await.expect("readable"), None);
+        old.append(&[started("x")], SPENT).await.expect("it has it");
+        let own = look.successor().await.expect("readable");
+        assert_eq!(own, None, "what it wrote itself meanwhile is no successor");
+        let look = old.lookout();
+        let new = claim(&store, 2).await;
+        assert_eq!(look.successor().await.expect("readable"), Some(new.term()));
+        assert_eq!(new.lookout().successor().await.expect("readable"), None);
     }
 
     #[tokio::test]

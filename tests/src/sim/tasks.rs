@@ -167,10 +167,18 @@ fn result(bench: &mut Bench, lease: &Lease) -> Result<Option<CommitRequest>, Fai
         rows: 1,
         schema: String::new(),
         ordinals: lease.task.index..lease.task.index + 1,
-        result: json!([]),
+        result: judgement(&lease.task.stage),
         cost: Some(meter.cost()),
     };
     Ok(Some(request(&folder, commit)))
+}
+
+/// What the report reads of an evaluation; nothing of other tasks.
+fn judgement(stage: &str) -> serde_json::Value {
+    match stage {
+        "evaluate" => json!({"figures": [], "grid": null}),
+        _ => json!([]),
+    }
 }
 
 fn put(bench: &Bench, key: &layout::Key, bytes: bytes::Bytes) -> Result<(), Failure> {
