@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants chaos compare bench-data bench-engine lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants chaos compare bench-data bench-engine bench-scale lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -57,6 +57,11 @@ bench-engine: libtorch ## Measure guided evaluations and training steps beside P
 bench-data: ## Measure rows and checkpoints against the bytes themselves and pyarrow, side by side (PYTHON has pyarrow).
 	cargo build $(cargo_flags) -p distillery-tests --bin bench-data
 	$(target)/release/bench-data
+
+SCALE ?= --peers $(target)/bench-peers
+bench-scale: ## Measure what one coordinator carries, with simulated workers, beside Ray, Dask and torchft (SCALE=--short: a minute).
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin sim-engine --bin sim-fleet --bin bench-scale
+	$(target)/release/bench-scale $(SCALE)
 
 lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, licences and bans.
 	cargo fmt --all --check

@@ -1,6 +1,9 @@
 //! The engines that train one stage together.
 
 use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
 
 use crate::ids::{Digest, Generation, Term};
 
@@ -36,6 +39,25 @@ pub struct Membership {
     pub parent_checkpoint: Option<String>,
     /// Coordinator life that formed the group.
     pub term: Term,
+}
+
+/// Where the ranks of a group listen, in rank order.
+///
+/// Every member is told of all of them, so that copies share the texts: in a group of 1,024 there are a million.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses(Arc<[Bytes]>);
+
+impl Addresses {
+    /// Each as text in UTF-8.
+    pub fn texts(&self) -> &[Bytes] {
+        &self.0
+    }
+}
+
+impl FromIterator<String> for Addresses {
+    fn from_iter<I: IntoIterator<Item = String>>(addresses: I) -> Self {
+        Self(addresses.into_iter().map(Bytes::from).collect())
+    }
 }
 
 /// What a member of a group is doing.

@@ -327,10 +327,9 @@ impl Shared {
                 reason: reason.clone(),
             }),
             ToWorker::GroupJoin(membership) => Message::GroupJoin(to_wire::membership(membership)),
-            ToWorker::GroupPeers { group, addresses } => Message::GroupPeers(wire::GroupPeers {
-                group: Some(to_wire::group_id(group)),
-                addresses: addresses.clone(),
-            }),
+            ToWorker::GroupPeers { group, addresses } => {
+                Message::GroupPeers(to_wire::group_peers(group, addresses))
+            }
             ToWorker::GroupAbort { group, reason } => Message::GroupAbort(wire::GroupAbort {
                 group: Some(to_wire::group_id(group)),
                 reason: reason.clone(),

@@ -1,9 +1,12 @@
-//! What end-to-end tests share: the stand-in for the engine, and a harness that starts, kills and compares runs.
+//! What end-to-end tests and benchmarks share: the stand-in for the engine, a fleet of simulated workers, a harness
+//! that starts, kills and compares runs, and figures with their goals.
 //!
 //! Sees the other crates' programs from outside, as processes; `simulation` alone runs coordinator and worker in its own
 //! process. Must never link a tensor library.
 
 pub mod compare;
+pub mod figure;
+pub mod fleet;
 pub mod harness;
 pub mod mutants;
 pub mod sim;

@@ -359,10 +359,10 @@ fn read_message(message: wire::ToEngine) -> Result<Incoming, Malformed> {
         Message::Start(lease) => Command::Start(from_wire::lease(Some(lease))?),
         Message::Cancel(lease) => Command::Cancel(from_wire::lease(Some(lease))?),
         Message::Join(join) => Command::Join(from_wire::membership(join)?),
-        Message::Peers(peers) => Command::Peers {
-            group: from_wire::group_id(peers.group)?,
-            addresses: peers.addresses,
-        },
+        Message::Peers(peers) => {
+            let (group, addresses) = from_wire::group_peers(peers)?;
+            Command::Peers { group, addresses }
+        }
         Message::Abort(abort) => Command::Abort {
             group: from_wire::group_id(abort.group)?,
             reason: abort.reason,

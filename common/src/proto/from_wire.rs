@@ -1,5 +1,7 @@
 //! Wire types to domain types: every field is checked here, so that nobody behind this door has to.
 
+use bytes::Bytes;
+
 use super::wire;
 use crate::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
 use crate::ids::{Digest, Generation, Incarnation, Term};
@@ -26,6 +28,9 @@ pub enum Malformed {
     /// A stage that could not be part of a key.
     #[error("{0:?} is no name of a stage")]
     StageName(String),
+    /// Bytes that should be text.
+    #[error("the {0} is no text")]
+    NoText(&'static str),
     /// A rank outside its group.
     #[error("rank {rank} does not exist in a group of {world}")]
     Rank {
@@ -119,6 +124,19 @@ pub fn group_id(group: Option<wire::GroupId>) -> Result<GroupId, Malformed> {
         stage: stage_name(group.stage)?,
         generation: Generation(group.generation),
     })
+}
+
+/// Where all ranks listen.
+pub fn group_peers(peers: wire::GroupPeers) -> Result<(GroupId, Vec<String>), Malformed> {
+    let text = |address: Bytes| {
+        String::from_utf8(address.into()).map_err(|_| Malformed::NoText("address of a rank"))
+    };
+    let addresses = peers
+        .addresses
+        .into_iter()
+        .map(text)
+        .collect::<Result<_, _>>()?;
+    Ok((group_id(peers.group)?, addresses))
 }
 
 /// A member's part.

@@ -1,7 +1,7 @@
 //! Domain types to wire types; cannot fail.
 
 use super::wire;
-use crate::group::{CheckpointCommitted, GroupId, Membership, Phase, Progress};
+use crate::group::{Addresses, CheckpointCommitted, GroupId, Membership, Phase, Progress};
 use crate::ids::Digest;
 use crate::task::{self, CommitSummary, Failure, FailureClass, Lease, TaskId};
 
@@ -79,6 +79,14 @@ pub fn group_id(group: &GroupId) -> wire::GroupId {
     wire::GroupId {
         stage: group.stage.clone(),
         generation: group.generation.0,
+    }
+}
+
+/// Where all ranks listen.
+pub fn group_peers(group: &GroupId, addresses: &Addresses) -> wire::GroupPeers {
+    wire::GroupPeers {
+        group: Some(group_id(group)),
+        addresses: addresses.texts().to_vec(),
     }
 }
 

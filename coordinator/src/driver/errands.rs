@@ -9,22 +9,25 @@ use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::Semaphore;
 
 use distillery_common::checkpoint;
-use distillery_common::commit::{self, TaskCommit};
+use distillery_common::commit::TaskCommit;
 use distillery_common::group::CheckpointCommitted;
 use distillery_common::ids::{Digest, Generation, Term};
 use distillery_common::latents;
 use distillery_common::storage::layout::{self, Prefix};
-use distillery_common::storage::{self, FileEntry, Store};
+use distillery_common::storage::{FileEntry, Store};
 use distillery_common::task::{CommitSummary, TaskId};
 
+use super::trouble::{checkpoint_trouble, commit_trouble, latents_trouble, trouble};
 use super::{Handle, commit_index};
 use crate::plan::{Kind, Plan, Work};
 use crate::scheduler::{Checkpoint, Event, Finding, Trouble};
 
 /// COMMITs that are looked for one by one; more of them are listed.
 const PROBED: u64 = 4096;
-/// Errands under way at a time.
-const AT_A_TIME: usize = 32;
+/// Files of one COMMIT that are looked at, at a time.
+const LOOKS: usize = 8;
+/// Errands under way at a time. A store far away answers in a tenth of a second, and a thousand tasks may end in one.
+const AT_A_TIME: usize = 128;
 
 /// Does errands.
 #[derive(Debug, Clone)]
@@ -162,7 +165,9 @@ impl Errands {
     fn spawn(&self, after_ms: u64, handle: Handle, errand: BoxFuture<'static, Event>) {
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_millis(after_ms)).await;
+            if after_ms > 0 {
+                tokio::time::sleep(Duration::from_millis(after_ms)).await;
+            }
             let permit = shared.permits.acquire().await;
             let event = errand.await;
             drop(permit);
@@ -325,9 +330,7 @@ impl Shared {
                 "{key} was made from other inputs than this run's"
             )));
         }
-        for file in &commit.files {
-            self.see(file).await?;
-        }
+        self.see_all(&commit.files).await?;
         Ok(Some(CommitSummary {
             key: key.to_string(),
             rows: commit.rows,
@@ -406,10 +409,18 @@ impl Shared {
         let commit = layout::commit(&layout::checkpoint(stage, step, generation));
         let bytes = self.store.get(&commit).await.map_err(trouble)?;
         let manifest = checkpoint::Manifest::from_bytes(key, &bytes).map_err(checkpoint_trouble)?;
-        for file in &manifest.files {
-            self.see(file).await?;
-        }
+        self.see_all(&manifest.files).await?;
         Ok(Digest::of(&bytes))
+    }
+
+    /// Sees that every file is there in its whole length, a few at a time.
+    async fn see_all(&self, files: &[FileEntry]) -> Result<(), Trouble> {
+        // Collected, because a closure over borrowed entries cannot cross an await in a spawned task.
+        let looks: Vec<_> = files.iter().map(|file| self.see(file)).collect();
+        stream::iter(looks)
+            .buffer_unordered(LOOKS)
+            .try_collect()
+            .await
     }
 
     /// Sees that a file is there in its whole length.
@@ -458,42 +469,4 @@ impl Shared {
             }
         }
     }
-}
-
-/// The whole chain of causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
-fn sorted_trouble(is_transient: bool, error: &dyn std::error::Error) -> Trouble {
-    if is_transient {
-        Trouble::Transient(chain(error))
-    } else {
-        Trouble::Permanent(chain(error))
-    }
-}
-
-fn trouble(error: storage::Error) -> Trouble {
-    sorted_trouble(error.is_transient(), &error)
-}
-
-fn commit_trouble(error: commit::Error) -> Trouble {
-    let is_transient = matches!(&error, commit::Error::Storage(e) if e.is_transient());
-    sorted_trouble(is_transient, &error)
-}
-
-fn checkpoint_trouble(error: checkpoint::Error) -> Trouble {
-    let is_transient = matches!(&error, checkpoint::Error::Storage(e) if e.is_transient());
-    sorted_trouble(is_transient, &error)
-}
-
-fn latents_trouble(error: latents::Error) -> Trouble {
-    let is_transient = matches!(&error, latents::Error::Storage(e) if e.is_transient());
-    sorted_trouble(is_transient, &error)
 }

@@ -6,6 +6,7 @@
 
 mod commit_index;
 mod errands;
+mod trouble;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use distillery_common::group::{CheckpointCommitted, GroupId, Membership};
+use distillery_common::group::{Addresses, CheckpointCommitted, GroupId, Membership};
 use distillery_common::ids::{Generation, Incarnation, Term};
 use distillery_common::task::{CommitSummary, Lease, TaskId};
 
@@ -110,7 +110,7 @@ pub enum ToWorker {
         /// Which formation.
         group: GroupId,
         /// One for each rank.
-        addresses: Vec<String>,
+        addresses: Addresses,
     },
     /// Leave a group at once.
     GroupAbort {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use distillery_common::group::{GroupId, Membership, Phase, Progress};
+use distillery_common::group::{Addresses, GroupId, Membership, Phase, Progress};
 use distillery_common::ids::{Generation, Incarnation};
 use distillery_common::task::{Failure, Remedy};
 
@@ -240,9 +240,11 @@ impl Machine {
                 members, addresses, ..
             }) if (rank as usize) < members.len() => {
                 addresses[rank as usize] = Some(address);
-                let Some(all) = addresses.iter().cloned().collect::<Option<Vec<_>>>() else {
+                // Looked at before anything is copied: this is asked once for each member.
+                if addresses.iter().any(Option::is_none) {
                     return;
-                };
+                }
+                let all: Addresses = addresses.iter().flatten().cloned().collect();
                 let members = members.clone();
                 for &member in &members {
                     let peers = ToWorker::GroupPeers {

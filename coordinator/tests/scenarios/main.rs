@@ -382,7 +382,7 @@ fn a_run_goes_from_rows_to_export() {
     let group = scene.reach_stepping();
     assert!(scene.was_told(
         1,
-        |m| matches!(m, ToWorker::GroupPeers { addresses, .. } if addresses == &["h:1", "h:2"])
+        |m| matches!(m, ToWorker::GroupPeers { addresses, .. } if addresses.texts() == ["h:1", "h:2"])
     ));
     scene.checkpoint(1, &group, 10, false);
     scene.checkpoint(1, &group, 20, true);

@@ -312,7 +312,8 @@ fn read(message: wire::CoordinatorMessage) -> Result<FromCoordinator, Malformed>
             }
             Message::GroupJoin(join) => FromCoordinator::Join(from_wire::membership(join)?),
             Message::GroupPeers(peers) => {
-                FromCoordinator::Peers(from_wire::group_id(peers.group)?, peers.addresses)
+                let (group, addresses) = from_wire::group_peers(peers)?;
+                FromCoordinator::Peers(group, addresses)
             }
             Message::GroupAbort(abort) => {
                 FromCoordinator::Abort(from_wire::group_id(abort.group)?, abort.reason)

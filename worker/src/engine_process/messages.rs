@@ -115,7 +115,7 @@ pub(super) fn to_wire(command: Command) -> wire::ToEngine {
         Command::Join(membership) => Message::Join(wired::membership(&membership)),
         Command::Peers { group, addresses } => Message::Peers(wire::GroupPeers {
             group: Some(wired::group_id(&group)),
-            addresses,
+            addresses: addresses.into_iter().map(Into::into).collect(),
         }),
         Command::Abort { group, reason } => Message::Abort(wire::GroupAbort {
             group: Some(wired::group_id(&group)),

@@ -32,8 +32,9 @@ use distillery_common::storage::fault::DelayStore;
 use distillery_common::storage::layout::{self, Key, Prefix};
 use distillery_common::storage::{FileEntry, Store};
 use distillery_common::task::{Lease, TaskId};
+use distillery_tests::figure::{Figure, at_least, at_most};
 
-use self::measure::{Figure, Ratios, Rounds, at_least, at_most, median};
+use self::measure::{Ratios, Rounds, median};
 use self::pyarrow::Pyarrow;
 
 const ROUNDS: usize = 5;
