@@ -39,7 +39,18 @@ pub enum Malformed {
         /// Members of the group.
         world: u32,
     },
+    /// A step beyond the last one, or a last one that nobody could reach.
+    #[error("step {step} of {total} is none")]
+    Step {
+        /// Steps done.
+        step: u64,
+        /// Steps of the stage.
+        total: u64,
+    },
 }
+
+/// More steps than any stage has: what is reckoned with steps cannot overflow.
+const MAX_STEPS: u64 = 1 << 48;
 
 /// A task's name.
 pub fn task_id(task: wire::TaskId) -> Result<TaskId, Malformed> {
@@ -173,16 +184,21 @@ pub fn group_phase(phase: i32) -> Result<Phase, Malformed> {
     }
 }
 
-/// How far a member is.
+/// How far a member is. Speeds that are no numbers are not known, hence 0; a loss may be anything.
 pub fn group_progress(progress: wire::GroupProgress) -> Result<Progress, Malformed> {
+    let (step, total) = (progress.step, progress.total_steps);
+    if step > total || total > MAX_STEPS {
+        return Err(Malformed::Step { step, total });
+    }
+    let known = |speed: f64| if speed.is_finite() { speed } else { 0.0 };
     Ok(Progress {
         group: group_id(progress.group)?,
         phase: group_phase(progress.phase)?,
         step: progress.step,
         total_steps: progress.total_steps,
         loss: progress.loss,
-        samples_per_second: progress.samples_per_second,
-        step_ms: progress.step_ms,
+        samples_per_second: known(progress.samples_per_second),
+        step_ms: known(progress.step_ms),
     })
 }
 
@@ -213,6 +229,32 @@ fn stage_name(text: String) -> Result<String, Malformed> {
 mod tests {
     use super::*;
     use crate::proto::to_wire;
+
+    /// A beat with these numbers once ended the coordinator: it adds to steps, and makes durations of times.
+    #[test]
+    fn progress_that_cannot_be_is_refused_and_speeds_that_are_none_are_not_known() {
+        let said = |step, total_steps, step_ms| wire::GroupProgress {
+            group: Some(wire::GroupId {
+                stage: "seg4".into(),
+                generation: 1,
+            }),
+            phase: wire::GroupPhase::Stepping.into(),
+            step,
+            total_steps,
+            loss: f64::NAN,
+            samples_per_second: f64::INFINITY,
+            step_ms,
+        };
+        for (step, total) in [(41, 40), (u64::MAX, 40), (u64::MAX, u64::MAX), (1, 1 << 49)] {
+            let refused = group_progress(said(step, total, 1.0));
+            assert_eq!(refused, Err(Malformed::Step { step, total }));
+        }
+        for unknown in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let read = group_progress(said(40, 40, unknown)).expect("the step is one");
+            assert_eq!((read.step_ms, read.samples_per_second), (0.0, 0.0));
+            assert!(read.loss.is_nan(), "a loss that is none is told as it is");
+        }
+    }
 
     fn some_lease() -> Lease {
         Lease {

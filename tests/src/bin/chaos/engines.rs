@@ -12,7 +12,9 @@ const PER_RUN: u64 = 5;
 
 /// SIGKILL, or SIGSTOP and later SIGCONT.
 pub(crate) fn hurt(context: &Context, score: &mut Score) -> anyhow::Result<()> {
-    let mut setting = Setting::small(&context.base, &[]);
+    // Three groups in a row without a checkpoint end a run, as they should: checkpoints come faster than faults.
+    let often = [("every_steps: 10", "every_steps: 2")];
+    let mut setting = Setting::small(&context.base, &often);
     let mut undisturbed = Site::begin(&setting)?;
     undisturbed.finish()?;
     setting.pace = (250, 40);
@@ -23,7 +25,8 @@ pub(crate) fn hurt(context: &Context, score: &mut Score) -> anyhow::Result<()> {
         let mut site = Site::begin(&setting)?;
         score.runs += 1;
         let mut faults = 0;
-        while faults < PER_RUN && !context.is_over(score.faults) && !site.succeeded()? {
+        let life = site.lives.len() - 1;
+        while faults < PER_RUN && !context.is_over(score.faults) && site.ended(life)?.is_none() {
             std::thread::sleep(Duration::from_millis(stream.below(800).into()));
             let engines = site.engines();
             let Some(&engine) = engines.get(stream.below(engines.len().max(1) as u32) as usize)

@@ -111,10 +111,12 @@ fn held(said: &[Said], worker: &str) -> Option<String> {
             .find_map(|name| said.message.strip_prefix(name));
         rest.map(str::to_owned)
     })?;
-    let by = format!(" by {incarnation}");
     said.iter().rev().find_map(|said| {
-        let task = said.message.strip_prefix("granted ")?.strip_suffix(&by)?;
-        task.split(' ').next().map(str::to_owned)
+        // "granted TASK attempt N by REGISTRATION: why"
+        let grant = said.message.strip_prefix("granted ")?;
+        let grant = grant.split(':').next()?;
+        let (task, by) = (grant.split(' ').next()?, grant.rsplit(' ').next()?);
+        (by == incarnation).then(|| task.to_owned())
     })
 }
 
