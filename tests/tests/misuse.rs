@@ -467,7 +467,6 @@ async fn a_worker_that_reports_nonsense_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the scheduler takes a report on a group from whoever sends it"]
 async fn a_worker_cannot_speak_for_a_group_that_it_is_no_member_of() {
     speak(hearsay).await;
 }

@@ -225,7 +225,7 @@ impl Machine {
                 let progress = tasks.first().map(|task| (task.done, task.total));
                 self.fleet.note(who, rss_bytes, progress);
                 if let Some(progress) = group {
-                    self.group_progress(progress, now);
+                    self.group_progress(who, progress, now);
                 }
                 self.send(who, ToWorker::BeatAck { seq }, out);
                 return false;
@@ -247,7 +247,7 @@ impl Machine {
                 rank,
                 address,
             } => {
-                self.group_ready(&group, rank, address, now, out);
+                self.group_ready((who, rank), &group, address, now, out);
                 self.send(who, ToWorker::ReportAck { seq }, out);
             }
             FromWorker::CheckpointCommitted { seq, checkpoint } => {
@@ -268,7 +268,7 @@ impl Machine {
                 rank,
                 failure,
             } => {
-                self.group_failed(&group, rank, &failure, now, out);
+                self.group_failed((who, rank), &group, &failure, now, out);
                 self.send(who, ToWorker::ReportAck { seq }, out);
             }
             FromWorker::Goodbye { reason } => {

@@ -223,23 +223,30 @@ impl Machine {
         self.final_checkpoint(at).map(|checkpoint| checkpoint.key)
     }
 
+    /// Position of the stage whose live group is `id`, if `who` is its member of that rank. Nobody speaks for others.
+    fn group_of(&self, (who, rank): (Incarnation, u32), id: &GroupId) -> Option<usize> {
+        let at = self.live_group(id)?;
+        let (_, members) = self.stages[at].group()?.formed()?;
+        (members.get(rank as usize) == Some(&who)).then_some(at)
+    }
+
     /// A member listens.
     pub(super) fn group_ready(
         &mut self,
+        member: (Incarnation, u32),
         id: &GroupId,
-        rank: u32,
         address: String,
         now: Duration,
         out: &mut Vec<Action>,
     ) {
-        let Some(at) = self.live_group(id) else {
+        let Some(at) = self.group_of(member, id) else {
             return;
         };
         match self.stages[at].group_mut() {
             Some(Group::Exchanging {
                 members, addresses, ..
-            }) if (rank as usize) < members.len() => {
-                addresses[rank as usize] = Some(address);
+            }) => {
+                addresses[member.1 as usize] = Some(address);
                 // Looked at before anything is copied: this is asked once for each member.
                 if addresses.iter().any(Option::is_none) {
                     return;
@@ -260,14 +267,15 @@ impl Machine {
                 let reason = "the coordinator restarted while addresses were exchanged";
                 self.abort(at, reason, false, now, out);
             }
-            Some(Group::Exchanging { .. } | Group::Stepping { .. } | Group::Gathering { .. })
-            | None => {}
+            Some(Group::Stepping { .. } | Group::Gathering { .. }) | None => {}
         }
     }
 
     /// A member of a live group said how far it is.
-    pub(super) fn group_progress(&mut self, said: Progress, now: Duration) {
-        let Some(at) = self.live_group(&said.group) else {
+    pub(super) fn group_progress(&mut self, who: Incarnation, said: Progress, now: Duration) {
+        let is_member =
+            (self.fleet.get(who)).is_some_and(|w| w.group.as_ref() == Some(&said.group));
+        let Some(at) = self.live_group(&said.group).filter(|_| is_member) else {
             return;
         };
         if let Some(Group::Stepping {
@@ -296,16 +304,16 @@ impl Machine {
     /// A member cannot go on.
     pub(super) fn group_failed(
         &mut self,
+        member: (Incarnation, u32),
         id: &GroupId,
-        rank: u32,
         failure: &Failure,
         now: Duration,
         out: &mut Vec<Action>,
     ) {
-        let Some(at) = self.live_group(id) else {
+        let Some(at) = self.group_of(member, id) else {
             return;
         };
-        let reason = format!("rank {rank}: {failure}");
+        let reason = format!("rank {}: {failure}", member.1);
         match failure.class.remedy() {
             Remedy::RetryFree if self.is_stopping() => self.abort(at, &reason, false, now, out),
             Remedy::RetryFree => {

@@ -269,10 +269,14 @@ impl Ledger {
                     format!("succeeded without {open:?}")
                 })
             }
+            // Nothing here damages what was written, so no group may be given up for it.
+            Record::GenerationFailed { reason, .. } => {
+                let damaged = reason.contains("does not hold what it says");
+                ensure("I9", !damaged, || reason.clone())
+            }
             Record::TaskFailedCounted { .. }
             | Record::Quarantined { .. }
             | Record::StageStarted { .. }
-            | Record::GenerationFailed { .. }
             | Record::GrantsReached { .. }
             | Record::Paused { .. }
             | Record::Resumed

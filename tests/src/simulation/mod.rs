@@ -115,29 +115,18 @@ async fn live(history: &History, verbose: bool) -> Result<Account, Violation> {
 /// Lets a fault happen.
 fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
     world.state().account.faults[fault.kind()] += 1;
-    let newest = world.living(None, Role::Coordinator).pop();
     let agents = |worker| world.living(Some(Host::Worker(worker)), Role::Agent);
     let engines = |worker| world.living(Some(Host::Worker(worker)), Role::Engine);
+    let pause = |pids: Vec<_>, ms| pids.into_iter().for_each(|pid| world.pause(pid, ms));
     match fault {
         Fault::KillWorker { worker, silent } => {
-            agents(worker)
-                .into_iter()
-                .for_each(|pid| world.kill(pid, silent));
+            for pid in agents(worker) {
+                world.kill(pid, silent);
+            }
         }
-        Fault::PauseWorker { worker, ms } => {
-            agents(worker)
-                .into_iter()
-                .for_each(|pid| world.pause(pid, ms));
-        }
-        Fault::PauseHost { worker, ms } => {
-            let all = agents(worker).into_iter().chain(engines(worker));
-            all.for_each(|pid| world.pause(pid, ms));
-        }
-        Fault::HangEngine { worker, ms } => {
-            engines(worker)
-                .into_iter()
-                .for_each(|pid| world.pause(pid, ms));
-        }
+        Fault::PauseWorker { worker, ms } => pause(agents(worker), ms),
+        Fault::PauseHost { worker, ms } => pause([agents(worker), engines(worker)].concat(), ms),
+        Fault::HangEngine { worker, ms } => pause(engines(worker), ms),
         Fault::CrashEngine { worker, killed } => {
             for pid in engines(worker) {
                 world.blame(pid, killed);
@@ -150,6 +139,53 @@ fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
                 told.send_replace(leave);
             }
         }
+        Fault::ClockJump { ms } => {
+            let all = world.state().processes.keys().copied().collect();
+            pause(all, ms);
+        }
+        Fault::KillCoordinator { .. }
+        | Fault::PauseCoordinator { .. }
+        | Fault::Rival
+        | Fault::PartitionCoordinator { .. }
+        | Fault::PauseRun { .. }
+        | Fault::Stop { .. } => strike_coordinator(world, objects, fault),
+        Fault::CutStream { .. }
+        | Fault::Partition { .. }
+        | Fault::Delay { .. }
+        | Fault::Duplicate { .. }
+        | Fault::Store { .. } => strike_between(world, fault),
+    }
+}
+
+/// Lets a fault happen to the newest coordinator.
+fn strike_coordinator(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
+    let newest = world.living(None, Role::Coordinator).pop();
+    match (fault, newest) {
+        (Fault::Rival, _) => coordinator::start(world, objects),
+        (Fault::Stop { now }, _) => coordinator::ask_to_stop(world, now),
+        (Fault::PauseRun { ms }, _) => coordinator::pause_run(world, ms),
+        (Fault::KillCoordinator { silent }, Some(pid)) => world.kill(pid, silent),
+        (Fault::PauseCoordinator { ms }, Some(pid)) => world.pause(pid, ms),
+        (
+            Fault::PartitionCoordinator {
+                peer,
+                direction,
+                ms,
+            },
+            Some(pid),
+        ) => {
+            let host = world.state().processes[&pid].host;
+            world.cut(host, peer, direction, ms);
+        }
+        // There is none to strike.
+        (_, _) => {}
+    }
+}
+
+/// Lets a fault happen to what lies between processes.
+fn strike_between(world: &Arc<World>, fault: Fault) {
+    let until = |ms| moment() + Duration::from_millis(ms);
+    match fault {
         Fault::CutStream {
             worker,
             worker_first,
@@ -173,44 +209,18 @@ fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
             up_to_ms,
             ms,
         } => world.slow_down(worker, up_to_ms, ms),
-        Fault::Duplicate { ms } => {
-            world.state().duplicates_until = moment() + Duration::from_millis(ms);
-        }
-        Fault::KillCoordinator { silent } => {
-            newest.into_iter().for_each(|pid| world.kill(pid, silent));
-        }
-        Fault::PauseCoordinator { ms } => {
-            newest.into_iter().for_each(|pid| world.pause(pid, ms));
-        }
-        Fault::Rival => coordinator::start(world, objects),
-        Fault::PartitionCoordinator {
-            peer,
-            direction,
-            ms,
-        } => {
-            let host = newest.map(|pid| world.state().processes[&pid].host);
-            host.into_iter()
-                .for_each(|host| world.cut(host, peer, direction, ms));
-        }
-        Fault::Stop { now } => coordinator::ask_to_stop(world, now),
-        Fault::PauseRun { ms } => coordinator::pause_run(world, ms),
-        Fault::ClockJump { ms } => {
-            let all: Vec<_> = world.state().processes.keys().copied().collect();
-            all.into_iter().for_each(|pid| world.pause(pid, ms));
-        }
+        Fault::Duplicate { ms } => world.state().duplicates_until = until(ms),
         Fault::Store {
             client,
             trouble,
             one_in,
             ms,
-        } => {
-            let until = moment() + Duration::from_millis(ms);
-            world.state().spells.push(Spell {
-                client,
-                trouble,
-                one_in,
-                until,
-            });
-        }
+        } => world.state().spells.push(Spell {
+            client,
+            trouble,
+            one_in,
+            until: until(ms),
+        }),
+        _ => unreachable!("the others strike somebody"),
     }
 }
