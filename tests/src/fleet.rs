@@ -22,7 +22,6 @@ mod commits;
 mod latencies;
 mod worker;
 
-pub use self::commits::commit;
 pub use self::latencies::Latencies;
 
 /// Source addresses that the connections of a fleet are spread over, so that no pair of addresses runs out of ports.

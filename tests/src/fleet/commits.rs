@@ -11,7 +11,7 @@ use distillery_common::task::{CommitSummary, Lease};
 const TRAJECTORIES: &str = "trajectories";
 
 /// The COMMIT of an attempt: where it goes, what it says, and the files that must be there before.
-pub fn commit(lease: &Lease, dataset: Digest, files: u32) -> (Key, TaskCommit, Vec<(Key, Bytes)>) {
+fn commit(lease: &Lease, dataset: Digest, files: u32) -> (Key, TaskCommit, Vec<(Key, Bytes)>) {
     let folder = folder(lease, dataset);
     let made: Vec<(Key, Bytes)> = (0..files)
         .map(|file| {

@@ -16,8 +16,12 @@ pub(crate) struct Beats {
     pub(crate) p50_ms: f64,
     pub(crate) p99_ms: f64,
     pub(crate) max_ms: f64,
-    /// Living workers that were taken for dead, streams that broke, leases that were revoked.
+    /// Living workers that were taken for dead.
     pub(crate) false_deaths: f64,
+    /// Streams that broke; their workers came back.
+    pub(crate) broken: f64,
+    /// Leases that were revoked.
+    pub(crate) revoked: f64,
 }
 
 /// `workers` that hold a task each, for `seconds` after the last of them was welcomed.
@@ -39,7 +43,9 @@ pub(crate) fn measure(place: &Path, workers: u32, seconds: u64) -> Result<Beats>
         p50_ms: figure("beat_p50_ms")?,
         p99_ms: figure("beat_p99_ms")?,
         max_ms: figure("beat_max_ms")?,
-        false_deaths: figure("deaths")? + figure("broken_streams")? + figure("revoked")?,
+        false_deaths: figure("deaths")?,
+        broken: figure("broken_streams")?,
+        revoked: figure("revoked")?,
     })
 }
 

@@ -97,7 +97,7 @@ async fn bench(arguments: &Arguments) -> Result<(Vec<Figure>, Scratch)> {
         let commits = arguments
             .commits
             .unwrap_or(if short { 5_000 } else { 100_000 });
-        bench_restart(commits, &scratch).await?;
+        bench_restart(commits, &scratch)?;
     }
     Ok((figures, scratch))
 }
@@ -118,6 +118,10 @@ fn bench_beats(arguments: &Arguments, scratch: &Scratch, peers: &Peers) -> Resul
     println!(
         "{workers} workers, {:.0} beats/s: p50 {:.2} ms, p99 {:.2} ms, max {:.0} ms; the fleet took {:.2} cores",
         beats.beats_per_second, beats.p50_ms, beats.p99_ms, beats.max_ms, beats.fleet_cores
+    );
+    println!(
+        "{} streams broke, {} leases were revoked",
+        beats.broken, beats.revoked
     );
     // At the rate of a whole core; what a beat costs hardly depends on their number.
     let capacity = beats.beats_per_second / beats.cores.max(0.01);
@@ -254,11 +258,11 @@ fn bench_starts(rounds: usize, scratch: &Scratch) -> Result<Vec<Figure>> {
 }
 
 /// No goal speaks of it, but control-plane.md's two seconds (U3) do.
-async fn bench_restart(commits: u64, scratch: &Scratch) -> Result<()> {
-    let restart = starts::restart(&scratch.folder("restart")?, commits).await?;
+fn bench_restart(commits: u64, scratch: &Scratch) -> Result<()> {
+    let restart = starts::restart(&scratch.folder("restart")?, commits)?;
     println!(
-        "restart with {commits} COMMITs: first grant after {:.0} ms, and {:.0} ms the time after; peak {:.0} MiB",
-        restart.first_ms, restart.second_ms, restart.peak_mib
+        "restart with {:.0} COMMITs: first grant after {:.0} ms, and {:.0} ms the time after; peak {:.0} MiB",
+        restart.commits, restart.first_ms, restart.second_ms, restart.peak_mib
     );
     Ok(())
 }

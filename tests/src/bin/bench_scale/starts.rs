@@ -4,15 +4,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use distillery_common::ids::{Incarnation, Term};
-use distillery_common::run::RunRecord;
-use distillery_common::storage::{Store, layout};
-use distillery_common::task::{Lease, TaskId};
-use distillery_tests::fleet;
 use distillery_tests::harness::{EngineKind, Run, repository};
 
 use crate::Scratch;
 use crate::process::{self, Coordinator};
+
+/// COMMITs that a fleet makes in a second, about, each on the disk.
+const COMMITS_PER_SECOND: u64 = 2500;
 
 /// Milliseconds from the start of `coordinator run` on the quickstart to its first grant: with local workers of its
 /// own, and an empty cache, then `rounds` times with what the first one remembered.
@@ -46,6 +44,8 @@ pub(crate) fn binary_mib() -> Result<f64> {
 
 /// What it takes to start again where much is done.
 pub(crate) struct Restart {
+    /// COMMITs in the store, about.
+    pub(crate) commits: f64,
     /// Milliseconds to the first grant of the first start after the COMMITs came.
     pub(crate) first_ms: f64,
     /// And of the one after that, which finds what the first one wrote down.
@@ -54,19 +54,35 @@ pub(crate) struct Restart {
     pub(crate) peak_mib: f64,
 }
 
-/// Starts a coordinator whose store holds `commits` of them, twice.
-pub(crate) async fn restart(place: &Path, commits: u64) -> Result<Restart> {
-    let coordinator = Coordinator::start(process::run(place, commits + 100_000)?)?;
-    let store = Store::open(&coordinator.run.output().display().to_string())?;
+/// Lets a fleet commit tasks for about as long as `commits` of them take, kills everything, and starts the coordinator
+/// twice: what it finds was written by the product itself, its index and its marks too.
+pub(crate) fn restart(place: &Path, commits: u64) -> Result<Restart> {
+    let coordinator = Coordinator::start(process::run(place, 10 * commits)?)?;
+    let seconds = (commits / COMMITS_PER_SECOND).max(1);
+    let mut fleet = coordinator.fleet(64, seconds, &["--task-ms", "0", "--files", "0"])?;
+    fleet.line()?;
+    let counted: serde_json::Value = serde_json::from_str(&fleet.line()?)?;
+    let rate = counted["commits_per_second"].as_f64().context("a rate")?;
     let run = coordinator.kill()?;
-    lay(&store, commits).await?;
-    let (first_ms, _, run) = life(run, 1)?;
-    let (second_ms, peak_mib, _) = life(run, 2)?;
+    drop(fleet);
+    let lives = first_grants_in(&run);
+    let (first_ms, _, run) = life(run, lives + 1)?;
+    let (second_ms, peak_mib, _) = life(run, lives + 2)?;
     Ok(Restart {
+        commits: rate * seconds as f64,
         first_ms,
         second_ms,
         peak_mib,
     })
+}
+
+/// Lives in a run's log that granted something.
+fn first_grants_in(run: &Run) -> usize {
+    let log = run.output().with_file_name("coordinator.log");
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    text.lines()
+        .filter(|line| line.contains("first grant"))
+        .count()
 }
 
 /// One life up to its first grant, to a single worker, and a while longer so that what it found can be written down.
@@ -77,31 +93,4 @@ fn life(run: Run, lives: usize) -> Result<(f64, f64, Run)> {
     std::thread::sleep(Duration::from_secs(3));
     let peak = process::memory_mib(coordinator.pid, "VmHWM")?;
     Ok((grant, peak, coordinator.kill()?))
-}
-
-/// Puts COMMITs as workers would have put them, each with one file, but without waiting for the disk.
-async fn lay(store: &Store, commits: u64) -> Result<()> {
-    let record = RunRecord::from_bytes(&store.get(&layout::run_record()).await?)?;
-    let dataset = record.dataset_digest.context("the run has a dataset")?;
-    for index in 0..commits {
-        let lease = Lease {
-            term: Term(1),
-            task: TaskId {
-                stage: "trajectories".into(),
-                index,
-            },
-            attempt: 1,
-            incarnation: Incarnation::new(Term(1), 1),
-        };
-        let (key, commit, mut objects) = fleet::commit(&lease, dataset, 1);
-        objects.push((key, commit.to_bytes()));
-        for (key, body) in objects {
-            let path = store.local_file(&key).context("the store is a folder")?;
-            if let Some(folder) = path.parent() {
-                std::fs::create_dir_all(folder)?;
-            }
-            std::fs::write(path, body)?;
-        }
-    }
-    Ok(())
 }
