@@ -369,6 +369,17 @@ impl Draw {
         }
     }
 
+    /// One that nobody is spared.
+    fn fault_of_all(&mut self) -> Fault {
+        match self.below(3) {
+            0 => Fault::Stop {
+                now: self.below(2) == 0,
+            },
+            1 => Fault::PauseRun { ms: self.span() },
+            _ => Fault::ClockJump { ms: self.span() },
+        }
+    }
+
     fn fault(&mut self) -> Fault {
         let worker = self.below(WORKERS as u64) as usize;
         match self.below(30) {
@@ -423,13 +434,7 @@ impl Draw {
                 direction: self.direction(),
                 ms: self.span(),
             },
-            24 => match self.below(3) {
-                0 => Fault::Stop {
-                    now: self.below(2) == 0,
-                },
-                1 => Fault::PauseRun { ms: self.span() },
-                _ => Fault::ClockJump { ms: self.span() },
-            },
+            24 => self.fault_of_all(),
             _ => Fault::Store {
                 client: match self.below(3) {
                     0 => Client::Coordinators,
