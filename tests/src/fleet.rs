@@ -216,13 +216,3 @@ impl Fleet {
 pub fn now() -> Instant {
     Instant::now()
 }
-
-/// Lets this process, and those it starts, have as many open files as it may.
-pub fn open_files() -> Option<(u64, u64)> {
-    let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
-    let line = limits
-        .lines()
-        .find(|line| line.starts_with("Max open files"))?;
-    let mut numbers = line.split_whitespace().filter_map(|word| word.parse().ok());
-    Some((numbers.next()?, numbers.next()?))
-}
