@@ -104,8 +104,19 @@ pub fn failure(failure: Option<wire::Failure>) -> Result<Failure, Malformed> {
     let failure = failure.ok_or(Malformed::Missing("failure"))?;
     Ok(Failure {
         class: failure_class(failure.class),
-        message: failure.message,
+        message: plain(failure.message),
     })
+}
+
+/// Text that a terminal shows and does not obey: what comes from elsewhere may hold anything.
+fn plain(text: String) -> String {
+    let is_plain = |c: char| !c.is_control() || c == '\n' || c == '\t';
+    if text.chars().all(is_plain) {
+        return text;
+    }
+    text.chars()
+        .map(|c| if is_plain(c) { c } else { '\u{fffd}' })
+        .collect()
 }
 
 /// What a COMMIT says.
@@ -229,6 +240,16 @@ fn stage_name(text: String) -> Result<String, Malformed> {
 mod tests {
     use super::*;
     use crate::proto::to_wire;
+
+    #[test]
+    fn a_message_cannot_command_a_terminal() {
+        let said = wire::Failure {
+            class: wire::FailureClass::Io.into(),
+            message: "disk\u{1b}[2Jfull\r\n\tdevice µ".into(),
+        };
+        let heard = failure(Some(said)).expect("whole");
+        assert_eq!(heard.message, "disk\u{fffd}[2Jfull\u{fffd}\n\tdevice µ");
+    }
 
     /// A beat with these numbers once ended the coordinator: it adds to steps, and makes durations of times.
     #[test]

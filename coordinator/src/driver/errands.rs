@@ -184,10 +184,14 @@ impl Shared {
             Work::Tasks(_) if stage.kind == Kind::Trajectories => {
                 self.find_trajectories(at, granted_below).await
             }
-            Work::Tasks(_) => Ok(Finding::Tasks {
-                commits: self.find_commits(at, granted_below).await?,
-                sealed: None,
-            }),
+            Work::Tasks(_) => {
+                let (commits, unindexed) = self.find_commits(at, granted_below).await?;
+                Ok(Finding::Tasks {
+                    commits,
+                    unindexed,
+                    sealed: None,
+                })
+            }
             Work::Training(training) => {
                 let found = self.find_checkpoints(&stage.name, training.steps).await?;
                 Ok(Finding::Checkpoints(found))
@@ -212,11 +216,15 @@ impl Shared {
                 self.dataset.digest.short()
             )));
         }
-        let commits = match sealed {
-            Some(_) => BTreeMap::new(),
+        let (commits, unindexed) = match sealed {
+            Some(_) => Default::default(),
             None => self.find_commits(at, granted_below).await?,
         };
-        Ok(Finding::Tasks { commits, sealed })
+        Ok(Finding::Tasks {
+            commits,
+            unindexed,
+            sealed,
+        })
     }
 
     fn dataset_folder(&self) -> Prefix {
@@ -246,15 +254,15 @@ impl Shared {
 
     /// Every COMMIT of a task stage: those that the index has, and those among the rest. From `granted_below` on
     /// there are none, so that a few of the others are looked for one by one; without that bound, or where the
-    /// index lacks many, the store is listed.
+    /// index lacks many, the store is listed. Also gives those that the index lacks.
     async fn find_commits(
         &self,
         at: usize,
         granted_below: Option<u64>,
-    ) -> Result<BTreeMap<u64, CommitSummary>, Trouble> {
+    ) -> Result<(BTreeMap<u64, CommitSummary>, Vec<u64>), Trouble> {
         let stage = &self.plan.stages[at];
         let Work::Tasks(tasks) = &stage.work else {
-            return Ok(BTreeMap::new());
+            return Ok(Default::default());
         };
         let folder = self.tasks_folder(at);
         let key_of = |index| layout::commit(&self.task_folder(at, index)).to_string();
@@ -288,8 +296,10 @@ impl Shared {
             .buffered(AT_A_TIME)
             .try_collect()
             .await?;
-        commits.extend(found.into_iter().flatten());
-        Ok(commits)
+        let found: Vec<_> = found.into_iter().flatten().collect();
+        let unindexed = found.iter().map(|(index, _)| *index).collect();
+        commits.extend(found);
+        Ok((commits, unindexed))
     }
 
     /// The indexes below `folder` that have a COMMIT and are not among `known`.

@@ -183,6 +183,8 @@ pub enum Finding {
     Tasks {
         /// By index.
         commits: BTreeMap<u64, CommitSummary>,
+        /// Those of them that the commit index does not have.
+        unindexed: Vec<u64>,
         /// Digest of the sealed manifest.
         sealed: Option<Digest>,
     },

@@ -110,8 +110,14 @@ impl Machine {
                     self.revoke_done(at, out);
                 }
             }
-            (Ok(Finding::Tasks { commits, .. }), Work::Tasks(tasks)) => {
-                self.start_tasks(at, &tasks, commits, now, out);
+            (
+                Ok(Finding::Tasks {
+                    commits, unindexed, ..
+                }),
+                Work::Tasks(tasks),
+            ) => {
+                self.start_tasks(at, &tasks, (commits, unindexed), now, out);
+                self.index(at, out);
             }
             (Ok(Finding::Checkpoints(mut found)), Work::Training(training)) => {
                 found.sort();
@@ -149,7 +155,7 @@ impl Machine {
         &mut self,
         at: usize,
         tasks: &Tasks,
-        commits: BTreeMap<u64, CommitSummary>,
+        (commits, unindexed): (BTreeMap<u64, CommitSummary>, Vec<u64>),
         now: Duration,
         out: &mut Vec<Action>,
     ) {
@@ -164,6 +170,8 @@ impl Machine {
             .filter(|(index, _)| *index < tasks.count && !quarantined.contains(index))
             .collect();
         let mut board = Board::new(tasks.count, commits, quarantined);
+        // A short life may commit too little for a part of the index: what it found goes into the next one's.
+        board.unindexed = unindexed;
         // Workers that outlived the last coordinator said what they hold before we knew what is done.
         let held: Vec<_> = self
             .fleet

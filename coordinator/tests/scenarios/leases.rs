@@ -270,6 +270,43 @@ fn a_restart_looks_only_where_tasks_were_leased() {
     assert!(machine.handle(ms(0), Event::Tick).contains(&inspection));
 }
 
+/// Lives too short for a part of the index left every COMMIT to be listed and read at each restart.
+#[test]
+fn what_a_restart_had_to_look_for_is_indexed() {
+    let plan = one_stage(1500);
+    let mut scene = Scene::new(plan.clone());
+    scene.join(1);
+    let durable = Durable::replay(&scene.records);
+    let mut machine = Machine::new(plan, Timings::default(), durable);
+    machine.handle(ms(0), Event::Tick);
+    let commit = |index: u64| {
+        let commit = CommitSummary {
+            key: format!("k{index}"),
+            rows: 1,
+            bytes: 1,
+            digest: Digest::of(b"x"),
+        };
+        (index, commit)
+    };
+    let found = Event::Inspected {
+        stage: 0,
+        finding: Ok(Finding::Tasks {
+            commits: (0..1400).map(commit).collect(),
+            unindexed: (200..1400).collect(),
+            sealed: None,
+        }),
+    };
+    let actions = machine.handle(ms(1), found.clone());
+    let part = Action::Index {
+        stage: 0,
+        term: Term(1),
+        part: 0,
+        commits: (200..1400).map(commit).collect(),
+    };
+    assert!(actions.contains(&part));
+    assert!(!machine.handle(ms(2), found).contains(&part), "once");
+}
+
 #[test]
 fn every_thousand_commits_go_into_the_index() {
     let mut scene = Scene::new(one_stage(2100));

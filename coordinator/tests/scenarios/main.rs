@@ -188,6 +188,7 @@ impl Scene {
             .collect();
         Finding::Tasks {
             commits,
+            unindexed: vec![],
             sealed: None,
         }
     }
