@@ -376,7 +376,7 @@ impl Worker {
             group: member.group.clone(),
             phase,
             step: self.seq,
-            total_steps: u64::MAX,
+            total_steps: 1_000_000,
             loss: 0.5,
             samples_per_second: 1.0,
             step_ms: 1.0,
