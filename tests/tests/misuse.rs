@@ -11,6 +11,7 @@ use distillery_common::proto::wire::{self, report, worker_message};
 use distillery_common::proto::{PROTOCOL_VERSION, to_wire};
 use distillery_common::security::{Join, ShowToken};
 use distillery_common::task::{Failure, FailureClass};
+use distillery_common::telemetry::Stopwatch;
 use distillery_tests::harness::{EngineKind, Run, Target, sim_recipe};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -480,6 +481,7 @@ async fn speak(messages: fn() -> Vec<(&'static str, wire::WorkerMessage)>) {
     let mut live = Live::start();
     // Again and again, so that every stage hears it all.
     let mut rounds = 0;
+    let watch = Stopwatch::start();
     while live.run.ended().expect("asked").is_none() {
         for (what, nonsense) in messages() {
             if live.run.ended().expect("asked").is_some() {
@@ -494,7 +496,7 @@ async fn speak(messages: fn() -> Vec<(&'static str, wire::WorkerMessage)>) {
         }
         rounds += 1;
         assert!(
-            rounds < 100,
+            watch.elapsed() < PATIENCE,
             "the run does not end:\n{}",
             live.run.log_tail()
         );
