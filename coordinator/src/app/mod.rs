@@ -257,7 +257,6 @@ fn timings(recipe: &Recipe, waits: &[Wait]) -> anyhow::Result<Timings> {
     if recipe.cluster.launcher == Launcher::Local {
         // Local workers cannot outlive their coordinator, and need no more than an engine's step to leave.
         timings.reattach = std::time::Duration::ZERO;
-        timings.reattach_tasks = std::time::Duration::ZERO;
         timings.drain = std::time::Duration::from_secs(30);
     }
     waits::apply(waits, &mut timings).context("--timings or DISTILLERY_TIMINGS")?;

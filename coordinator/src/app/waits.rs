@@ -38,7 +38,7 @@ pub enum Wrong {
 
 type Field = (&'static str, fn(&mut Timings) -> &mut Duration);
 
-const FIELDS: [Field; 18] = [
+const FIELDS: [Field; 17] = [
     ("beat", |t| &mut t.beat),
     ("suspect", |t| &mut t.suspect),
     ("lease_ttl", |t| &mut t.lease_ttl),
@@ -52,7 +52,6 @@ const FIELDS: [Field; 18] = [
     ("last_call", |t| &mut t.last_call),
     ("keep_for_group", |t| &mut t.keep_for_group),
     ("reattach", |t| &mut t.reattach),
-    ("reattach_tasks", |t| &mut t.reattach_tasks),
     ("hang", |t| &mut t.hang),
     ("drain", |t| &mut t.drain),
     ("retry", |t| &mut t.retry),

@@ -199,7 +199,7 @@ impl Machine {
         if back.contains(&false) {
             self.abort(at, "a member came back without its group", false, now, out);
         } else if back.len() == members.len() {
-            let group = group::stepping(id.clone(), members.clone(), now);
+            let group = group::stepping(id.clone(), members.clone(), None, now);
             self.stages[at] = State::Training(group);
         }
     }
@@ -225,7 +225,7 @@ impl Machine {
                 let progress = tasks.first().map(|task| (task.done, task.total));
                 self.fleet.note(who, rss_bytes, progress);
                 if let Some(progress) = group {
-                    self.group_progress(who, progress, now);
+                    self.group_progress(who, progress, now, out);
                 }
                 self.send(who, ToWorker::BeatAck { seq }, out);
                 return false;

@@ -45,12 +45,9 @@ pub struct Timings {
     pub last_call: Duration,
     /// How long idle workers are kept for a group that lacks members.
     pub keep_for_group: Duration,
-    /// How long the members of a group may take to come back after a restart of the coordinator; zero when they
-    /// cannot have outlived it.
+    /// How long workers may take to come back after a restart of the coordinator: members of a group, and holders of
+    /// tasks; zero when none can have outlived it.
     pub reattach: Duration,
-    /// How long tasks that may have been leased before a restart of the coordinator wait for their holders to come
-    /// back; zero when those cannot have outlived it.
-    pub reattach_tasks: Duration,
     /// How long a group may stand still; five steps if those are longer, ten times more at first.
     pub hang: Duration,
     /// How long workers may take to leave.
@@ -88,7 +85,6 @@ impl Default for Timings {
             last_call: s(1),
             keep_for_group: s(30),
             reattach: s(10),
-            reattach_tasks: s(30),
             hang: s(60),
             drain: s(120),
             retry: s(1),

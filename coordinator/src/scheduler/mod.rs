@@ -13,6 +13,7 @@ mod failed_task;
 mod fleet;
 mod grant;
 mod group;
+mod group_report;
 mod invariants;
 mod machine;
 mod record;

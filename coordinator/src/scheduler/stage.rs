@@ -217,7 +217,7 @@ impl Machine {
         granted_below: u64,
         now: Duration,
     ) -> Option<Action> {
-        let wait = self.timings.reattach_tasks;
+        let wait = self.timings.reattach;
         let reserved: Vec<_> = board.pending.range(..granted_below).copied().collect();
         if wait.is_zero() || reserved.is_empty() {
             return None;

@@ -200,7 +200,7 @@ fn no_copy_is_made_while_tasks_are_open_or_most_are_not_done() {
 
 fn with_reattach() -> Timings {
     Timings {
-        reattach_tasks: Duration::from_secs(20),
+        reattach: Duration::from_secs(20),
         ..Timings::default()
     }
 }
@@ -246,7 +246,7 @@ fn where_no_worker_outlives_its_coordinator_nothing_is_kept_for_it() {
     let mut scene = Scene::new(one_stage(3));
     scene.join(1);
     let local = Timings {
-        reattach_tasks: Duration::ZERO,
+        reattach: Duration::ZERO,
         ..Timings::default()
     };
     scene.restart(one_stage(3), local);

@@ -1178,3 +1178,44 @@ fn a_launcher_that_gives_up_while_the_run_stops_is_no_failure() {
         Some(Outcome::Stopped { .. })
     ));
 }
+
+/// Found by the simulation (seed 1326): where the peers listen was said on a stream that the member had left, and the
+/// group stood still until it was taken for hanging.
+#[test]
+fn a_member_that_did_not_hear_where_its_peers_listen_is_told_again() {
+    let mut scene = Scene::new(small_plan());
+    let group = scene.reach_stepping();
+    let member = Incarnation::new(Term(1), 1);
+    let back = scene.hello(11, Some(member), vec![], Some(group.clone()));
+    assert_eq!(back, member);
+    let waits = |phase| FromWorker::Beat {
+        seq: 1,
+        tasks: vec![],
+        group: Some(Progress {
+            group: group.clone(),
+            phase,
+            step: 0,
+            total_steps: 20,
+            loss: 1.0,
+            samples_per_second: 1.0,
+            step_ms: 1.0,
+        }),
+        rss_bytes: 1,
+    };
+    let peers = |told: &ToWorker| matches!(told, ToWorker::GroupPeers { .. });
+    scene.says(11, waits(Phase::Syncing));
+    assert!(!scene.was_told(11, peers));
+    scene.says(11, waits(Phase::Exchanging));
+    assert!(scene.was_told(11, peers));
+
+    // A coordinator that did not form the group does not know the addresses.
+    scene.restart(small_plan(), Timings::default());
+    for n in [1, 2] {
+        let incarnation = Incarnation::new(Term(1), n as u32);
+        scene.hello(20 + n, Some(incarnation), vec![], Some(group.clone()));
+    }
+    scene.says(21, waits(Phase::Exchanging));
+    let aborted = |told: &ToWorker| matches!(told, ToWorker::GroupAbort { .. });
+    assert!(scene.was_told(21, aborted) && scene.was_told(22, aborted));
+    assert_eq!(scene.machine.durable().stage("seg8").fruitless, 0);
+}

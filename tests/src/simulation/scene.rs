@@ -61,7 +61,6 @@ impl Scene {
             timings.hang = s(20);
             timings.drain = s(20);
             timings.suspect = s(4);
-            timings.reattach_tasks = s(12);
         }
         timings
     }

@@ -20,11 +20,11 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 const TRY_AGAIN: i32 = 75;
 
 /// Waits so short that everything that only time tells is told soon.
-pub(crate) const SHORT_WAITS: &str = "beat=200ms,suspect=600ms,lease_ttl=2s,lease_grace=500ms,\
-     member_silence=1500ms,hang=5s,reattach=1s,reattach_tasks=2s,first_formation=500ms,\
+pub(crate) const SHORT_WAITS: &str = "beat=200ms,suspect=600ms,lease_ttl=1500ms,lease_grace=500ms,\
+     member_silence=1500ms,hang=5s,reattach=1s,first_formation=500ms,\
      last_call=200ms,keep_for_group=2s,sweep=200ms,retry=200ms,retry_cap=2s";
 /// The usual waits, but for those that only make a run on few workers slow to start.
-pub(crate) const USUAL_WAITS: &str = "first_formation=500ms,keep_for_group=2s";
+pub(crate) const USUAL_WAITS: &str = "first_formation=500ms,keep_for_group=2s,reattach=1s";
 
 /// How a run is made.
 #[derive(Debug, Clone)]
