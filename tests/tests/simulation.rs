@@ -253,3 +253,62 @@ fn every_mutant_can_be_applied() {
         .collect();
     assert!(lost.is_empty(), "{lost:#?}");
 }
+
+/// Where its peers listen was said on a stream that a member had left: the group stood still until it was taken for
+/// hanging.
+#[test]
+fn a_member_that_did_not_hear_where_its_peers_listen_is_told_again() {
+    let partition = Fault::Partition {
+        worker: 2,
+        peer: Peer::Workers,
+        direction: Direction::Both,
+        ms: 71_252,
+    };
+    let full = Fault::Store {
+        client: Client::Everybody,
+        trouble: Trouble::Full,
+        one_in: 4,
+        ms: 8_744,
+    };
+    green(&History::with(
+        1326,
+        &[
+            (10_248, Fault::Duplicate { ms: 5_608 }),
+            (58_086, partition),
+            (98_798, Fault::PauseCoordinator { ms: 65_827 }),
+            (120_917, full),
+        ],
+    ));
+}
+
+/// A worker went on to another stage's group before it was known whether its old one had outlived the coordinator; the
+/// coordinator after that waited for it in both.
+#[test]
+fn a_group_whose_member_went_on_to_a_younger_one_is_over() {
+    let slow = Fault::Store {
+        client: Client::Everybody,
+        trouble: Trouble::Slow,
+        one_in: 3,
+        ms: 76_851,
+    };
+    let crash = Fault::CrashEngine {
+        worker: 0,
+        killed: false,
+    };
+    green(&History::with(
+        3112,
+        &[
+            (
+                918,
+                Fault::KillWorker {
+                    worker: 0,
+                    silent: false,
+                },
+            ),
+            (14_870, slow),
+            (27_119, crash),
+            (65_566, Fault::KillCoordinator { silent: false }),
+            (98_129, Fault::Rival),
+        ],
+    ));
+}

@@ -281,7 +281,7 @@ impl Machine {
     }
 
     /// Tells every member that still belongs to `id` to leave it.
-    fn release_members(
+    pub(super) fn release_members(
         &mut self,
         id: &GroupId,
         members: &[Incarnation],

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use distillery_common::group::GroupId;
 use distillery_common::ids::{Digest, Generation};
 use distillery_common::task::{CommitSummary, Lease, TaskId};
 
 use super::action::Action;
 use super::decision::Decision;
-use super::durable::StageLog;
+use super::durable::Formed;
 use super::event::{Finding, Trouble};
 use super::group::Group;
 use super::machine::Machine;
@@ -259,7 +260,10 @@ impl Machine {
                     done: log.newest(&[]).map_or(0, |checkpoint| checkpoint.step),
                     total: training.steps,
                 }));
-                let group = self.reattachable(&stage, &log, now);
+                let group = self.reattachable(&stage, now);
+                if group.is_none() {
+                    self.let_go(&stage, out);
+                }
                 self.stages[at] =
                     State::Training(group.unwrap_or_else(|| Group::gathering(now, true)));
             }
@@ -275,16 +279,13 @@ impl Machine {
     }
 
     /// The group of the last life, if its members may still be at work.
-    fn reattachable(&self, stage: &str, log: &StageLog, now: Duration) -> Option<Group> {
-        let last = log.generations.last()?;
-        if self.timings.reattach.is_zero()
-            || log.ended == Some(last.generation)
-            || last.members.iter().all(|m| m.term() == self.term)
-        {
+    fn reattachable(&self, stage: &str, now: Duration) -> Option<Group> {
+        let last = self.last_formed(stage)?;
+        if self.timings.reattach.is_zero() || last.members.iter().all(|m| m.term() == self.term) {
             return None;
         }
         Some(Group::Reattaching {
-            id: distillery_common::group::GroupId {
+            id: GroupId {
                 stage: stage.to_owned(),
                 generation: last.generation,
             },
@@ -295,9 +296,36 @@ impl Machine {
 
     /// The formation that a returning worker may still belong to.
     pub(super) fn last_generation(&self, stage: &str) -> Option<Generation> {
+        self.last_formed(stage).map(|last| last.generation)
+    }
+
+    /// The last group of a stage, unless it is over: it ended, or one of its members went on to a younger group of
+    /// whatever stage.
+    fn last_formed(&self, stage: &str) -> Option<&Formed> {
         let log = self.durable.stage(stage);
-        let last = log.generations.last()?.generation;
-        (log.sealed.is_none() && log.ended != Some(last)).then_some(last)
+        let last = log.generations.last()?;
+        let all = self
+            .durable
+            .stages
+            .values()
+            .flat_map(|log| &log.generations);
+        let went_on = all
+            .filter(|other| other.generation > last.generation)
+            .any(|other| other.members.iter().any(|m| last.members.contains(m)));
+        let is_over = log.sealed.is_some() || log.ended == Some(last.generation) || went_on;
+        (!is_over).then_some(last)
+    }
+
+    /// Members of a stage's last group that came back to it, although it turned out to be over, are free.
+    fn let_go(&mut self, stage: &str, out: &mut Vec<Action>) {
+        let Some(last) = self.durable.stage(stage).generations.last().cloned() else {
+            return;
+        };
+        let id = GroupId {
+            stage: stage.to_owned(),
+            generation: last.generation,
+        };
+        self.release_members(&id, &last.members, "the group was given up", out);
     }
 
     /// The driver has read a task's COMMIT.
