@@ -150,6 +150,12 @@ fn quickly() -> impl Iterator<Item = String> {
 fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     if from.is_dir() {
         std::fs::create_dir_all(to)?;
+        for there in std::fs::read_dir(to)? {
+            let there = there?;
+            if !from.join(there.file_name()).exists() {
+                remove(&there.path())?;
+            }
+        }
         for entry in std::fs::read_dir(from)? {
             let entry = entry?;
             copy(&entry.path(), &to.join(entry.file_name()))?;
@@ -164,4 +170,13 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     std::fs::write(to, bytes).with_context(|| to.display().to_string())
+}
+
+/// What an earlier copy held, and the sources hold no more.
+fn remove(path: &Path) -> anyhow::Result<()> {
+    let removed = match path.is_dir() {
+        true => std::fs::remove_dir_all(path),
+        false => std::fs::remove_file(path),
+    };
+    removed.with_context(|| path.display().to_string())
 }
