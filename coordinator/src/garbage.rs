@@ -13,7 +13,7 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use distillery_common::checkpoint;
 use distillery_common::commit::TaskCommit;
 use distillery_common::latents::manifest;
-use distillery_common::storage::layout::{self, Key, Prefix};
+use distillery_common::storage::layout::{self, Key};
 use distillery_common::storage::{Entry, Error, Store};
 
 use crate::driver::unique_id;
@@ -188,9 +188,10 @@ type Named = Option<BTreeSet<Key>>;
 
 /// Reads the COMMIT of a place. The inner error says why it cannot be understood.
 async fn named(store: &Store, place: String) -> Result<Result<Named, String>, Error> {
-    let Some((folder, commit)) = commit_of(&place) else {
+    let Some(folder) = layout::parse_committed_folder(&place) else {
         return Ok(Ok(None));
     };
+    let commit = layout::commit(&folder);
     let Some(bytes) = store.find(&commit).await? else {
         return Ok(Ok(None));
     };
@@ -209,25 +210,6 @@ async fn named(store: &Store, place: String) -> Result<Result<Named, String>, Er
     }))
 }
 
-/// The folder of a place and the key of its COMMIT; none where there never is one.
-fn commit_of(place: &str) -> Option<(Prefix, Key)> {
-    let segments: Vec<_> = place.split('/').collect();
-    let folder = match segments[..] {
-        ["trajectories", dataset, shard] => {
-            let index = shard.strip_prefix("shard-")?.parse().ok()?;
-            layout::shard(&layout::dataset(dataset), index)
-        }
-        ["tasks", stage, index] => layout::task(stage, index.parse().ok()?),
-        ["checkpoints", stage, folder] => {
-            let (step, generation) = layout::parse_checkpoint_folder(folder)?;
-            layout::checkpoint(stage, step, generation)
-        }
-        _ => return None,
-    };
-    let commit = layout::commit(&folder);
-    Some((folder, commit))
-}
-
 fn sort_out(
     place: &str,
     entries: Vec<Entry>,
@@ -236,7 +218,7 @@ fn sort_out(
     old: i64,
     garbage: &mut Vec<Garbage>,
 ) {
-    let commit = commit_of(place).map(|(_, commit)| commit);
+    let commit = layout::parse_committed_folder(place).map(|folder| layout::commit(&folder));
     for entry in entries {
         match (named, &commit) {
             (Some(named), _) if named.contains(&entry.key) => {}
@@ -246,7 +228,7 @@ fn sort_out(
             }
             (None, Some(_)) => {}
             (None, None) => {
-                let dataset = place.strip_suffix("/commit-index");
+                let dataset = layout::parse_commit_index(place);
                 if dataset.is_some_and(|dataset| sealed.contains(dataset)) {
                     garbage.push(object(entry, Why::Sealed, None));
                 }

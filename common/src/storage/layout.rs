@@ -168,6 +168,31 @@ pub fn commit_index_part(folder: &Prefix, term: Term, part: u64) -> Key {
     commit_index(folder).key(&format!("t{:06}-{part:06}", term.0))
 }
 
+/// Reads the folder whose commit index lies in `folder`, if it is one.
+pub fn parse_commit_index(folder: &str) -> Option<&str> {
+    folder.strip_suffix("/commit-index")
+}
+
+/// Reads a folder that one COMMIT decides about: a shard, a unit of another task stage, or a checkpoint.
+pub fn parse_committed_folder(folder: &str) -> Option<Prefix> {
+    let segments: Vec<_> = folder.split('/').collect();
+    if !segments.iter().all(|segment| is_segment(segment)) {
+        return None;
+    }
+    match segments[..] {
+        ["trajectories", set, name] => {
+            let index = name.strip_prefix("shard-")?.parse().ok()?;
+            Some(shard(&dataset(set), index))
+        }
+        ["tasks", stage, index] => Some(task(stage, index.parse().ok()?)),
+        ["checkpoints", stage, name] => {
+            let (step, generation) = parse_checkpoint_folder(name)?;
+            Some(checkpoint(stage, step, generation))
+        }
+        _ => None,
+    }
+}
+
 /// One set of trajectories; `dataset` is the short digest that names it.
 pub fn dataset(dataset: &str) -> Prefix {
     Prefix("trajectories".into()).folder(dataset)
@@ -389,6 +414,12 @@ mod tests {
         assert_eq!(journal_segment(7).as_str(), "journal/00000000000000000007");
         assert_eq!(parse_journal_snapshot(&journal_snapshot(7)), Some(7));
         assert_eq!(parse_journal_snapshot(&journal_segment(7)), None);
+        for folder in [shard.clone(), task("evaluate", 7), checkpoint.clone()] {
+            assert_eq!(parse_committed_folder(folder.as_str()), Some(folder));
+        }
+        let index = commit_index(&dataset("d"));
+        assert_eq!(parse_committed_folder(index.as_str()), None);
+        assert_eq!(parse_commit_index(index.as_str()), Some("trajectories/d"));
         assert_eq!(parse_task_commit(&commit(&shard)), Some(42));
         assert_eq!(parse_task_commit(&commit(&task("evaluate", 7))), Some(7));
         assert_eq!(parse_task_commit(&shard_rows(&shard, &lease)), None);

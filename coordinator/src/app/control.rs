@@ -50,6 +50,7 @@ async fn note(found: &Found, record: Record, clock: Clock) -> anyhow::Result<()>
     let is_known = match &record {
         Record::Paused { .. } => journal.durable().paused.is_some(),
         Record::Resumed => journal.durable().paused.is_none(),
+        // A cancellation: an end for good is not followed by another.
         _ => journal
             .durable()
             .outcome
