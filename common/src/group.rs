@@ -31,9 +31,9 @@ pub struct Membership {
     pub rank: u32,
     /// Number of members.
     pub world: u32,
-    /// Steps already applied in the state to start from.
+    /// Steps applied in the newest checkpoint: training starts there, or from a newer state that a member holds.
     pub base_step: u64,
-    /// COMMIT of the checkpoint that holds that state; none at step 0 of a stage.
+    /// COMMIT of that checkpoint; none at step 0 of a stage.
     pub base_checkpoint: Option<String>,
     /// COMMIT of the parent stage's final checkpoint; none in the first stage.
     pub parent_checkpoint: Option<String>,
@@ -119,6 +119,34 @@ pub struct CheckpointCommitted {
     pub is_final: bool,
 }
 
+/// Training state that a member still holds in memory, from an earlier formation of the group or from this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Held {
+    /// Optimizer steps applied in it.
+    pub step: u64,
+    /// Generation whose members held it last.
+    pub generation: Generation,
+}
+
+impl Held {
+    /// Whether it lies on the line of steps that goes on from the checkpoint of `step` by `generation`.
+    ///
+    /// A generation starts from the newest state of its members, or else from the newest checkpoint. So whatever a
+    /// generation holds that is as young as the checkpoint's and no step behind it has gone through that checkpoint. A
+    /// state of an older generation beyond it was not known to the younger one, and is a branch that was given up.
+    pub fn continues(&self, base: Option<Held>) -> bool {
+        base.is_none_or(|base| self.generation >= base.generation && self.step >= base.step)
+    }
+}
+
+/// The rank that all others copy their state from: it has applied the most steps, in the youngest generation, and has
+/// the lowest number of those; none where nobody holds a state.
+pub fn source(held: &[Option<Held>]) -> Option<u32> {
+    let best = held.iter().flatten().max()?;
+    let at = held.iter().position(|one| one.as_ref() == Some(best))?;
+    u32::try_from(at).ok()
+}
+
 /// The share of a global batch that `rank` of `world` takes.
 ///
 /// Shares are consecutive, cover `0..global_batch` exactly once, and differ by at most one.
@@ -130,6 +158,33 @@ pub fn batch_share(global_batch: u64, rank: u32, world: u32) -> std::ops::Range<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn held(step: u64, generation: u64) -> Held {
+        Held {
+            step,
+            generation: Generation(generation),
+        }
+    }
+
+    #[test]
+    fn state_goes_on_from_a_checkpoint_or_was_given_up() {
+        let base = Some(held(100, 3));
+        assert!(held(100, 3).continues(base) && held(140, 3).continues(base));
+        assert!(held(120, 5).continues(base));
+        assert!(!held(99, 3).continues(base) && !held(99, 5).continues(base));
+        assert!(!held(140, 2).continues(base), "3 started without it");
+        assert!(held(0, 1).continues(None));
+    }
+
+    #[test]
+    fn everybody_copies_from_the_newest_state() {
+        assert_eq!(source(&[]), None);
+        assert_eq!(source(&[None, None]), None);
+        assert_eq!(source(&[None, Some(held(5, 1)), Some(held(6, 1))]), Some(2));
+        assert_eq!(source(&[Some(held(6, 1)), Some(held(6, 1)), None]), Some(0));
+        let worlds_apart = [Some(held(6, 1)), Some(held(6, 2)), Some(held(5, 3))];
+        assert_eq!(source(&worlds_apart), Some(1));
+    }
 
     #[test]
     fn shares_cover_the_batch_once() {

@@ -245,6 +245,7 @@ fn read_hello(hello: wire::Hello) -> Result<Hello, Malformed> {
             Some(group) => Some(from_wire::group_id(Some(group))?),
             None => None,
         },
+        starting: hello.engine_starting,
     })
 }
 
@@ -264,6 +265,7 @@ fn read_message(message: wire::WorkerMessage) -> Result<FromWorker, Malformed> {
                 None => None,
             },
             rss_bytes: beat.rss_bytes,
+            starting: beat.engine_starting,
         }),
         Message::Report(report) => read_report(report),
         Message::Goodbye(goodbye) => Ok(FromWorker::Goodbye {

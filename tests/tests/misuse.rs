@@ -361,6 +361,7 @@ fn beat(stage: &str, generation: u64) -> wire::WorkerMessage {
             step_ms: f64::NAN,
         }),
         rss_bytes: u64::MAX,
+        engine_starting: true,
     }))
 }
 
@@ -535,6 +536,7 @@ async fn a_hello_that_claims_what_nobody_has_is_answered_with_a_place_of_its_own
                 .filter_map(|at| lease(stage, u64::MAX - at))
                 .collect(),
             group: group(stage, u64::MAX),
+            engine_starting: true,
         }));
         // Let in or refused: it must not matter to the run.
         let _ = live.say(vec![claim]).await;

@@ -383,6 +383,11 @@ impl Agent {
         }
     }
 
+    /// Whether there is no engine that could begin at once.
+    fn engine_starting(&self) -> bool {
+        !matches!(self.seat, Seat::Taken { ready: true, .. })
+    }
+
     /// Memory of this process and its engine.
     fn resident_bytes(&self) -> u64 {
         let engine = match &self.seat {

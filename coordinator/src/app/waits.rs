@@ -38,7 +38,7 @@ pub enum Wrong {
 
 type Field = (&'static str, fn(&mut Timings) -> &mut Duration);
 
-const FIELDS: [Field; 17] = [
+const FIELDS: [Field; 18] = [
     ("beat", |t| &mut t.beat),
     ("suspect", |t| &mut t.suspect),
     ("lease_ttl", |t| &mut t.lease_ttl),
@@ -53,6 +53,7 @@ const FIELDS: [Field; 17] = [
     ("keep_for_group", |t| &mut t.keep_for_group),
     ("reattach", |t| &mut t.reattach),
     ("hang", |t| &mut t.hang),
+    ("grow", |t| &mut t.grow),
     ("drain", |t| &mut t.drain),
     ("retry", |t| &mut t.retry),
     ("retry_cap", |t| &mut t.retry_cap),

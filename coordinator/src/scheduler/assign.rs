@@ -28,6 +28,8 @@ impl Machine {
         if self.fleet.get(incarnation).is_some() {
             let old = self.fleet.connect(incarnation, connection, now);
             out.extend(old.map(Action::Close));
+            self.fleet
+                .update(incarnation, |worker| worker.starting = hello.starting);
         } else {
             let worker = Worker {
                 name: hello.name.clone(),
@@ -39,6 +41,7 @@ impl Machine {
                 leases: Default::default(),
                 group: None,
                 draining: false,
+                starting: hello.starting,
                 rss_bytes: 0,
                 progress: None,
             };
@@ -221,14 +224,15 @@ impl Machine {
                 tasks,
                 group,
                 rss_bytes,
+                starting,
             } => {
                 let progress = tasks.first().map(|task| (task.done, task.total));
-                self.fleet.note(who, rss_bytes, progress);
+                let changed = self.fleet.note(who, rss_bytes, progress, starting);
                 if let Some(progress) = group {
                     self.group_progress(who, progress, now, out);
                 }
                 self.send(who, ToWorker::BeatAck { seq }, out);
-                return false;
+                return changed;
             }
             FromWorker::TaskCommitted { seq, lease } => {
                 self.task_committed(who, seq, &lease, now, out);

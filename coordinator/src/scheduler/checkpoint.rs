@@ -121,6 +121,7 @@ impl Machine {
         if self.durable.paused.is_some() && !checkpoint.is_final {
             self.abort(at, "the run is paused", false, now, out);
         }
+        self.grow(at, now, out);
     }
 
     /// The last step's checkpoint is recorded, so the stage is done.

@@ -108,6 +108,8 @@ pub struct Hello {
     pub leases: Vec<Lease>,
     /// Group still taken part in.
     pub group: Option<GroupId>,
+    /// It has no engine yet that could begin at once.
+    pub starting: bool,
 }
 
 /// What a worker says after its hello.
@@ -123,6 +125,8 @@ pub enum FromWorker {
         group: Option<group::Progress>,
         /// Memory of the worker and its engines.
         rss_bytes: u64,
+        /// As in [`Hello`].
+        starting: bool,
     },
     /// A COMMIT of a task is in the store.
     TaskCommitted {

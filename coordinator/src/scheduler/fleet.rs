@@ -25,6 +25,8 @@ pub(super) struct Worker {
     pub(super) group: Option<GroupId>,
     /// It was told to leave.
     pub(super) draining: bool,
+    /// It has no engine yet that could begin at once: no group waits for it.
+    pub(super) starting: bool,
     pub(super) rss_bytes: u64,
     /// Units done and to do of what it works on, for people.
     pub(super) progress: Option<(u64, u64)>,
@@ -106,17 +108,21 @@ impl Fleet {
         was_suspect
     }
 
-    /// Notes what a worker said of itself, which no index depends on.
+    /// Notes what a worker said of itself, which no index depends on; gives back whether it can take part in a group
+    /// now and could not before, or the other way round.
     pub(super) fn note(
         &mut self,
         incarnation: Incarnation,
         rss_bytes: u64,
         progress: Option<(u64, u64)>,
-    ) {
-        if let Some(worker) = self.workers.get_mut(&incarnation) {
-            worker.rss_bytes = rss_bytes;
-            worker.progress = progress;
-        }
+        starting: bool,
+    ) -> bool {
+        let Some(worker) = self.workers.get_mut(&incarnation) else {
+            return false;
+        };
+        worker.rss_bytes = rss_bytes;
+        worker.progress = progress;
+        std::mem::replace(&mut worker.starting, starting) != starting
     }
 
     /// Changes a worker and keeps the indexes true.
@@ -187,10 +193,10 @@ impl Fleet {
 
     /// Workers that could be members of a group at once.
     pub(super) fn free(&self) -> impl Iterator<Item = Incarnation> + '_ {
-        self.idle
-            .iter()
-            .copied()
-            .filter(|i| self.workers[i].leases.is_empty())
+        self.idle.iter().copied().filter(|i| {
+            let worker = &self.workers[i];
+            worker.leases.is_empty() && !worker.starting
+        })
     }
 
     /// Workers that could be members of a group at once or after what they hold.

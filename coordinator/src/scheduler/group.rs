@@ -11,7 +11,7 @@ use super::durable::{Checkpoint, Formed};
 use super::machine::Machine;
 use super::record::Record;
 use super::stage;
-use crate::plan::Training;
+use crate::plan::{Training, Work};
 
 /// Where a training stage is.
 #[derive(Debug, Clone)]
@@ -48,6 +48,8 @@ pub(super) enum Group {
         first_step: Option<u64>,
         /// When the group last got further.
         advanced: Duration,
+        /// When it began.
+        since: Duration,
     },
 }
 
@@ -103,7 +105,9 @@ impl Machine {
             *enough = None;
         } else {
             let enough = *enough.get_or_insert(now);
-            let all = free.len() == training.max_world as usize;
+            // Nobody else can come soon; only at the very beginning others may still be starting.
+            let all = free.len() == training.max_world as usize
+                || (!first_ever && free.len() == self.fleet.eligible());
             if *inspected && (all || now >= enough + patience) {
                 self.form(at, training, free, now, out);
                 return false;
@@ -237,6 +241,7 @@ impl Machine {
             return;
         };
         let (id, members) = (id.clone(), members.to_vec());
+        let counted = self.went_no_further(at) && counted;
         self.journal(
             Record::GenerationFailed {
                 generation: id.generation,
@@ -262,6 +267,41 @@ impl Machine {
             self.fail(message, out);
         } else {
             out.push(self.inspection(at, 0));
+        }
+    }
+
+    /// Whether the group of a stage, which is about to be given up, came no further than others before it. What it
+    /// did beyond them is in its members' memory, and the next one goes on from there; but a step that kills every
+    /// group is not reached twice.
+    fn went_no_further(&mut self, at: usize) -> bool {
+        let reached = match self.stages[at].group() {
+            Some(Group::Stepping {
+                progress: Some(progress),
+                ..
+            }) if progress.phase == Phase::Stepping => progress.step,
+            _ => 0,
+        };
+        let log = self.durable.stage(&self.plan.stages[at].name);
+        let stored = log.newest(&[]).map_or(0, |newest| newest.step);
+        let before = self.furthest[at].max(stored);
+        self.furthest[at] = before.max(reached);
+        reached <= before
+    }
+
+    /// At a checkpoint workers that came later join the group, unless it is young: forming anew costs its members a
+    /// moment.
+    pub(super) fn grow(&mut self, at: usize, now: Duration, out: &mut Vec<Action>) {
+        let Work::Training(training) = &self.plan.stages[at].work else {
+            return;
+        };
+        let Some(Group::Stepping { members, since, .. }) = self.stages[at].group() else {
+            return;
+        };
+        let room = (training.max_world as usize).saturating_sub(members.len());
+        let joining = self.fleet.free().take(room).count();
+        if joining > 0 && now >= *since + self.timings.grow {
+            let reason = format!("{joining} more can join");
+            self.abort(at, &reason, false, now, out);
         }
     }
 
@@ -383,5 +423,6 @@ pub(super) fn stepping(
         progress: None,
         first_step: None,
         advanced: now,
+        since: now,
     }
 }

@@ -50,6 +50,8 @@ pub struct Timings {
     pub reattach: Duration,
     /// How long a group may stand still; five steps if those are longer, ten times more at first.
     pub hang: Duration,
+    /// How long a group trains before workers that came later join it, at a checkpoint.
+    pub grow: Duration,
     /// How long workers may take to leave.
     pub drain: Duration,
     /// Pause after a first failure; doubles up to `retry_cap`.
@@ -60,7 +62,7 @@ pub struct Timings {
     pub counted_failures: u32,
     /// Failures of a task that do not count until there are more of them.
     pub free_failures: u32,
-    /// Counted groups without a new checkpoint that end the run.
+    /// Counted groups in a row, without a new checkpoint or a step beyond all before, that end the run.
     pub fruitless_generations: u32,
     /// COMMITs in one part of the commit index. A restart reads as many COMMITs one by one, at most, besides those of
     /// tasks that were leased when the last life ended.
@@ -86,6 +88,7 @@ impl Default for Timings {
             keep_for_group: s(30),
             reattach: s(10),
             hang: s(60),
+            grow: s(600),
             drain: s(120),
             retry: s(1),
             retry_cap: s(30),
@@ -117,6 +120,8 @@ pub struct Machine {
     pub(super) fleet: Fleet,
     /// Reported checkpoints that are being read.
     pub(super) checkpoints: BTreeMap<(GroupId, u64), Verification>,
+    /// For each stage the most steps that a group of this life was known to have applied when it was given up.
+    pub(super) furthest: Vec<u64>,
     /// Registrations given in this life.
     pub(super) registrations: u32,
     /// When silent workers were last looked for.
@@ -140,6 +145,7 @@ impl Machine {
             .collect();
         Self {
             term: durable.term,
+            furthest: vec![0; plan.stages.len()],
             run: match (&durable.outcome, &durable.paused) {
                 (Some(outcome), _) => run::State::Finished(outcome.clone()),
                 (None, Some(_)) => run::State::Paused,

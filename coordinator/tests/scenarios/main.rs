@@ -1,5 +1,6 @@
 //! Named histories of the machine. Every bug becomes one before it is fixed.
 
+mod groups;
 mod leases;
 mod requests;
 
@@ -223,6 +224,7 @@ impl Scene {
                 incarnation,
                 leases,
                 group,
+                starting: false,
             },
         });
         let welcome = self.told[&connection]
@@ -249,6 +251,7 @@ impl Scene {
                 tasks: vec![],
                 group: None,
                 rss_bytes: 1,
+                starting: false,
             },
         );
     }
@@ -754,6 +757,7 @@ fn a_group_that_stands_still_is_given_up() {
             step_ms: 100.0,
         }),
         rss_bytes: 1,
+        starting: false,
     };
     scene.says(1, progress(1));
     scene.says(1, progress(9));
@@ -1201,6 +1205,7 @@ fn a_member_that_did_not_hear_where_its_peers_listen_is_told_again() {
             step_ms: 1.0,
         }),
         rss_bytes: 1,
+        starting: false,
     };
     let peers = |told: &ToWorker| matches!(told, ToWorker::GroupPeers { .. });
     scene.says(11, waits(Phase::Syncing));

@@ -119,6 +119,7 @@ fn a_cancelled_run_stays_cancelled() {
             incarnation: None,
             leases: vec![],
             group: None,
+            starting: false,
         },
     });
     assert_eq!(scene.closed, [ConnectionId(9)]);

@@ -177,6 +177,7 @@ impl Worker {
                 .member
                 .as_ref()
                 .map(|member| to_wire::group_id(&member.group)),
+            engine_starting: false,
         };
         say(worker_message::Message::Hello(hello))
     }
@@ -357,6 +358,7 @@ impl Worker {
             tasks: self.held.iter().map(progress).collect(),
             group: self.member.as_ref().map(|member| self.progress(member)),
             rss_bytes: 1 << 30,
+            engine_starting: false,
         };
         self.tally.beats.fetch_add(1, Ordering::Relaxed);
         stream.beats.push_back((self.seq, moment));

@@ -68,17 +68,14 @@ pub(super) fn pause_run(world: &Arc<World>, ms: u64) {
         }
         sleep(Duration::from_millis(ms)).await;
         let is_paused = || world.state().ledger.fold.paused.is_some();
-        // The request may still be on its way when the pause would end.
+        // The request may still be on its way when the pause would end, to a coordinator that stands still.
         let mut asked = 0;
-        while asked < 3 || is_paused() {
-            if let Some(handle) = newest(&world) {
+        while !world.state().finished {
+            if let Some(handle) = newest(&world).filter(|_| asked < 3 || is_paused()) {
                 let _ = handle.event(Event::ResumeRequested).await;
                 asked += 1;
             }
             sleep(Duration::from_secs(1)).await;
-            if world.state().finished {
-                return;
-            }
         }
     });
 }

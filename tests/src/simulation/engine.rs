@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 use distillery_common::commit::TaskCommit;
-use distillery_common::group::GroupId;
+use distillery_common::group::{GroupId, Held};
 use distillery_common::ids::Digest;
 use distillery_common::proto::engine_link::{
     Command, CommitOutcome, CommitRequest, Committed, Event,
@@ -66,6 +66,7 @@ pub(super) fn start(
         answers: BTreeMap::new(),
         outputs: outputs.clone(),
         requests: 0,
+        kept: None,
     };
     let running = world.run_process(pid, bench.serve());
     let world = Arc::clone(world);
@@ -194,6 +195,8 @@ pub(super) struct Bench {
     answers: BTreeMap<u64, CommitOutcome>,
     outputs: mpsc::Sender<(u64, Output)>,
     requests: u64,
+    /// The stage, by position, that it trained last, and the state in its memory.
+    pub(super) kept: Option<(usize, Held, u64)>,
 }
 
 pub(super) fn failure(class: FailureClass, message: impl ToString) -> Failure {

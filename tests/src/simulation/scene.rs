@@ -61,6 +61,7 @@ impl Scene {
             timings.hang = s(20);
             timings.drain = s(20);
             timings.suspect = s(4);
+            timings.grow = s(5);
         }
         timings
     }

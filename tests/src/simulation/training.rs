@@ -13,17 +13,18 @@ use distillery_common::checkpoint::{
     self, Checkpoint, Dtype, Kind, Snapshot, StateSource, TensorSpec,
 };
 use distillery_common::group::{
-    CheckpointCommitted, GroupId, Membership, Phase, Progress, batch_share,
+    self, CheckpointCommitted, GroupId, Held, Membership, Phase, Progress, batch_share,
 };
 use distillery_common::ids::Digest;
 use distillery_common::proto::engine_link::{
     Command, CommitOutcome, CommitRequest, Committed, Event,
 };
+use distillery_common::storage::layout;
 use distillery_common::task::{Failure, FailureClass};
 use distillery_coordinator::plan::Work;
 
 use super::engine::{Bench, failure, superseded};
-use super::ring::Share;
+use super::ring::{Hold, Ring, Share};
 use super::scene::{BATCH, FRESH, advance, contribution, inherit};
 use super::world::{Host, moment};
 
@@ -46,6 +47,8 @@ struct Rank<'a> {
     stage: usize,
     steps: u64,
     every: u64,
+    /// Steps applied in `state`.
+    step: u64,
     state: u64,
 }
 
@@ -77,6 +80,7 @@ pub(super) async fn train(bench: &mut Bench, membership: &Membership) -> Result<
         stage,
         steps: training.steps,
         every: training.checkpoint_every,
+        step: membership.base_step,
         state: 0,
     };
     match rank.run().await {
@@ -98,18 +102,6 @@ impl Rank<'_> {
                 address: format!("w{}:{}", self.bench.worker, self.bench.pid.0),
             })
             .await;
-        self.state = self.load().await?;
-        let first = self
-            .bench
-            .world
-            .scene
-            .state(self.stage, self.membership.base_step);
-        self.bench.world.require("I12", self.state == first, || {
-            format!(
-                "{group} starts step {} from another state",
-                self.membership.base_step
-            )
-        });
         self.tell(Phase::Exchanging, self.membership.base_step)
             .await;
         loop {
@@ -122,60 +114,138 @@ impl Rank<'_> {
                 return Err(Stop::Aborted);
             }
         }
-        let (rank, pid) = (self.membership.rank, self.bench.pid);
-        {
-            let mut state = self.bench.world.state();
-            state.applied.insert(pid, self.membership.base_step);
-            let ring = state.rings.entry(group.clone()).or_default();
-            ring.members.insert(rank, pid);
-        }
+        self.sync().await?;
         match self.train().await {
             Err(Stop::Draining(true)) => self.last_checkpoint().await,
             other => other,
         }
     }
 
+    /// Takes over the newest state that a member holds, or else the checkpoint's, which rank 0 reads for all.
+    async fn sync(&mut self) -> Result<(), Stop> {
+        let Membership { rank, world, .. } = *self.membership;
+        let base = self.membership.base_checkpoint.as_deref();
+        let base = base.and_then(layout::parse_checkpoint_commit);
+        let base = base.map(|(_, step, generation)| Held { step, generation });
+        let kept = self
+            .bench
+            .kept
+            .filter(|(stage, held, _)| *stage == self.stage && held.continues(base));
+        let hold = Hold {
+            held: kept.map(|(_, held, _)| held),
+            state: kept.map_or(0, |(_, _, state)| state),
+            arrives: self.reaches_others(),
+        };
+        let pid = self.bench.pid;
+        self.on_ring(|ring| {
+            ring.members.insert(rank, pid);
+            ring.hold(rank, hold);
+        });
+        let holds = self
+            .wait(|ring| {
+                let holds = ring.holds(world)?;
+                let arrived = holds.iter().map(|hold| hold.arrives).max()?;
+                Some((holds, arrived))
+            })
+            .await?;
+        let held: Vec<_> = holds.iter().map(|hold| hold.held).collect();
+        (self.step, self.state) = match group::source(&held) {
+            Some(source) => {
+                let hold = holds[source as usize];
+                (hold.held.map_or(0, |held| held.step), hold.state)
+            }
+            None => self.loaded().await?,
+        };
+        self.agreed();
+        Ok(())
+    }
+
+    /// The state that nobody holds: rank 0 reads it.
+    async fn loaded(&mut self) -> Result<(u64, u64), Stop> {
+        if self.membership.rank == 0 {
+            let state = self.load().await?;
+            let arrives = self.reaches_others();
+            let step = self.membership.base_step;
+            self.on_ring(|ring| {
+                ring.loaded = Some((step, state, arrives));
+                ring.stir();
+            });
+        }
+        self.wait(|ring| {
+            let (step, state, arrived) = ring.loaded?;
+            Some(((step, state), arrived))
+        })
+        .await
+    }
+
+    /// The group goes on from here. I12: whoever held it, it is the state that this step leads to.
+    fn agreed(&mut self) {
+        let (group, step) = (&self.membership.group, self.step);
+        let world = &self.bench.world;
+        let follows = (self.membership.base_step..=self.steps).contains(&step)
+            && self.state == world.scene.state(self.stage, step);
+        world.require("I12", follows, || {
+            format!("{group} starts step {step} from another state")
+        });
+        let rank = self.membership.rank;
+        world.happened(format_args!("{group} rank {rank} goes on from step {step}"));
+        self.keep();
+    }
+
+    /// Notes what this engine holds from now on.
+    fn keep(&mut self) {
+        let held = Held {
+            step: self.step,
+            generation: self.membership.group.generation,
+        };
+        self.bench.kept = Some((self.stage, held, self.state));
+        let mut state = self.bench.world.state();
+        state.applied.insert(self.bench.pid, self.step);
+    }
+
     async fn train(&mut self) -> Result<(), Stop> {
-        let mut step = self.membership.base_step;
-        while step < self.steps {
+        self.tell(Phase::Stepping, self.step).await;
+        if self.step > self.membership.base_step {
+            self.save_if_due().await?;
+        }
+        while self.step < self.steps {
             self.bench.spend(100 + self.bench.chance(500)).await;
             self.interrupted()?;
             if self.bench.mishap(300) {
                 return Err(failure(FailureClass::Collective, "a mishap").into());
             }
-            self.share(step);
-            let sum = self.shares(step).await?;
-            self.state = advance(self.state, step, sum);
-            step += 1;
-            self.applied(step);
-            if step == self.steps && self.membership.rank != 0 {
-                // Nothing is left to give up.
-                self.bench.works_on(None, None);
-            }
-            self.tell(Phase::Stepping, step).await;
-            let due = step.is_multiple_of(self.every) || step == self.steps;
-            if self.membership.rank == 0 && due {
-                self.save(step).await?;
-            }
+            self.share(self.step);
+            let sum = self.shares(self.step).await?;
+            self.state = advance(self.state, self.step, sum);
+            self.step += 1;
+            self.keep();
+            self.applied(self.step);
+            self.tell(Phase::Stepping, self.step).await;
+            self.save_if_due().await?;
         }
         Ok(())
     }
 
+    async fn save_if_due(&mut self) -> Result<(), Stop> {
+        let is_last = self.step == self.steps;
+        match self.membership.rank {
+            0 if is_last || self.step.is_multiple_of(self.every) => self.save(self.step).await,
+            0 => Ok(()),
+            _ => {
+                if is_last {
+                    // Nothing is left to give up.
+                    self.bench.works_on(None, None);
+                }
+                Ok(())
+            }
+        }
+    }
+
     /// A drained group commits what it has, once.
     async fn last_checkpoint(&mut self) -> Result<(), Stop> {
-        let step = self
-            .bench
-            .world
-            .state()
-            .applied
-            .get(&self.bench.pid)
-            .copied();
-        if let Some(step) = step.filter(|&step| {
-            self.membership.rank == 0
-                && step > self.membership.base_step
-                && !step.is_multiple_of(self.every)
-        }) {
-            self.save(step).await?;
+        let is_new = self.step > self.membership.base_step && !self.step.is_multiple_of(self.every);
+        if is_new && self.membership.rank == 0 {
+            self.save(self.step).await?;
         }
         Err(Stop::Draining(false))
     }
@@ -192,20 +262,17 @@ impl Rank<'_> {
         }
     }
 
-    /// Gives this rank's share of a step to all others.
-    fn share(&mut self, step: u64) {
-        let Membership { rank, world, .. } = *self.membership;
-        let own = batch_share(BATCH, rank, world);
-        let rows = step * BATCH + own.start..step * BATCH + own.end;
+    /// When something that is said now has reached every rank that is known.
+    fn reaches_others(&self) -> Instant {
         let here = Host::Worker(self.bench.worker);
-        let fleet = Arc::clone(&self.bench.world);
+        let fleet = &self.bench.world;
         let peers: Vec<_> = {
             let state = fleet.state();
             let members = state.rings.get(&self.membership.group);
             let members = members.into_iter().flat_map(|ring| ring.members.values());
             members.map(|pid| state.processes[pid].host).collect()
         };
-        let arrives = peers
+        peers
             .into_iter()
             .filter(|&host| host != here)
             .map(|host| {
@@ -213,34 +280,69 @@ impl Rank<'_> {
                     + fleet.latency(self.bench.stream, here, host)
             })
             .max()
-            .unwrap_or_else(moment);
+            .unwrap_or_else(moment)
+    }
+
+    fn on_ring<T>(&self, change: impl FnOnce(&mut Ring) -> T) -> T {
+        let mut state = self.bench.world.state();
+        let group = self.membership.group.clone();
+        change(state.rings.entry(group).or_default())
+    }
+
+    /// Gives this rank's share of a step to all others.
+    fn share(&mut self, step: u64) {
+        let Membership { rank, world, .. } = *self.membership;
+        let own = batch_share(BATCH, rank, world);
+        let rows = step * BATCH + own.start..step * BATCH + own.end;
         let share = Share {
             sum: contribution(self.stage, rows.clone()),
             rows,
             state: self.state,
-            arrives,
+            arrives: self.reaches_others(),
         };
-        let mut state = fleet.state();
-        let ring = state
-            .rings
-            .entry(self.membership.group.clone())
-            .or_default();
-        ring.add(step, rank, share);
+        self.on_ring(|ring| ring.add(step, rank, share));
     }
 
     /// Waits for everybody's share of a step, and gives their sum.
     async fn shares(&mut self, step: u64) -> Result<u64, Stop> {
+        let world = self.membership.world;
+        let shares = self
+            .wait(|ring| {
+                let shares: Vec<_> = ring.complete(step, world)?.values().cloned().collect();
+                let arrived = shares.iter().map(|share| share.arrives).max()?;
+                Some((shares, arrived))
+            })
+            .await?;
+        let group = &self.membership.group;
+        let rows: Vec<u64> = shares.iter().flat_map(|share| share.rows.clone()).collect();
+        let all: Vec<u64> = (step * BATCH..(step + 1) * BATCH).collect();
+        let fleet = &self.bench.world;
+        fleet.require("I12", rows == all, || {
+            format!("step {step} of {group} consumes {rows:?}")
+        });
+        let agree = shares.iter().all(|share| share.state == self.state);
+        fleet.require("I4", agree, || {
+            format!("ranks of {group} differ before step {step}")
+        });
+        Ok(shares
+            .iter()
+            .map(|share| share.sum)
+            .fold(0, u64::wrapping_add))
+    }
+
+    /// Waits for what `look` finds on the ring, and until it has arrived.
+    async fn wait<T>(&mut self, look: impl Fn(&Ring) -> Option<(T, Instant)>) -> Result<T, Stop> {
         let deadline = moment() + COLLECTIVE;
         loop {
             self.interrupted()?;
-            let (complete, stirred, broken) = self.look(step);
+            let (found, stirred) = self.on_ring(|ring| (look(ring), ring.stirred()));
             let mut until = deadline;
-            if let Some((sum, arrived)) = complete {
+            if let Some((found, arrived)) = found {
                 if moment() >= arrived {
-                    return Ok(sum);
+                    return Ok(found);
                 }
                 until = deadline.min(arrived);
-            } else if broken {
+            } else if self.misses_a_peer() {
                 // The abort may still be on its way: the coordinator hears of a lost member when we do.
                 self.bench.spend(100).await;
                 self.interrupted()?;
@@ -257,52 +359,20 @@ impl Rank<'_> {
         }
     }
 
-    /// The sum of a step and when it has arrived, what to wait for, and whether a peer is known to be gone.
-    fn look(&self, step: u64) -> (Option<(u64, Instant)>, Arc<tokio::sync::Notify>, bool) {
-        let world = &self.bench.world;
-        let mut state = world.state();
-        let ring = state
-            .rings
-            .entry(self.membership.group.clone())
-            .or_default();
-        let stirred = ring.stirred();
-        let members: Vec<_> = ring.members.values().copied().collect();
-        let complete = ring.complete(step, self.membership.world).map(|shares| {
-            let sum = shares
-                .values()
-                .map(|share| share.sum)
-                .fold(0, u64::wrapping_add);
-            let arrived = shares.values().map(|share| share.arrives).max();
-            let rows: Vec<_> = shares
-                .values()
-                .flat_map(|share| share.rows.clone())
-                .collect();
-            let agree = shares.values().all(|share| share.state == self.state);
-            (sum, arrived.expect("a world has ranks"), rows, agree)
-        });
-        let broken = members.iter().any(|pid| {
+    /// Whether a rank that was there is known to be gone.
+    fn misses_a_peer(&self) -> bool {
+        let state = self.bench.world.state();
+        let members = state.rings.get(&self.membership.group);
+        let mut members = members.into_iter().flat_map(|ring| ring.members.values());
+        members.any(|pid| {
             let process = &state.processes[pid];
             !process.alive && !process.silent
-        });
-        drop(state);
-        let complete = complete.map(|(sum, arrived, rows, agree)| {
-            let group = &self.membership.group;
-            let all = (step * BATCH..(step + 1) * BATCH).collect::<Vec<_>>();
-            world.require("I12", rows == all, || {
-                format!("step {step} of {group} consumes {rows:?}")
-            });
-            world.require("I4", agree, || {
-                format!("ranks of {group} differ before step {step}")
-            });
-            (sum, arrived)
-        });
-        (complete, stirred, broken)
+        })
     }
 
     /// I4: the state after a step follows from the step alone.
     fn applied(&self, step: u64) {
         let world = &self.bench.world;
-        world.state().applied.insert(self.bench.pid, step);
         let (group, rank) = (&self.membership.group, self.membership.rank);
         world.happened(format_args!("{group} rank {rank} applied step {step}"));
         world.require(

@@ -14,7 +14,7 @@ use crate::inbox::Inbox;
 use crate::io::Io;
 use crate::link::{Command, CommitOutcome, Event, Link};
 use crate::task::current::Current;
-use crate::task::distill::{self, Outcome};
+use crate::task::distill::{self, Outcome, StageWork};
 use crate::task::{Fault, contained, evaluate, export, reference, trajectories};
 use crate::workbench::{LIBTORCH_VERSION, Workbench};
 
@@ -54,6 +54,7 @@ pub fn serve(args: &Serve, socket: &Path) -> anyhow::Result<ExitCode> {
             .map_err(|fault| anyhow::anyhow!("{fault}"))?,
         link,
         current,
+        kept: None,
         args,
     };
     if let Some(threads) = args.threads.or(server.bench.recipe.compute.threads) {
@@ -67,6 +68,8 @@ struct Server<'a> {
     bench: Workbench,
     link: Link,
     current: Current,
+    /// The stage that was trained last, with its state in memory.
+    kept: Option<StageWork>,
     args: &'a Serve,
 }
 
@@ -128,9 +131,10 @@ impl Server<'_> {
         tracing::info!(%group, rank = membership.rank, world = membership.world, "joining");
         let bench = &mut self.bench;
         bench.meter = Meter::start();
-        let current = &self.current;
+        let (kept, current) = (&mut self.kept, &self.current);
         let advertise = self.args.advertise;
-        let failure = match contained(|| distill::train(bench, membership, advertise, current)) {
+        let trained = contained(|| distill::train(bench, kept, membership, advertise, current));
+        let failure = match trained {
             Ok(Outcome::Finished | Outcome::Drained) => return,
             Ok(Outcome::Aborted(reason)) => Failure {
                 class: FailureClass::Superseded,

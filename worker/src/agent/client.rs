@@ -37,6 +37,7 @@ pub(super) struct Hello {
     pub(super) incarnation: Option<Incarnation>,
     pub(super) leases: Vec<Lease>,
     pub(super) group: Option<GroupId>,
+    pub(super) engine_starting: bool,
 }
 
 /// What the coordinator says.
@@ -104,12 +105,14 @@ impl Outgoing {
         tasks: &[task::Progress],
         group: Option<&group::Progress>,
         rss_bytes: u64,
+        engine_starting: bool,
     ) {
         self.push(wire::worker_message::Message::Beat(wire::Beat {
             seq,
             tasks: tasks.iter().map(to_wire::task_progress).collect(),
             group: group.map(to_wire::group_progress),
             rss_bytes,
+            engine_starting,
         }));
     }
 
@@ -252,6 +255,7 @@ fn hello_to_wire(hello: Hello) -> wire::Hello {
         incarnation: hello.incarnation.unwrap_or_default().0,
         leases: hello.leases.iter().map(to_wire::lease).collect(),
         group: hello.group.as_ref().map(to_wire::group_id),
+        engine_starting: hello.engine_starting,
     }
 }
 

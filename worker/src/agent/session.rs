@@ -38,6 +38,7 @@ impl Agent {
                 .held
                 .member()
                 .map(|member| member.membership.group.clone()),
+            engine_starting: self.engine_starting(),
         };
         let events = self.events.0.clone();
         let outside = Arc::clone(&self.outside);
@@ -131,6 +132,7 @@ impl Agent {
 
     pub(super) fn beat(&mut self, now: Instant) {
         let rss_bytes = self.resident_bytes();
+        let engine_starting = self.engine_starting();
         let due = now + self.beat_every.mul_f64(0.9 + 0.2 * self.jitter());
         let Session::Up(outgoing, at) = &mut self.session else {
             return;
@@ -141,7 +143,8 @@ impl Agent {
             .held
             .member()
             .and_then(|member| member.progress.as_ref());
-        outgoing.beat(self.beats, &self.held.progress(), group, rss_bytes);
+        let tasks = self.held.progress();
+        outgoing.beat(self.beats, &tasks, group, rss_bytes, engine_starting);
         self.held.beat_sent(self.beats, now);
     }
 

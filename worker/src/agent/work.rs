@@ -203,6 +203,7 @@ impl Agent {
                 if let Seat::Taken { ready, .. } = &mut self.seat {
                     *ready = true;
                 }
+                self.beat(now());
             }
             Event::Progress { lease, done, total } => self.held.progressed(&lease, done, total),
             Event::TaskFailed { lease, failure } => {
@@ -358,6 +359,8 @@ impl Agent {
         }
         let jitter = self.jitter();
         self.seat = Seat::Empty(moment + self.restart.next_delay(jitter));
+        // Before anything is reported: what is decided then should count on this worker no more.
+        self.beat(moment);
         let failure = engine_failure(&self.name, exit, ready);
         tracing::warn!(%failure, "the engine ended");
         self.give_back(&failure);

@@ -118,6 +118,21 @@ impl<'a> Saver<'a> {
         self.settle(true)
     }
 
+    /// Saves a state that a checkpoint was due of and that no checkpoint holds: the generation before this one was
+    /// ended too early for it.
+    pub fn catch_up(&mut self, trainer: &Trainer) {
+        let step = trainer.position().step;
+        let is_new = step > self.place.membership.base_step;
+        if is_new && step.is_multiple_of(self.place.every_steps) && step < self.place.steps {
+            self.begin(trainer);
+        }
+    }
+
+    /// The curves of the whole stage so far.
+    pub fn into_curves(self) -> Vec<StepRecord> {
+        self.curves
+    }
+
     /// As [`Watch::wanted_checkpoint`].
     pub fn wanted_checkpoint(&mut self) -> Option<bool> {
         self.watch.wanted_checkpoint()

@@ -5,6 +5,7 @@ use std::ops::Range;
 use distillery_common::curves::{TIME_BINS, time_bin};
 use distillery_common::recipe;
 use tch::{Kind, Tensor};
+use xxhash_rust::xxh3::Xxh3Default;
 
 use super::batch::passes;
 use super::ema::Ema;
@@ -17,6 +18,11 @@ use crate::diffusion::denoiser::Denoiser;
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::schedule::TRAIN_TIMES;
 use crate::distill::{Objective, Rows};
+
+/// Steps after which the ranks compare their states.
+const COMPARED_EVERY: u64 = 500;
+/// Numbers that a fingerprint takes to the host at a time: 4 MiB.
+const HASHED_AT_ONCE: i64 = 1 << 20;
 
 /// What a stage asks of its trainer.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,8 +102,8 @@ pub enum Error {
         /// How many.
         in_a_row: u32,
     },
-    /// The group broke; the step was not applied.
-    #[error("the group could not reduce step {step}")]
+    /// The group broke; the step was not applied, or could not be compared after it was.
+    #[error("the group broke in step {step}")]
     Group {
         /// Which.
         step: u64,
@@ -142,6 +148,11 @@ impl Trainer {
         }
     }
 
+    /// Where its tensors live.
+    pub fn device(&self) -> tch::Device {
+        self.parameters.device()
+    }
+
     /// Where it stands.
     pub fn position(&self) -> Position {
         self.position
@@ -167,6 +178,10 @@ impl Trainer {
                 .collect::<anyhow::Result<_>>()
                 .map_err(handover)?;
             let report = self.step(&rows, objective, student, teacher, group)?;
+            if self.position.step.is_multiple_of(COMPARED_EVERY) && group.world() > 1 {
+                let compared = group.agree(&self.fingerprint());
+                compared.map_err(|source| Error::Group { step, source })?;
+            }
             match sink.after_step(self, &report).map_err(handover)? {
                 Control::Continue => {}
                 Control::Stop => break,
@@ -254,6 +269,53 @@ impl Trainer {
         self.parameters.write_compute(&masters);
     }
 
+    /// The whole state but for [`Self::position`]: flat buffers `[len]`, f32, each with its part. Whoever writes into
+    /// them calls [`Self::resume`] after.
+    pub fn state(&self) -> Vec<(Part, Tensor)> {
+        let mut parts = vec![
+            (Part::Student, self.parameters.masters.shallow_clone()),
+            (Part::AdamM, self.optimizer.m.shallow_clone()),
+            (Part::AdamV, self.optimizer.v.shallow_clone()),
+        ];
+        parts.extend(
+            self.ema
+                .as_ref()
+                .map(|ema| (Part::Ema, ema.average.shallow_clone())),
+        );
+        parts
+    }
+
+    /// Goes on from what was written into [`Self::state`], which stood at `position`.
+    pub fn resume(&mut self, position: Position) {
+        self.optimizer.applied = position.applied;
+        self.position = position;
+        self.write_compute();
+    }
+
+    /// Names the whole state: equal for equal bits at an equal position.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let mut hash = Xxh3Default::new();
+        let mut host = vec![0f32; HASHED_AT_ONCE as usize];
+        let mut bytes = Vec::with_capacity(host.len() * 4);
+        for (_, flat) in self.state() {
+            let len = flat.size1().unwrap_or_default();
+            for start in (0..len).step_by(HASHED_AT_ONCE as usize) {
+                let count = HASHED_AT_ONCE.min(len - start);
+                let piece = flat.narrow(0, start, count).to_device(tch::Device::Cpu);
+                let host = &mut host[..count as usize];
+                piece.copy_data(host, host.len());
+                bytes.clear();
+                bytes.extend(host.iter().flat_map(|value| value.to_le_bytes()));
+                hash.update(&bytes);
+            }
+        }
+        let mut name = [0; 32];
+        name[..16].copy_from_slice(&hash.digest128().to_le_bytes());
+        name[16..24].copy_from_slice(&self.position.step.to_le_bytes());
+        name[24..].copy_from_slice(&self.position.applied.to_le_bytes());
+        name
+    }
+
     /// Empty buffers that fit this trainer's state.
     pub fn empty_snapshot(&self) -> Snapshot {
         Snapshot::new(self.parameters.layout().clone(), self.ema.is_some())
@@ -262,11 +324,8 @@ impl Trainer {
     /// Copies the whole state into `into`, made by [`Self::empty_snapshot`]: the only stall of a checkpoint.
     pub fn snapshot(&self, into: &mut Snapshot) {
         into.position = self.position;
-        into.take(Part::Student, &self.parameters.masters);
-        into.take(Part::AdamM, &self.optimizer.m);
-        into.take(Part::AdamV, &self.optimizer.v);
-        if let Some(ema) = &self.ema {
-            into.take(Part::Ema, &ema.average);
+        for (part, tensor) in self.state() {
+            into.take(part, &tensor);
         }
     }
 
@@ -287,15 +346,10 @@ impl Trainer {
             tch::no_grad(|| tensor.copy_(&Tensor::from_slice(values)));
             Ok(())
         };
-        load(Part::Student, &mut self.parameters.masters)?;
-        load(Part::AdamM, &mut self.optimizer.m)?;
-        load(Part::AdamV, &mut self.optimizer.v)?;
-        if let Some(ema) = &mut self.ema {
-            load(Part::Ema, &mut ema.average)?;
+        for (part, mut tensor) in self.state() {
+            load(part, &mut tensor)?;
         }
-        self.optimizer.applied = state.position.applied;
-        self.position = state.position;
-        self.write_compute();
+        self.resume(state.position);
         Ok(())
     }
 }

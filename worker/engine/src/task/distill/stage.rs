@@ -1,0 +1,370 @@
+//! A training stage in an engine's memory: student, trainer, curves. It outlives the generations of its group.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use distillery_common::checkpoint::{Checkpoint, Kind as StateKind, Loaded, Lora, Training};
+use distillery_common::curves::{StepRecord, from_jsonl};
+use distillery_common::group::{Held, Membership, Phase, Progress};
+use distillery_common::ids::Digest;
+use distillery_common::latents::loader::{Order, Spec};
+use distillery_common::latents::manifest::DatasetManifest;
+use distillery_common::latents::{Dataset, Options};
+use distillery_common::recipe::{self, StudentKind, TeacherStep};
+use distillery_common::run::dataset_store;
+use distillery_common::storage::layout;
+use distillery_common::task::FailureClass;
+
+use super::{Broken, Outcome, sync, train_fault};
+use crate::collective::Collective;
+use crate::diffusion::guidance::Guided;
+use crate::diffusion::segments::Segments;
+use crate::distill;
+use crate::inbox::Inbox;
+use crate::link::Event;
+use crate::task::rows::StoredRows;
+use crate::task::saver::{Ended, Place, Saver, Watch, position};
+use crate::task::student::{Student, check_dtype, f32_values};
+use crate::task::{Fault, OrFault as _};
+use crate::train::snapshot::Snapshot;
+use crate::train::{self, Trainer};
+use crate::workbench::{TeacherModel, Workbench};
+
+/// Steps of rows read ahead.
+const STEPS_AHEAD: usize = 8;
+
+/// A training stage as one engine holds it.
+#[derive(Debug)]
+pub struct StageWork {
+    recipe: recipe::Stage,
+    /// Position in the recipe.
+    number: u64,
+    teacher: Rc<TeacherModel>,
+    student: Student,
+    pub(super) trainer: Trainer,
+    objective: Box<dyn distill::Objective>,
+    dataset: Arc<Dataset>,
+    pub(super) curves: Vec<StepRecord>,
+    training: Training,
+    /// The state in the trainer, once a group has agreed on it; none of a fresh or spoilt one.
+    pub(super) held: Option<Held>,
+    /// Whether the trainer is as it was made.
+    is_fresh: bool,
+}
+
+impl StageWork {
+    /// The stage without a state: a student that computes as the teacher does.
+    pub(super) fn fresh(bench: &mut Workbench, membership: &Membership) -> Result<Self, Fault> {
+        let name = &membership.group.stage;
+        let stages = &bench.recipe.stages;
+        let number = stages.iter().position(|stage| stage.name == *name);
+        let number = number
+            .ok_or_else(|| Fault::config(format!("the recipe has no training stage {name:?}")))?;
+        let recipe = stages[number].clone();
+        check_dtype(recipe.compute.dtype)?;
+        let teacher = bench.teacher(bench.recipe.teacher.dtype)?;
+        let student = Student::fresh(&teacher, &recipe, bench.recipe.seed, bench.device)?;
+        let trainer = Trainer::new(train::Plan::from(&recipe), student.parameters());
+        let (dataset, digest) = open_dataset(bench)?;
+        let objective = distill::objective(
+            &recipe,
+            teacher.schedule.to_device(bench.device),
+            teacher.prediction,
+        )
+        .or_fault(FailureClass::Config)?;
+        let training = training_of(bench, &recipe, &teacher, digest, membership)?;
+        Ok(Self {
+            recipe,
+            number: number as u64,
+            teacher,
+            student,
+            trainer,
+            objective,
+            dataset: Arc::new(dataset),
+            curves: Vec::new(),
+            training,
+            held: None,
+            is_fresh: true,
+        })
+    }
+
+    /// Whether this is the stage that `membership` is about.
+    pub(super) fn is_of(&self, membership: &Membership) -> bool {
+        self.recipe.name == membership.group.stage
+            && self.training.parent == membership.parent_checkpoint
+    }
+
+    /// The state is about to be written over.
+    pub(super) fn spoil(&mut self) {
+        self.held = None;
+        self.is_fresh = false;
+    }
+
+    /// Loads the state that the group starts from when no member holds one: its newest checkpoint, or else the
+    /// parent's student.
+    pub(super) fn load(&mut self, bench: &Workbench, membership: &Membership) -> Result<(), Fault> {
+        if !std::mem::take(&mut self.is_fresh) {
+            self.student =
+                Student::fresh(&self.teacher, &self.recipe, bench.recipe.seed, bench.device)?;
+        }
+        self.held = None;
+        self.curves.clear();
+        let parent = load(bench, membership.parent_checkpoint.as_deref())?;
+        if let Some(parent) = &parent {
+            self.student.load_published(parent)?;
+        }
+        drop(parent);
+        let plan = train::Plan::from(&self.recipe);
+        self.trainer = Trainer::new(plan, self.student.parameters());
+        if let Some(base) = load(bench, membership.base_checkpoint.as_deref())? {
+            self.curves = from_jsonl(&base.metrics).or_fault(FailureClass::Schema)?;
+            restore(&mut self.trainer, &base, &self.curves)?;
+        }
+        check_start(&self.trainer, membership)
+    }
+
+    /// Agrees on the state, steps until the last one, and commits what must be committed.
+    pub(super) fn run(
+        &mut self,
+        bench: &mut Workbench,
+        membership: &Membership,
+        ring: &mut dyn Collective,
+        ended: Ended,
+    ) -> Result<Outcome, Broken> {
+        self.tell(bench, membership, Phase::Syncing);
+        let from_memory = sync::sync(bench, self, membership, ring)?;
+        let step = self.trainer.position().step;
+        tracing::info!(group = %membership.group, step, from_memory, "the members hold one state");
+        self.tell(bench, membership, Phase::Stepping);
+        let rows = Rc::new(RefCell::new(self.read_rows(bench, membership)));
+        let null = tch::no_grad(|| self.teacher.parts.null_conditioning(1));
+        let guided = Guided {
+            denoiser: &self.teacher.parts.unet,
+            null: &null,
+            scale: bench.recipe.teacher.guidance,
+        };
+        let online = (self.recipe.teacher_step == TeacherStep::Online).then_some(&guided);
+        let place = Place {
+            membership: membership.clone(),
+            steps: self.recipe.steps,
+            every_steps: bench.recipe.checkpoint.every_steps,
+            global_batch: self.recipe.batch.global,
+            training: self.training.clone(),
+        };
+        let mut watch = InboxWatch {
+            inbox: &mut bench.inbox,
+            ended,
+        };
+        let mut saver = Saver::new(
+            &bench.io,
+            bench.store.clone(),
+            bench.link.clone(),
+            place,
+            &mut watch,
+            Rc::clone(&rows),
+            std::mem::take(&mut self.curves),
+        );
+        saver.catch_up(&self.trainer);
+        let result = self.trainer.run(
+            self.objective.as_ref(),
+            &self.student.unet,
+            online,
+            ring,
+            &mut SharedRows(rows),
+            &mut saver,
+        );
+        let ending = finish(&mut saver, &self.trainer, self.recipe.steps, result);
+        self.curves = saver.into_curves();
+        if let Some(held) = &mut self.held {
+            held.step = self.trainer.position().step;
+        }
+        ending
+    }
+
+    /// The rows of this member's share of every step to come.
+    fn read_rows(&self, bench: &Workbench, membership: &Membership) -> StoredRows {
+        let order = Order {
+            seed: bench.recipe.seed,
+            stage: self.number,
+            rows: self.dataset.rows(),
+            global_batch: self.recipe.batch.global,
+        };
+        let spec = Spec {
+            order,
+            rank: membership.rank,
+            world: membership.world,
+            steps: self.trainer.position().step..self.recipe.steps,
+            ahead: STEPS_AHEAD,
+        };
+        let time_ids = tch::no_grad(|| self.teacher.parts.null_conditioning(1).time_ids);
+        StoredRows::start(
+            &bench.io.handle(),
+            Arc::clone(&self.dataset),
+            spec,
+            time_ids,
+            bench.device,
+        )
+    }
+
+    pub(super) fn tell(&self, bench: &Workbench, membership: &Membership, phase: Phase) {
+        bench.link.send(Event::GroupProgress(Progress {
+            group: membership.group.clone(),
+            phase,
+            step: self.held.map_or(membership.base_step, |held| held.step),
+            total_steps: self.recipe.steps,
+            loss: self.curves.iter().rev().find_map(|r| r.loss).unwrap_or(0.0),
+            samples_per_second: 0.0,
+            step_ms: 0.0,
+        }));
+    }
+}
+
+/// Commits what a member owes at the end of its part, and says how that ended.
+fn finish(
+    saver: &mut Saver<'_>,
+    trainer: &Trainer,
+    steps: u64,
+    result: Result<(), train::Error>,
+) -> Result<Outcome, Broken> {
+    if trainer.position().step == steps && result.is_ok() {
+        saver.save_now(trainer).map_err(Fault::from)?;
+        return Ok(Outcome::Finished);
+    }
+    if let Some(checkpoint) = saver.wanted_checkpoint() {
+        // The last applied step is whole, whatever a leaving neighbour did to the one after it.
+        if checkpoint {
+            saver.save_now(trainer).map_err(Fault::from)?;
+        }
+        return Ok(Outcome::Drained);
+    }
+    Err(match result {
+        Ok(()) => Fault::new(FailureClass::Stale, "training stopped early").into(),
+        Err(error) => train_fault(error),
+    })
+}
+
+/// A source that the saver can ask how long it waited.
+struct SharedRows(Rc<RefCell<StoredRows>>);
+
+impl train::Source for SharedRows {
+    fn rows(&mut self, positions: std::ops::Range<u64>) -> anyhow::Result<distill::Rows> {
+        self.0.borrow_mut().rows(positions)
+    }
+}
+
+/// Between two steps: has the worker asked for an end?
+struct InboxWatch<'a> {
+    inbox: &'a mut Inbox,
+    ended: Ended,
+}
+
+impl Watch for InboxWatch<'_> {
+    fn must_stop(&mut self) -> bool {
+        self.ended.is_set() || self.inbox.draining().is_some()
+    }
+
+    fn wanted_checkpoint(&mut self) -> Option<bool> {
+        if self.ended.is_set() {
+            None
+        } else {
+            self.inbox.draining()
+        }
+    }
+}
+
+/// The verified state that `commit` names, if it names one.
+fn load(bench: &Workbench, commit: Option<&str>) -> Result<Option<Loaded>, Fault> {
+    let Some(commit) = commit else {
+        return Ok(None);
+    };
+    let loaded = bench
+        .io
+        .wait(async { Checkpoint::open(&bench.store, commit).await?.load().await });
+    loaded.map(Some).or_fault(FailureClass::Schema)
+}
+
+fn restore(trainer: &mut Trainer, state: &Loaded, curves: &[StepRecord]) -> Result<(), Fault> {
+    let values = f32_values(state)?;
+    let mut snapshot: Snapshot = trainer.empty_snapshot();
+    snapshot
+        .fill(position(curves), |name| {
+            let (kind, tensor) = name.split_once('/')?;
+            Some(
+                values
+                    .get(&(StateKind::parse(kind)?, tensor.to_owned()))?
+                    .as_slice(),
+            )
+        })
+        .or_fault(FailureClass::Schema)?;
+    trainer.restore(&snapshot).or_fault(FailureClass::Schema)
+}
+
+/// The state that was loaded is the one that the group agreed to start from.
+fn check_start(trainer: &Trainer, membership: &Membership) -> Result<(), Fault> {
+    let (held, wanted) = (trainer.position().step, membership.base_step);
+    if held == wanted {
+        return Ok(());
+    }
+    Err(Fault::new(
+        FailureClass::Schema,
+        format!(
+            "the checkpoint to start from holds step {held}, the group starts at step {wanted}"
+        ),
+    ))
+}
+
+/// The sealed trajectories to train on, and the digest of their manifest.
+fn open_dataset(bench: &Workbench) -> Result<(Dataset, Digest), Fault> {
+    let digest = bench
+        .record
+        .dataset_digest
+        .ok_or_else(|| Fault::config("the run's record names no dataset to train on"))?;
+    let store = dataset_store(&bench.store, &bench.recipe).or_fault(FailureClass::Config)?;
+    let folder = layout::dataset(&digest.short());
+    let bytes = bench
+        .io
+        .wait(store.get(&layout::dataset_manifest(&folder)))?;
+    let manifest = DatasetManifest::from_bytes(&folder, &bytes).or_fault(FailureClass::Schema)?;
+    Ok((
+        Dataset::new(store, manifest, Options::default()),
+        Digest::of(&bytes),
+    ))
+}
+
+fn training_of(
+    bench: &Workbench,
+    stage: &recipe::Stage,
+    teacher: &TeacherModel,
+    manifest: Digest,
+    membership: &Membership,
+) -> Result<Training, Fault> {
+    let segments = Segments::new(stage.segments).or_fault(FailureClass::Config)?;
+    let lora = match &stage.student.kind {
+        StudentKind::Full => None,
+        StudentKind::Lora {
+            lora_rank,
+            lora_alpha,
+            targets,
+        } => Some(Lora {
+            lora_rank: *lora_rank,
+            lora_alpha: *lora_alpha,
+            targets: targets.clone(),
+        }),
+    };
+    Ok(Training {
+        run: bench.record.run_id.to_string(),
+        recipe_digest: bench.record.recipe_digest.to_string(),
+        dataset_digest: Some(manifest.to_string()),
+        parent: membership.parent_checkpoint.clone(),
+        milestones: segments.milestones().iter().map(|&t| t as u32).collect(),
+        schedule: format!("{:?}", teacher.parts.schedule.beta_schedule),
+        prediction_type: teacher.prediction.name().to_owned(),
+        skip: stage.skip,
+        seed: bench.recipe.seed,
+        global_batch: stage.batch.global,
+        lora,
+        libtorch: bench.record.software.libtorch.clone(),
+        cpu_capability: bench.record.software.cpu_capability.clone(),
+    })
+}
