@@ -88,6 +88,8 @@ struct Bench {
     recipe: Recipe,
     runtime: tokio::runtime::Runtime,
     pace: Pace,
+    /// The stage that was trained last, and its state.
+    kept: Option<(String, training::Trained)>,
 }
 
 impl Bench {
@@ -111,6 +113,7 @@ impl Bench {
             recipe,
             runtime,
             pace,
+            kept: None,
         })
     }
 

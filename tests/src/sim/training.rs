@@ -12,15 +12,15 @@ use distillery_common::checkpoint::{
     self, Checkpoint, Dtype, Kind, Snapshot, StateSource, TensorSpec, Training,
 };
 use distillery_common::curves::{self, StepRecord, TIME_BINS};
-use distillery_common::group::{CheckpointCommitted, Membership, Phase, Progress};
-use distillery_common::ids::Digest;
+use distillery_common::group::{self, CheckpointCommitted, Held, Membership, Phase, Progress};
+use distillery_common::ids::{Digest, Generation};
 use distillery_common::latents::loader::Order;
 use distillery_common::latents::{self, Dataset, Options, Staging};
 use distillery_common::proto::engine_link::{CommitOutcome, CommitRequest, Committed, Event};
 use distillery_common::recipe;
 use distillery_common::run::dataset_store;
 use distillery_common::seed::{Purpose, Stream};
-use distillery_common::storage::layout;
+use distillery_common::storage::{Store, layout};
 use distillery_common::task::{Failure, FailureClass};
 use distillery_common::telemetry::peak_memory;
 
@@ -51,7 +51,18 @@ pub(super) fn train(bench: &mut Bench, membership: &Membership) -> Ending {
     }
 }
 
+/// A stage's state in memory, as far as it was trained.
+#[derive(Clone)]
+pub(super) struct Trained {
+    step: u64,
+    /// Generation that held it last.
+    generation: Generation,
+    state: State,
+    curves: Vec<StepRecord>,
+}
+
 /// The student and what its optimizer remembers.
+#[derive(Clone)]
 struct State {
     weight: [f32; WIDTH],
     momentum: [f32; WIDTH],
@@ -100,12 +111,46 @@ impl State {
     }
 }
 
+impl Trained {
+    fn held(&self) -> Held {
+        Held {
+            step: self.step,
+            generation: self.generation,
+        }
+    }
+
+    /// Step, generation, numbers, curves.
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = self.step.to_le_bytes().to_vec();
+        bytes.extend(self.generation.0.to_le_bytes());
+        let values = self.state.weight.iter().chain(&self.state.momentum);
+        bytes.extend(values.flat_map(|value| value.to_le_bytes()));
+        bytes.extend(curves::to_jsonl(&self.curves));
+        bytes
+    }
+
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let (step, rest) = bytes.split_first_chunk::<8>()?;
+        let (generation, rest) = rest.split_first_chunk::<8>()?;
+        let (values, curves) = rest.split_at_checked(8 * WIDTH)?;
+        let value = |at: usize| f32::from_le_bytes(std::array::from_fn(|i| values[4 * at + i]));
+        Some(Self {
+            step: u64::from_le_bytes(*step),
+            generation: Generation(u64::from_le_bytes(*generation)),
+            state: State {
+                weight: std::array::from_fn(value),
+                momentum: std::array::from_fn(|at| value(WIDTH + at)),
+            },
+            curves: curves::from_jsonl(curves).ok()?,
+        })
+    }
+}
+
 struct Work {
     membership: Membership,
     stage: recipe::Stage,
     listener: TcpListener,
-    state: State,
-    curves: Vec<StepRecord>,
+    trained: Trained,
     dataset: Dataset,
     order: Order,
     manifest: Digest,
@@ -130,7 +175,6 @@ impl Work {
             rank: membership.rank,
             address: address.to_string(),
         });
-        let (state, curves) = start(bench, membership)?;
         let digest = bench
             .record
             .dataset_digest
@@ -155,8 +199,12 @@ impl Work {
             membership: membership.clone(),
             stage,
             listener,
-            state,
-            curves,
+            trained: Trained {
+                step: membership.base_step,
+                generation: membership.group.generation,
+                state: State::fresh(bench.recipe.seed),
+                curves: Vec::new(),
+            },
             dataset,
             order,
             manifest: digest,
@@ -182,20 +230,22 @@ impl Work {
         let inbox = &mut bench.inbox;
         let stop = &mut || interrupted(inbox, &group);
         let star = Star::connect(&self.listener, &self.membership, &peers, secret, stop);
-        let mut step = self.membership.base_step;
         let outcome = match star {
-            Ok(mut star) => self.steps(bench, &mut star, &mut step),
+            Ok(mut star) => self
+                .sync(bench, &mut star)
+                .and_then(|()| self.steps(bench, &mut star)),
             Err(broken) => Err(broken.into()),
         };
         match outcome {
             Ok(()) => Ok(Ending::Free),
             Err(Stop::Failed(failure)) => Err(failure),
-            Err(Stop::Broken(broken)) => self.left(bench, broken, step),
+            Err(Stop::Broken(broken)) => self.left(bench, broken),
         }
     }
 
     /// A step did not come about: somebody told us to stop, or a peer is gone.
-    fn left(&self, bench: &mut Bench, broken: Broken, step: u64) -> Result<Ending, Failure> {
+    fn left(&self, bench: &mut Bench, broken: Broken) -> Result<Ending, Failure> {
+        let step = self.trained.step;
         if let Some(checkpoint) = bench.inbox.draining() {
             if checkpoint && self.membership.rank == 0 && step > self.membership.base_step {
                 self.save(bench, step)?;
@@ -211,30 +261,91 @@ impl Work {
         }
     }
 
-    fn steps(&mut self, bench: &mut Bench, star: &mut Star, step: &mut u64) -> Result<(), Stop> {
+    /// Takes over the newest state that a member holds, or else what rank 0 reads from the store.
+    fn sync(&mut self, bench: &mut Bench, star: &mut Star) -> Result<(), Stop> {
+        let membership = &self.membership;
+        let base = membership.base_checkpoint.as_deref();
+        let base = base.and_then(layout::parse_checkpoint_commit);
+        let base = base.map(|(_, step, generation)| Held { step, generation });
+        let kept = bench.kept.take().filter(|(stage, trained)| {
+            *stage == membership.group.stage && trained.held().continues(base)
+        });
+        let own = kept.map_or(Vec::new(), |(_, trained)| trained.to_bytes());
+        let chosen = {
+            let (runtime, store, recipe) = (&bench.runtime, &bench.store, &bench.recipe);
+            let inbox = &mut bench.inbox;
+            let stop = &mut || interrupted(inbox, &membership.group);
+            let choose = |all: Vec<Vec<u8>>| {
+                let held: Vec<Option<Held>> = all
+                    .iter()
+                    .map(|bytes| Some(Trained::parse(bytes)?.held()))
+                    .collect();
+                match group::source(&held) {
+                    Some(source) => Ok::<_, Stop>(all[source as usize].clone()),
+                    None => {
+                        let (state, curves) = start(runtime, store, recipe.seed, membership)?;
+                        let loaded = Trained {
+                            state,
+                            curves,
+                            ..self.trained.clone()
+                        };
+                        Ok(loaded.to_bytes())
+                    }
+                }
+            };
+            star.choose(own, choose, stop)?
+        };
+        let nonsense = || fault(FailureClass::Collective, "a peer's state makes no sense");
+        let chosen = Trained::parse(&chosen).ok_or_else(nonsense)?;
+        self.trained = Trained {
+            generation: membership.group.generation,
+            ..chosen
+        };
+        self.keep(bench);
+        Ok(())
+    }
+
+    fn keep(&self, bench: &mut Bench) {
+        bench.kept = Some((self.membership.group.stage.clone(), self.trained.clone()));
+    }
+
+    fn steps(&mut self, bench: &mut Bench, star: &mut Star) -> Result<(), Stop> {
         let group = self.membership.group.clone();
-        while *step < self.stage.steps {
+        self.tell(bench, Phase::Stepping, self.trained.step);
+        if self.trained.step > self.membership.base_step {
+            self.save_if_due(bench)?;
+        }
+        while self.trained.step < self.stage.steps {
             bench
                 .inbox
                 .listen(Duration::from_millis(bench.pace.step_ms));
             if interrupted(&mut bench.inbox, &group) {
                 return Err(Broken::Stopped.into());
             }
-            let own = self.contribution(bench, *step)?;
+            let step = self.trained.step;
+            let own = self.contribution(bench, step)?;
             let inbox = &mut bench.inbox;
-            let sum = star.sum(*step, own, &mut || interrupted(inbox, &group))?;
-            self.state.step(
+            let sum = star.sum(step, own, &mut || interrupted(inbox, &group))?;
+            self.trained.state.step(
                 &sum,
                 self.stage.batch.global,
                 self.stage.optimizer.lr as f32,
             );
-            *step += 1;
-            self.curves.push(self.record(*step));
-            self.tell(bench, Phase::Stepping, *step);
-            let due = step.is_multiple_of(bench.recipe.checkpoint.every_steps);
-            if self.membership.rank == 0 && (due || *step == self.stage.steps) {
-                self.save(bench, *step)?;
-            }
+            self.trained.step += 1;
+            let record = self.record(self.trained.step);
+            self.trained.curves.push(record);
+            self.keep(bench);
+            self.tell(bench, Phase::Stepping, self.trained.step);
+            self.save_if_due(bench)?;
+        }
+        Ok(())
+    }
+
+    fn save_if_due(&self, bench: &mut Bench) -> Result<(), Failure> {
+        let step = self.trained.step;
+        let due = step.is_multiple_of(bench.recipe.checkpoint.every_steps);
+        if self.membership.rank == 0 && (due || step == self.stage.steps) {
+            self.save(bench, step)?;
         }
         Ok(())
     }
@@ -263,8 +374,8 @@ impl Work {
 
     fn save(&self, bench: &mut Bench, step: u64) -> Result<(), Failure> {
         let group = &self.membership.group;
-        let snapshot = Arc::new(Snapshot::capture(&self.state, None));
-        let metrics = Bytes::from(curves::to_jsonl(&self.curves));
+        let snapshot = Arc::new(Snapshot::capture(&self.trained.state, None));
+        let metrics = Bytes::from(curves::to_jsonl(&self.trained.curves));
         let manifest = bench
             .runtime
             .block_on(checkpoint::write(
@@ -348,7 +459,12 @@ impl Work {
             phase,
             step,
             total_steps: self.stage.steps,
-            loss: self.curves.last().and_then(|r| r.loss).unwrap_or(0.0),
+            loss: self
+                .trained
+                .curves
+                .last()
+                .and_then(|r| r.loss)
+                .unwrap_or(0.0),
             samples_per_second: 0.0,
             step_ms: 0.0,
         }));
@@ -379,15 +495,19 @@ fn interrupted(inbox: &mut super::Inbox, group: &distillery_common::group::Group
 }
 
 /// The state that the group starts from: its own checkpoint, or its parent's student, or a fresh one.
-fn start(bench: &Bench, membership: &Membership) -> Result<(State, Vec<StepRecord>), Failure> {
-    let mut state = State::fresh(bench.recipe.seed);
+fn start(
+    runtime: &tokio::runtime::Runtime,
+    store: &Store,
+    seed: u64,
+    membership: &Membership,
+) -> Result<(State, Vec<StepRecord>), Failure> {
+    let mut state = State::fresh(seed);
     let base = membership.base_checkpoint.as_deref();
     let Some(key) = base.or(membership.parent_checkpoint.as_deref()) else {
         return Ok((state, Vec::new()));
     };
-    let loaded = bench
-        .runtime
-        .block_on(async { Checkpoint::open(&bench.store, key).await?.load().await })
+    let loaded = runtime
+        .block_on(async { Checkpoint::open(store, key).await?.load().await })
         .map_err(|error| fault(FailureClass::Schema, error))?;
     for (spec, bytes) in &loaded.tensors {
         let values = match spec.kind {

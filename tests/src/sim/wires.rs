@@ -10,6 +10,8 @@ use distillery_common::telemetry::Stopwatch;
 
 /// Numbers in a sum.
 pub(super) const WIDTH: usize = 32;
+/// The longest that is brought to a choice.
+const MAX_BYTES: usize = 64 << 20;
 /// How often a waiting member looks whether it is still wanted.
 const GLANCE: Duration = Duration::from_millis(20);
 /// How long members wait for each other.
@@ -94,6 +96,28 @@ impl Star {
         Ok(star)
     }
 
+    /// What rank 0 chooses among what all ranks bring, in rank order: everybody gets it.
+    pub(super) fn choose<E: From<Broken>>(
+        &mut self,
+        own: Vec<u8>,
+        choose: impl FnOnce(Vec<Vec<u8>>) -> Result<Vec<u8>, E>,
+        stop: &mut dyn FnMut() -> bool,
+    ) -> Result<Vec<u8>, E> {
+        if self.rank > 0 {
+            send_bytes(&mut self.streams[0], &own).map_err(Broken::from)?;
+            return Ok(receive_bytes(&mut self.streams[0], stop)?);
+        }
+        let mut all = vec![own];
+        for stream in &mut self.streams {
+            all.push(receive_bytes(stream, stop)?);
+        }
+        let chosen = choose(all)?;
+        for stream in &mut self.streams {
+            send_bytes(stream, &chosen).map_err(Broken::from)?;
+        }
+        Ok(chosen)
+    }
+
     /// The sum over all ranks of `own`, equal everywhere.
     pub(super) fn sum(
         &mut self,
@@ -128,6 +152,26 @@ fn send(stream: &mut TcpStream, step: u64, values: &[i64; WIDTH]) -> io::Result<
     let mut message = step.to_le_bytes().to_vec();
     message.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     stream.write_all(&message)
+}
+
+fn send_bytes(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(&(bytes.len() as u64).to_le_bytes())?;
+    stream.write_all(bytes)
+}
+
+fn receive_bytes(
+    stream: &mut TcpStream,
+    stop: &mut dyn FnMut() -> bool,
+) -> Result<Vec<u8>, Broken> {
+    let mut len = [0; 8];
+    read_full(stream, &mut len, stop)?;
+    let len = u64::from_le_bytes(len) as usize;
+    if len > MAX_BYTES {
+        return Err(io::Error::other(format!("a peer offers {len} bytes")).into());
+    }
+    let mut bytes = vec![0; len];
+    read_full(stream, &mut bytes, stop)?;
+    Ok(bytes)
 }
 
 fn receive(

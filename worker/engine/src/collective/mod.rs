@@ -100,6 +100,23 @@ pub trait Collective {
     /// Replaces `flat` (contiguous f32, of one length everywhere) by that of rank `root`.
     fn broadcast(&mut self, flat: &mut Tensor, root: u32) -> Result<(), Error>;
 
+    /// A short text of every rank, in rank order; all of one length.
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        // Everybody adds zeros to everybody else's: sums of one byte and zeros are exact.
+        let (at, len) = (self.rank() as usize * own.len(), own.len());
+        let mut all = vec![0f32; len * self.world() as usize];
+        for (to, &byte) in all[at..at + len].iter_mut().zip(own) {
+            *to = f32::from(byte);
+        }
+        let mut flat = Tensor::from_slice(&all);
+        self.all_reduce_sum(&mut flat)?;
+        let all = Vec::<f32>::try_from(flat).unwrap_or_default();
+        let rows = all.chunks(len.max(1));
+        Ok(rows
+            .map(|row| row.iter().map(|&x| x as u8).collect())
+            .collect())
+    }
+
     /// Waits for every rank and fails unless all of them brought the same digest.
     fn agree(&mut self, digest: &[u8; 32]) -> Result<(), Error>;
 

@@ -35,7 +35,6 @@ use crate::workbench::{TeacherModel, Workbench};
 const STEPS_AHEAD: usize = 8;
 
 /// A training stage as one engine holds it.
-#[derive(Debug)]
 pub struct StageWork {
     recipe: recipe::Stage,
     /// Position in the recipe.
