@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ledger::Ledger;
+
 /// Number of equal timestep bins that losses are collected in.
 pub const TIME_BINS: usize = 10;
 
@@ -29,6 +31,9 @@ pub struct StepRecord {
     pub lr: f64,
     /// Whether a non-finite gradient made the step change nothing.
     pub skipped: bool,
+    /// The rows that the step consumed, summed over all ranks; none in curves of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<Ledger>,
     /// Wall time of the step.
     pub step_ms: f64,
     /// Part of it that waited for rows.
@@ -102,6 +107,7 @@ mod tests {
             grad_norm: Some(1.5),
             lr: 1e-4,
             skipped: false,
+            rows: Some(Ledger::of(step * 8..step * 8 + 8)),
             step_ms: 3.25,
             wait_ms: 0.0,
             save_ms: step.is_multiple_of(2).then_some(0.5),

@@ -13,6 +13,7 @@ pub mod figures;
 pub mod group;
 pub mod ids;
 pub mod latents;
+pub mod ledger;
 pub mod once;
 pub mod order;
 pub mod prompts;

@@ -49,7 +49,7 @@ fn feistel(half_bits: u32, key: u64, value: u64) -> u64 {
 }
 
 /// The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), with its increment.
-fn mix(x: u64) -> u64 {
+pub(crate) fn mix(x: u64) -> u64 {
     let mut z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

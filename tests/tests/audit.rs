@@ -146,7 +146,7 @@ fn flip(path: &Path, at: usize) {
 type Damage = (&'static str, &'static str, fn(&Copy));
 
 /// What is done, what it is called, and how it is done.
-const DAMAGES: [Damage; 22] = [
+const DAMAGES: [Damage; 23] = [
     ("a shard's rows deleted", "I1", |run| {
         std::fs::remove_file(run.find("trajectories", ".parquet")).expect("there");
     }),
@@ -243,6 +243,14 @@ const DAMAGES: [Damage; 22] = [
     }),
     ("a step left out", "I12", |run| {
         run.change_curve("seg2", |lines| drop(lines.remove(20)));
+    }),
+    ("a step over rows that are not its own", "I12", |run| {
+        run.change_curve("seg2", |lines| {
+            let mut line: serde_json::Value = serde_json::from_str(&lines[20]).expect("JSON");
+            let sum = line["rows"][3].as_u64().expect("a ledger");
+            line["rows"][3] = json!(sum + 1);
+            lines[20] = line.to_string();
+        });
     }),
     ("a stage that was not sealed", "sealed", |run| {
         run.drop_segment(run.segment_of("stage_sealed", Some("seg2")));

@@ -61,6 +61,8 @@ pub struct Batch {
     pub step: u64,
     /// First position, so that draws of the step can be named by position.
     pub first_position: u64,
+    /// Numbers of the rows in the dataset.
+    pub indices: Vec<u64>,
     rows: Staging,
     back: mpsc::UnboundedSender<Staging>,
 }
@@ -171,6 +173,7 @@ async fn read_ahead(dataset: Arc<Dataset>, spec: Spec, send: mpsc::Sender<Result
             .map(|()| Batch {
                 step,
                 first_position,
+                indices: rows,
                 rows: staging,
                 back: back.clone(),
             });

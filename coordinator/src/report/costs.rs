@@ -209,6 +209,7 @@ mod tests {
             grad_norm: Some(0.0),
             lr: 0.0,
             skipped: false,
+            rows: None,
             step_ms,
             wait_ms: step_ms / 4.0,
             save_ms: None,

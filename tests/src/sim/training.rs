@@ -16,6 +16,7 @@ use distillery_common::group::{self, CheckpointCommitted, Held, Membership, Phas
 use distillery_common::ids::{Digest, Generation};
 use distillery_common::latents::loader::Order;
 use distillery_common::latents::{self, Dataset, Options, Staging};
+use distillery_common::ledger::{Ledger, PLACES};
 use distillery_common::proto::engine_link::{CommitOutcome, CommitRequest, Committed, Event};
 use distillery_common::recipe;
 use distillery_common::run::dataset_store;
@@ -24,7 +25,7 @@ use distillery_common::storage::{Store, layout};
 use distillery_common::task::{Failure, FailureClass};
 use distillery_common::telemetry::peak_memory;
 
-use super::wires::{Broken, Star, WIDTH};
+use super::wires::{Broken, SUMS, Star, WIDTH};
 use super::{Bench, fault, superseded};
 
 /// How training ended.
@@ -102,7 +103,7 @@ impl State {
     }
 
     /// Moves towards the mean of what the batch showed.
-    fn step(&mut self, sum: &[i64; WIDTH], batch: u64, rate: f32) {
+    fn step(&mut self, sum: &[i64; SUMS], batch: u64, rate: f32) {
         for ((weight, momentum), &sum) in self.weight.iter_mut().zip(&mut self.momentum).zip(sum) {
             let seen = sum as f32 / (batch as f32 * 32768.0);
             *momentum = 0.9 * *momentum + (seen - *weight);
@@ -332,7 +333,7 @@ impl Work {
                 self.stage.optimizer.lr as f32,
             );
             self.trained.step += 1;
-            let record = self.record(self.trained.step);
+            let record = self.record(self.trained.step, &sum);
             self.trained.curves.push(record);
             self.keep(bench);
             self.tell(bench, Phase::Stepping, self.trained.step);
@@ -350,8 +351,8 @@ impl Work {
         Ok(())
     }
 
-    /// What this rank's rows add to the sum: their first numbers, as whole numbers.
-    fn contribution(&self, bench: &Bench, step: u64) -> Result<[i64; WIDTH], Stop> {
+    /// What this rank's rows add to the sum: their first numbers, as whole numbers, and their ledger.
+    fn contribution(&self, bench: &Bench, step: u64) -> Result<[i64; SUMS], Stop> {
         let Membership { rank, world, .. } = self.membership;
         let positions = self.order.positions(step, rank, world);
         let rows: Vec<u64> = positions
@@ -363,9 +364,13 @@ impl Work {
             .block_on(self.dataset.read_rows(&rows, &mut staging))
             .map_err(|error| Stop::Failed(fault(FailureClass::Schema, error)))?;
         let wide = self.dataset.manifest().schema.row_bytes();
-        let mut sum = [0; WIDTH];
+        let mut sum = [0; SUMS];
+        let consumed = Ledger::of(rows.iter().copied()).sums();
+        for (sum, more) in sum[WIDTH..].iter_mut().zip(consumed) {
+            *sum = i64::from(more);
+        }
         for row in staging.latent.chunks_exact(wide) {
-            for (sum, half) in sum.iter_mut().zip(row.chunks_exact(2)) {
+            for (sum, half) in sum[..WIDTH].iter_mut().zip(row.chunks_exact(2)) {
                 *sum += i64::from(i16::from_le_bytes([half[0], half[1]]));
             }
         }
@@ -433,8 +438,9 @@ impl Work {
         }
     }
 
-    /// Only the step is real; the curve falls so that a report has something to draw.
-    fn record(&self, step: u64) -> StepRecord {
+    /// Only the step and its rows are real; the curve falls so that a report has something to draw.
+    fn record(&self, step: u64, sum: &[i64; SUMS]) -> StepRecord {
+        let rows: [u32; PLACES] = std::array::from_fn(|place| sum[WIDTH + place] as u32);
         let loss = 1.0 / step as f64;
         StepRecord {
             step,
@@ -446,6 +452,7 @@ impl Work {
             grad_norm: Some(loss),
             lr: self.stage.optimizer.lr,
             skipped: false,
+            rows: Some(Ledger::from(rows)),
             step_ms: 1.0,
             wait_ms: 0.0,
             save_ms: None,

@@ -5,11 +5,14 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use distillery_common::group::Membership;
+use distillery_common::ledger::PLACES;
 use distillery_common::security::GroupSecret;
 use distillery_common::telemetry::Stopwatch;
 
 /// Numbers in a sum.
 pub(super) const WIDTH: usize = 32;
+/// Numbers that are added up in a step: the rows', and the ledger's.
+pub(super) const SUMS: usize = WIDTH + PLACES;
 /// The longest that is brought to a choice.
 const MAX_BYTES: usize = 64 << 20;
 /// How often a waiting member looks whether it is still wanted.
@@ -122,9 +125,9 @@ impl Star {
     pub(super) fn sum(
         &mut self,
         step: u64,
-        own: [i64; WIDTH],
+        own: [i64; SUMS],
         stop: &mut dyn FnMut() -> bool,
-    ) -> Result<[i64; WIDTH], Broken> {
+    ) -> Result<[i64; SUMS], Broken> {
         if self.rank > 0 {
             send(&mut self.streams[0], step, &own)?;
             return receive(&mut self.streams[0], step, stop);
@@ -148,7 +151,7 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(Some(GLANCE))
 }
 
-fn send(stream: &mut TcpStream, step: u64, values: &[i64; WIDTH]) -> io::Result<()> {
+fn send(stream: &mut TcpStream, step: u64, values: &[i64; SUMS]) -> io::Result<()> {
     let mut message = step.to_le_bytes().to_vec();
     message.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     stream.write_all(&message)
@@ -178,8 +181,8 @@ fn receive(
     stream: &mut TcpStream,
     step: u64,
     stop: &mut dyn FnMut() -> bool,
-) -> Result<[i64; WIDTH], Broken> {
-    let mut message = [0; 8 + 8 * WIDTH];
+) -> Result<[i64; SUMS], Broken> {
+    let mut message = [0; 8 + 8 * SUMS];
     read_full(stream, &mut message, stop)?;
     let word = |at: usize| -> [u8; 8] { std::array::from_fn(|i| message[8 * at + i]) };
     if u64::from_le_bytes(word(0)) != step {
@@ -261,13 +264,13 @@ mod tests {
                     let mut star =
                         Star::connect(&listener, &member(rank, 3), &peers, secret, never)
                             .expect("connects");
-                    star.sum(9, [i64::from(rank) + 1; WIDTH], never)
+                    star.sum(9, [i64::from(rank) + 1; SUMS], never)
                         .expect("sums")
                 })
             })
             .collect();
         for member in members {
-            assert_eq!(member.join().expect("no panic"), [6; WIDTH]);
+            assert_eq!(member.join().expect("no panic"), [6; SUMS]);
         }
     }
 }

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::Run;
 use super::finding::{Findings, Promise};
 use super::journal::{Formed, Recorded};
+use super::ledger::Order;
 use super::plan::{Stage, Training};
 use super::store::Named;
 
@@ -215,7 +216,8 @@ fn check_origin(
     });
 }
 
-/// I12: the curve of the final student has each step once, taken by the generation whose it was.
+/// I12: the curve of the final student has each step once, taken by the generation whose it was, over the rows that are
+/// that step's.
 async fn check_lineage(
     run: &Run,
     name: &str,
@@ -233,7 +235,8 @@ async fn check_lineage(
         return Ok(());
     };
     let lines = text.split(|&byte| byte == b'\n').filter(|l| !l.is_empty());
-    let mut next = 1;
+    let order = order_of(run, training).await?;
+    let (mut next, mut by) = (1, 0);
     for line in lines {
         let Ok(taken) = serde_json::from_slice::<Value>(line) else {
             findings.violated(Promise::I12, format!("{}: a line is no JSON", curve.key));
@@ -244,11 +247,19 @@ async fn check_lineage(
             format!("{name}: step {step} stands where step {next} must be")
         });
         next = step + 1;
-        // A generation that began before this step, and none later did: it is the one that counts.
-        let owner = formed.iter().rev().find(|formed| formed.base_step < step);
-        let fits = owner.is_some_and(|owner| {
-            taken["generation"] == owner.generation && taken["world"] == owner.members
-        });
+        if let Some(order) = order.filter(|_| step > 0) {
+            let wanted = serde_json::json!(order.ledger(step));
+            findings.expect(Promise::I12, taken["rows"] == wanted, || {
+                format!("{name}: step {step} has not consumed the rows that are its own")
+            });
+        }
+        // A generation goes on from a checkpoint or from what its members still hold, which is no step behind it; and
+        // what an older one did after it was formed counts no more.
+        let generation = taken["generation"].as_u64().unwrap_or_default();
+        let owner = formed.iter().find(|f| f.generation == generation);
+        let fits = generation >= by
+            && owner.is_some_and(|f| f.base_step < step && taken["world"] == f.members);
+        by = generation.max(by);
         findings.expect(Promise::I12, fits, || {
             let (generation, world) = (&taken["generation"], &taken["world"]);
             format!("{name}: step {step} by {world} of generation {generation}, not {owner:?}")
@@ -258,4 +269,24 @@ async fn check_lineage(
         format!("{name}: the curve ends with step {}", next - 1)
     });
     Ok(())
+}
+
+/// The order of a stage's rows, unless they are those of another run.
+async fn order_of(run: &Run, training: &Training) -> anyhow::Result<Option<Order>> {
+    let shards = run.plan.stages.iter().find_map(|stage| {
+        let tasks = stage.tasks.as_ref()?;
+        tasks.is_shards.then_some(tasks)
+    });
+    let Some(shards) = shards else {
+        return Ok(None);
+    };
+    let (manifest, _) = run.tree.json(&format!("{}MANIFEST", shards.prefix)).await?;
+    let rows = manifest["rows"].as_u64().filter(|&rows| rows > 0);
+    let rows = rows.context("a manifest without rows")?;
+    let Training {
+        number,
+        global_batch,
+        ..
+    } = *training;
+    Ok(Some(Order::new(run.plan.seed, number, rows, global_batch)))
 }

@@ -13,6 +13,7 @@ mod checkpoints;
 mod compare;
 mod finding;
 mod journal;
+mod ledger;
 mod plan;
 mod store;
 mod tasks;

@@ -31,7 +31,11 @@ impl Tasks {
 /// One training stage.
 #[derive(Debug, Clone)]
 pub(crate) struct Training {
+    /// Position among the recipe's training stages.
+    pub(crate) number: u64,
     pub(crate) steps: u64,
+    /// Rows of a step.
+    pub(crate) global_batch: u64,
     /// Name of the stage whose student it starts from.
     pub(crate) parent: Option<String>,
     /// Whether its checkpoints may have been deleted at the end of the run.
@@ -57,6 +61,7 @@ pub(crate) struct Plan {
     pub(crate) shard_trajectories: u64,
     pub(crate) trajectories: u64,
     pub(crate) rows_per_trajectory: u64,
+    pub(crate) seed: u64,
     pub(crate) run_id: String,
     pub(crate) quarantine: bool,
 }
@@ -90,7 +95,7 @@ impl Plan {
         let keeps = recipe["checkpoint"]["keep"]["every_stage"] != false;
         for (at, student) in students.iter().enumerate() {
             let may_be_gone = !keeps && at + 1 < students.len();
-            stages.push(training_stage(student, may_be_gone)?);
+            stages.push(training_stage(student, at as u64, may_be_gone)?);
         }
         let names: Vec<&str> = students.iter().filter_map(|s| s["name"].as_str()).collect();
         let evaluate = &recipe["evaluate"];
@@ -115,6 +120,7 @@ impl Plan {
             shard_trajectories,
             trajectories: count,
             rows_per_trajectory: number(wanted, "segments")? + 1,
+            seed: number(recipe, "seed")?,
             run_id: record["run_id"].as_str().unwrap_or_default().to_owned(),
             quarantine: wanted["quarantine"].as_f64().unwrap_or(0.0) > 0.0,
         })
@@ -144,19 +150,23 @@ fn task_stage(name: &str, reads: &[&str], tasks: Option<Tasks>) -> Stage {
     }
 }
 
-fn training_stage(student: &Value, may_be_gone: bool) -> anyhow::Result<Stage> {
+fn training_stage(student: &Value, number: u64, may_be_gone: bool) -> anyhow::Result<Stage> {
     let text = |name: &str| student[name].as_str().map(str::to_owned);
     let name = text("name").context("a stage without a name")?;
     let parent = text("from").filter(|from| from != "teacher");
     let mut reads = vec!["trajectories".to_owned()];
     reads.extend(parent.clone());
     let steps = student["steps"].as_u64().context("a stage without steps")?;
+    let global_batch = student["batch"]["global"].as_u64();
+    let global_batch = global_batch.context("a stage without a batch")?;
     Ok(Stage {
         name,
         reads,
         tasks: None,
         training: Some(Training {
+            number,
             steps,
+            global_batch,
             parent,
             may_be_gone,
         }),

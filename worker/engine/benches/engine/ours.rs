@@ -154,6 +154,7 @@ impl Training {
             ..
         } = tensors;
         let rows = Rows {
+            numbers: (0..t.numel() as u64).collect(),
             z: z.shallow_clone(),
             eps_w: eps_w.shallow_clone(),
             t: t.shallow_clone(),

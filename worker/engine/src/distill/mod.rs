@@ -20,6 +20,8 @@ use crate::diffusion::solver::ddim;
 /// Trajectory states with what the teacher said about them: B rows.
 #[derive(Debug)]
 pub struct Rows {
+    /// Their numbers in the dataset, for the ledger.
+    pub numbers: Vec<u64>,
     /// The states `[B, C, H, W]`.
     pub z: Tensor,
     /// The teacher's guided prediction at each state, of the shape of z: noise, or whatever the teacher predicts.

@@ -134,12 +134,14 @@ impl Source for StoredRows {
             .iter()
             .map(|&t| i64::from(t))
             .collect();
+        let numbers = batch.indices[within.clone()].to_vec();
         let ids = staging.cond_id[within].to_vec();
         let z = host::from_f16(&staging.latent[bytes.clone()], &shape, self.device);
         let eps_w = host::from_f16(&staging.eps_w[bytes], &shape, self.device);
         self.read_texts(&ids)?;
         let texts: Vec<&Conditioning> = ids.iter().map(|id| &self.texts[id]).collect();
         Ok(Rows {
+            numbers,
             z,
             eps_w,
             t: Tensor::from_slice(&times).to_device(self.device),

@@ -250,6 +250,7 @@ fn untimed(membership: &Membership, report: &StepReport) -> StepRecord {
         grad_norm: finite(report.grad_norm),
         lr: report.rate,
         skipped: report.skipped,
+        rows: Some(report.rows),
         step_ms: 0.0,
         wait_ms: 0.0,
         save_ms: None,
@@ -411,6 +412,7 @@ mod tests {
     use distillery_common::curves::from_jsonl;
     use distillery_common::group::GroupId;
     use distillery_common::ids::{Generation, Term};
+    use distillery_common::ledger::Ledger;
 
     use super::*;
 
@@ -438,6 +440,7 @@ mod tests {
             loss_by_time: vec![(0.5, 1), (loss, 3)],
             grad_norm: loss,
             rate: 1e-4,
+            rows: Ledger::of(0..4),
             skipped: !loss.is_finite(),
         }
     }

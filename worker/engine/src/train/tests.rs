@@ -105,6 +105,7 @@ impl Source for Rowmaker {
             .map(|t| i64::from(t) + 1)
             .collect();
         Ok(Rows {
+            numbers: rows.clone(),
             z: draw(Purpose::InitialNoise),
             // What is learnable: noise that is a function of the state.
             eps_w: draw(Purpose::InitialNoise) * 0.5 + 0.2,

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use distillery_common::curves::{TIME_BINS, time_bin};
+use distillery_common::ledger::{Ledger, PLACES};
 use distillery_common::recipe;
 use tch::{Kind, Tensor};
 use xxhash_rust::xxh3::Xxh3Default;
@@ -65,6 +66,8 @@ pub struct StepReport {
     pub rate: f64,
     /// Whether the gradient was not finite, so that nothing was applied.
     pub skipped: bool,
+    /// The rows that all ranks together have consumed.
+    pub rows: Ledger,
 }
 
 /// Where rows come from.
@@ -237,6 +240,7 @@ impl Trainer {
             grad_norm,
             rate,
             skipped,
+            rows: reduced.rows(),
         })
     }
 
@@ -354,9 +358,9 @@ impl Trainer {
     }
 }
 
-/// What is summed over the group: the gradient, then loss sums and row counts by segment and by time.
+/// What is summed over the group: the gradient, then loss sums and row counts by segment and by time, then the ledger.
 struct Reduced {
-    /// `[len + 2 (segments + TIME_BINS)]`, f32.
+    /// `[len + 2 (segments + TIME_BINS) + PLACES]`, f32.
     flat: Tensor,
     len: i64,
     segments: usize,
@@ -371,7 +375,7 @@ struct Losses {
 
 impl Reduced {
     fn new(len: i64, segments: usize, parameters: &Parameters) -> Self {
-        let tail = 2 * (segments + TIME_BINS) as i64;
+        let tail = (2 * (segments + TIME_BINS) + PLACES) as i64;
         let flat = Tensor::zeros([len + tail], (Kind::Float, parameters.device()));
         Self {
             flat,
@@ -390,7 +394,7 @@ impl Reduced {
             .expect("a loss for each row, in f32");
         let times = Vec::<i64>::try_from(host(&rows.t)).expect("a time for each row, in i64");
         let bins = self.bins();
-        let mut tail = vec![0f32; 2 * bins];
+        let mut tail = vec![0f32; 2 * bins + PLACES];
         for (loss, t) in losses.into_iter().zip(times) {
             let segment = objective.segments().segment_of(t);
             for bin in [segment, self.segments + time_bin(t, TRAIN_TIMES)] {
@@ -398,9 +402,22 @@ impl Reduced {
                 tail[bins + bin] += 1.0;
             }
         }
+        let consumed = Ledger::of(rows.numbers.iter().copied()).sums();
+        for (to, sum) in tail[2 * bins..].iter_mut().zip(consumed) {
+            *to = sum as f32;
+        }
         let tail = Tensor::from_slice(&tail).to_device(self.flat.device());
-        let mut place = self.flat.narrow(0, self.len, 2 * bins as i64);
+        let mut place = self.flat.narrow(0, self.len, tail.numel() as i64);
         tch::no_grad(|| place += tail);
+    }
+
+    fn rows(&self) -> Ledger {
+        let start = self.len + 2 * self.bins() as i64;
+        let sums = self.flat.narrow(0, start, PLACES as i64);
+        let sums = Vec::<f32>::try_from(sums.to_device(tch::Device::Cpu)).expect("sums in f32");
+        // Whole numbers below 2^24.
+        let whole: [u32; PLACES] = std::array::from_fn(|place| sums[place] as u32);
+        Ledger::from(whole)
     }
 
     fn losses(&self) -> Losses {

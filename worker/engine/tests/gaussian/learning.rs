@@ -150,6 +150,7 @@ impl Source for GridRows {
         let t = Tensor::from_slice(&times);
         let conditioning = unconditional(t.size()[0]);
         Ok(Rows {
+            numbers: (0..times.len() as u64).collect(),
             eps_w: self.teacher.predict(&z, &t, &conditioning),
             z,
             t,
@@ -336,6 +337,7 @@ impl Source for Stored {
         };
         let times: Vec<i64> = rows.iter().map(|r| r.2).collect();
         Ok(Rows {
+            numbers: (0..rows.len() as u64).collect(),
             z: column(&|r| r.4).view([-1, 1, 1, 1]),
             eps_w: column(&|r| r.5).view([-1, 1, 1, 1]),
             t: Tensor::from_slice(&times),

@@ -34,6 +34,7 @@ fn rows_at(times: &[i64]) -> Rows {
     let (z, t) = (batch(&z), Tensor::from_slice(&both));
     let conditioning = unconditional(t.size()[0]);
     Rows {
+        numbers: (0..both.len() as u64).collect(),
         eps_w: Gaussian::new().predict(&z, &t, &conditioning),
         z,
         t,
