@@ -119,7 +119,7 @@ impl Library {
                     std::mem::forget(file);
                     return Ok(library);
                 }
-                Err(error) => tried.push(format!("{name} ({error})")),
+                Err(error) => tried.push(format!("{name} ({})", words(&error))),
             }
         }
         Err(Error::NcclNotFound {
@@ -233,6 +233,12 @@ impl Library {
             message,
         })
     }
+}
+
+/// The loader's own words, which name the file or the symbol.
+fn words(error: &libloading::Error) -> String {
+    let cause = std::error::Error::source(error);
+    cause.map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// Operations are queued on the legacy default stream, where libtorch computes, or begun on the host; none waits.
@@ -387,7 +393,7 @@ impl Driver {
     pub(super) fn open() -> Result<Self, Error> {
         const NAME: &str = "libcuda.so.1";
         let missing = |error: libloading::Error| Error::Setup {
-            reason: format!("the CUDA driver {NAME} cannot be opened: {error}"),
+            reason: format!("the CUDA driver {NAME} cannot be opened: {}", words(&error)),
         };
         // SAFETY: the driver is loaded already, so no initialisers run.
         let file = unsafe { File::new(NAME) }.map_err(missing)?;

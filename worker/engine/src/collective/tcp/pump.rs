@@ -125,8 +125,10 @@ impl Ring<'_> {
             let mut progress = false;
             if wants_to_send {
                 let bytes = self.send(outgoing)?;
-                traffic.sent(bytes);
                 progress |= bytes > 0;
+                if bytes > 0 {
+                    traffic.sent(bytes);
+                }
             }
             let incoming = traffic.incoming();
             let wants_to_receive = !incoming.is_empty();

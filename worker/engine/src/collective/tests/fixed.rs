@@ -112,6 +112,34 @@ fn sums_of_several_kinds_follow_each_other_on_one_ring() {
     });
 }
 
+/// Longer than what the kernel holds between two ranks: every rank has to wait for the next one, in every state.
+#[test]
+fn a_fixed_sum_goes_on_when_the_links_are_full() {
+    let len = 5_000_001;
+    let expected = |i: i64| {
+        (0..8)
+            .map(|leaf| f64::from(leaf * 31 + i as i32 % 1000))
+            .sum::<f64>()
+    };
+    on_ring(4, PATIENT, |mut ring| {
+        let places = Tensor::arange(len, (Kind::Int64, Device::Cpu)).remainder(1000);
+        let share = leaves_of(8, ring.rank(), 4);
+        let mut partials = Partials::new(share.clone());
+        for index in share {
+            let leaf = (places.shallow_clone() + i64::from(index) * 31).to_kind(Kind::Float);
+            partials.push_leaf(index, leaf);
+        }
+        let mut out = Tensor::zeros([len], (Kind::Float, Device::Cpu));
+        ring.all_reduce_fixed(partials.finish(), 8, &mut out)
+            .unwrap();
+        for i in [0, 1, 999_999, 2_500_000, len - 1] {
+            assert_eq!(out.double_value(&[i]), expected(i));
+        }
+        let whole = (places * 8 + 28 * 31).to_kind(Kind::Float);
+        assert_eq!(out, whole);
+    });
+}
+
 #[test]
 fn ranks_that_count_other_leaves_find_out() {
     let errors = on_ring(2, PATIENT, |mut ring| {
