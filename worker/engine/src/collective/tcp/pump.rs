@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::set_tcp_congestion;
 
 use super::{Error, Links};
 
@@ -100,9 +101,19 @@ pub(super) struct Ring<'a> {
 
 /// Makes connections that are shaken hands over ready for [`Ring::run`].
 pub(super) fn prepare(links: &Links) -> io::Result<()> {
-    links.next.set_nonblocking(true)?;
-    links.previous.set_nonblocking(true)
+    for stream in [&links.next, &links.previous] {
+        stream.set_nonblocking(true)?;
+        if stream.local_addr()?.ip() == stream.peer_addr()?.ip() {
+            // Within a host nothing can be congested. What hosts set for wide networks, such as BBR, paces its sending by
+            // timers, which costs a quarter of the speed here. Where the kernel refuses, that is all that is lost.
+            let _ = set_tcp_congestion(stream, UNPACED);
+        }
+    }
+    Ok(())
 }
+
+/// A congestion control without timers, which every Linux has and allows.
+const UNPACED: &str = "reno";
 
 impl Ring<'_> {
     /// Exchanges labels, then moves `traffic` until nothing is left in either direction.
