@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants chaos compare bench-data bench-engine bench-scale lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants chaos compare bench-allreduce bench-data bench-engine bench-scale lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -53,6 +53,9 @@ compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows,
 
 bench-engine: libtorch ## Measure guided evaluations and training steps beside PyTorch (PYTHON has torch, diffusers, peft).
 	cargo bench --locked -p distillery-engine --bench bench-engine
+
+bench-allreduce: libtorch ## Measure the sum over a TCP ring beside Gloo, by processes on this machine (PYTHON has torch).
+	cargo bench --locked -p distillery-engine --bench bench-allreduce
 
 bench-data: ## Measure rows and checkpoints against the bytes themselves and pyarrow, side by side (PYTHON has pyarrow).
 	cargo build $(cargo_flags) -p distillery-tests --bin bench-data

@@ -3,6 +3,12 @@
 use std::ffi::c_int;
 use std::path::Path;
 
+use tch::{Device, Kind, Tensor};
+
+// Bytes of tensors go over the wire as they lie in memory.
+#[cfg(not(target_endian = "little"))]
+compile_error!("the engine exchanges f32 in the memory's own order, which must be little endian");
+
 /// Whether an attempt to bring CUDA in succeeded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cuda {
@@ -59,4 +65,35 @@ const M_MMAP_THRESHOLD: c_int = -3;
 unsafe extern "C" {
     /// mallopt(3): 1 when the value was taken.
     fn mallopt(parameter: c_int, value: c_int) -> c_int;
+}
+
+/// The values of `tensor` where they lie: contiguous f32 in the memory of the host, `[numel]`.
+///
+/// # Panics
+///
+/// When `tensor` is of another kind, lies on a device, or is not contiguous.
+pub fn f32_mut(tensor: &mut Tensor) -> &mut [f32] {
+    assert_eq!(tensor.kind(), Kind::Float, "f32 is read where it lies");
+    assert_eq!(tensor.device(), Device::Cpu, "host memory is read");
+    assert!(tensor.is_contiguous(), "contiguous memory is read");
+    let len = tensor.numel();
+    if len == 0 {
+        return &mut [];
+    }
+    // SAFETY: the tensor holds `len` f32 from this address on and keeps them while it is borrowed. Other handles of the
+    // same memory exist at most on this thread (a `Tensor` that is shared between threads is read only), and none is
+    // used while the caller holds the slice, which the callers in `collective` keep to themselves.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), len) }
+}
+
+/// The bytes of `values`, as they lie.
+pub fn bytes_of(values: &[f32]) -> &[u8] {
+    // SAFETY: the bytes are those of the slice, for as long as it is borrowed; every byte is initialised.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
+}
+
+/// The bytes of `values`, as they lie, to be written to.
+pub fn bytes_of_mut(values: &mut [f32]) -> &mut [u8] {
+    // SAFETY: as in `bytes_of`; the borrow is exclusive, and any four bytes are an f32.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size_of_val(values)) }
 }

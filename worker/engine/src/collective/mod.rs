@@ -1,7 +1,8 @@
 //! How the engines of a group add up their gradients.
 //!
 //! One trait, three ways: [`solo`] for a group of one, [`tcp`] for hosts without NCCL, [`nccl`] for NVIDIA
-//! devices. Must never know what is being summed, nor who formed the group.
+//! devices; [`seat`] chooses between them. [`tree`] is the order of sums that have the same bits for every world
+//! size. Must never know what is being summed, nor who formed the group.
 
 pub mod nccl;
 #[expect(
@@ -9,12 +10,21 @@ pub mod nccl;
     reason = "law L9: the one place of the group's code that calls foreign functions"
 )]
 mod nccl_sys;
+pub mod seat;
 pub mod solo;
 pub mod tcp;
+pub mod tree;
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use tch::Tensor;
+use distillery_common::group::{GroupId, batch_share};
+use tch::{Kind, Tensor};
+
+use self::tree::{Partial, cover};
+
+/// Longest text of [`Collective::gather`], in bytes.
+pub const LONGEST_TEXT: usize = 64 * 1024;
 
 /// How a group breaks. After any of these the group is of no more use: a new generation forms.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +79,7 @@ pub enum Error {
     },
     /// NCCL is not on this machine.
     #[error(
-        "no usable NCCL library: tried {tried}; install NCCL 2, or name the file in DISTILLERY_NCCL"
+        "no usable NCCL library: tried {tried}; install NCCL 2.14 or newer, or name the file in DISTILLERY_NCCL"
     )]
     NcclNotFound {
         /// Names and what the loader said of them.
@@ -80,12 +90,44 @@ pub enum Error {
     Nccl {
         /// Which call.
         call: &'static str,
+        /// What that means for the group.
+        fault: NcclFault,
         /// In NCCL's words.
         message: String,
     },
 }
 
+/// Why NCCL gave up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NcclFault {
+    /// A peer, or the way to it, is gone.
+    PeerLost,
+    /// Nothing came of it within the deadline.
+    Timeout,
+    /// Anything else: its words say what.
+    Refused,
+}
+
+/// Who is to form a group, as one member is told.
+#[derive(Debug, Clone)]
+pub struct Invitation<'a> {
+    /// Which group and generation.
+    pub group: &'a GroupId,
+    /// This member's position.
+    pub rank: u32,
+    /// What each rank said of itself ([`seat::Seat::open`]), in rank order; for a ring alone, where each listens
+    /// (`host:port`).
+    pub peers: &'a [String],
+    /// A secret of the run that every member knows; strangers do not.
+    pub token: [u8; 32],
+    /// How long to wait for a neighbour, now and in every later operation.
+    pub deadline: std::time::Duration,
+}
+
 /// The engines that train one stage together, as one of them sees it.
+///
+/// All ranks call the same operations in the same order. After an error the group is of no more use, and what the
+/// operation was to write holds no meaning.
 pub trait Collective {
     /// This engine's position, `0..world`.
     fn rank(&self) -> u32;
@@ -94,34 +136,98 @@ pub trait Collective {
     fn world(&self) -> u32;
 
     /// Replaces `flat` (contiguous f32, of one length everywhere) by its sum over the ranks: the same bits on
-    /// all of them, and the same bits again for the same inputs and world size.
+    /// all of them, and the same bits again for the same inputs and world size. NCCL also sums bf16 and f16.
     fn all_reduce_sum(&mut self, flat: &mut Tensor) -> Result<(), Error>;
+
+    /// Replaces `out` (contiguous f32, `[len]`) by the sum over `virtual_ranks` leaves along the tree of [`tree`]: the
+    /// same bits for every world size. `partial` are the nodes of this rank's leaves, which are those of
+    /// [`leaves_of`]; a rank without leaves brings none.
+    ///
+    /// # Panics
+    ///
+    /// When `partial` is not what [`tree::Partials`] makes of this rank's leaves, or of another length than `out`.
+    fn all_reduce_fixed(
+        &mut self,
+        partial: Vec<Partial>,
+        virtual_ranks: u32,
+        out: &mut Tensor,
+    ) -> Result<(), Error>;
+
+    /// Sums as [`Self::all_reduce_sum`], but only this rank's [`part`] of `flat` is finished, and returned; the rest
+    /// holds no meaning. Over TCP the bits are those of `all_reduce_sum`; NCCL chooses how it sums by the operation.
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error>;
+
+    /// Replaces every rank's [`part`] of `flat` by what that rank holds there.
+    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), Error>;
 
     /// Replaces `flat` (contiguous f32, of one length everywhere) by that of rank `root`.
     fn broadcast(&mut self, flat: &mut Tensor, root: u32) -> Result<(), Error>;
 
-    /// A short text of every rank, in rank order; all of one length.
-    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        // Everybody adds zeros to everybody else's: sums of one byte and zeros are exact.
-        let (at, len) = (self.rank() as usize * own.len(), own.len());
-        let mut all = vec![0f32; len * self.world() as usize];
-        for (to, &byte) in all[at..at + len].iter_mut().zip(own) {
-            *to = f32::from(byte);
-        }
-        let mut flat = Tensor::from_slice(&all);
-        self.all_reduce_sum(&mut flat)?;
-        let all = Vec::<f32>::try_from(flat).unwrap_or_default();
-        let rows = all.chunks(len.max(1));
-        Ok(rows
-            .map(|row| row.iter().map(|&x| x as u8).collect())
-            .collect())
-    }
+    /// A short text of every rank, in rank order: all of one length, at most [`LONGEST_TEXT`] bytes.
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
 
     /// Waits for every rank and fails unless all of them brought the same digest.
-    fn agree(&mut self, digest: &[u8; 32]) -> Result<(), Error>;
+    fn agree(&mut self, digest: &[u8; 32]) -> Result<(), Error> {
+        let digests = self.gather(digest)?;
+        match (0..).zip(digests).find(|(_, theirs)| theirs != digest) {
+            Some((peer, _)) => Err(Error::Disagree {
+                rank: self.rank(),
+                peer,
+            }),
+            None => Ok(()),
+        }
+    }
 
     /// What another thread ends the group with.
     fn aborter(&self) -> Arc<dyn Abort>;
+}
+
+/// The part of a buffer of `len` values that `rank` finishes and gives out: of one size for all, the last rank's with
+/// the remainder.
+pub fn part(len: usize, rank: u32, world: u32) -> Range<usize> {
+    let size = len / world as usize;
+    let start = size * rank as usize;
+    if rank + 1 == world {
+        start..len
+    } else {
+        start..start + size
+    }
+}
+
+/// The leaves that a rank holds in [`Collective::all_reduce_fixed`]: consecutive, shared out like a global batch.
+pub fn leaves_of(virtual_ranks: u32, rank: u32, world: u32) -> Range<u32> {
+    let share = batch_share(u64::from(virtual_ranks), rank, world);
+    share.start as u32..share.end as u32
+}
+
+/// Checks both sides of [`Collective::all_reduce_fixed`]: what a rank brings is what the others count on.
+fn check_partials(partial: &[Partial], leaves: Range<u32>, out: &Tensor) {
+    assert!(
+        partial.iter().map(Partial::node).eq(cover(leaves)),
+        "a rank brings the nodes of its leaves"
+    );
+    let mut kinds = partial.iter().map(|p| p.values.kind()).chain([out.kind()]);
+    assert!(
+        kinds.all(|kind| kind == Kind::Float),
+        "nodes and their sum are f32"
+    );
+    let len = out.numel();
+    assert!(
+        partial.iter().all(|p| p.values.numel() == len),
+        "nodes are as long as their sum"
+    );
+}
+
+fn check_text(own: &[u8]) -> Result<(), Error> {
+    if own.len() > LONGEST_TEXT {
+        return Err(Error::Setup {
+            reason: format!(
+                "a text of {} bytes is longer than {LONGEST_TEXT}",
+                own.len()
+            ),
+        });
+    }
+    Ok(())
 }
 
 /// Ends a group from another thread.

@@ -1,20 +1,26 @@
 //! NVIDIA's collectives, for groups whose engines each own a CUDA device.
 //!
 //! Works on libtorch's own stream (the legacy default one: the engine never changes streams), so a sum is
-//! ordered like any other tensor operation and nothing waits on the host.
+//! ordered like any other tensor operation.
+//!
+//! No call of NCCL blocks: the communicator is non-blocking, and every operation ends with a wait of our own that looks
+//! whether it is done, whether a peer is lost ([`NcclFault`]), whether another thread has ended the group, and
+//! whether the deadline has passed. The trainer reads the norm of the gradient right after the sum, so that the wait
+//! costs nothing that it would not wait for anyway.
+//!
+//! [`UniqueId`] and ranks are all that NCCL knows of a group; that only members hold the id is its protection.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
-use super::nccl_sys::{Communicator, Library};
-use super::{Abort, Collective, Error};
-
-/// Names the library's file where it is installed under another.
-const LIBRARY_VARIABLE: &str = "DISTILLERY_NCCL";
+use super::nccl_sys::{Communicator, Driver, Library};
+use super::tree::{self, Partial, cover};
+use super::{Abort, Collective, Error, NcclFault, check_partials, check_text, leaves_of, part};
 
 /// What the root makes and every rank needs to join: 128 bytes, written as hexadecimal digits.
 #[derive(Clone, PartialEq, Eq)]
@@ -52,8 +58,43 @@ impl FromStr for UniqueId {
 
 impl UniqueId {
     /// A new id, made by rank 0 and handed to the others.
-    pub fn new() -> Result<Self, Error> {
-        Ok(Self(open()?.unique_id()?))
+    pub fn new(library: &Nvidia) -> Result<Self, Error> {
+        Ok(Self(library.0.unique_id()?))
+    }
+}
+
+/// An NCCL library, opened for as long as the process lives.
+#[derive(Clone, Copy)]
+pub struct Nvidia(Library);
+
+impl fmt::Debug for Nvidia {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = self.0.works_on_host_memory();
+        write!(f, "Nvidia(host memory: {host})")
+    }
+}
+
+impl Nvidia {
+    /// Opens the library in the file `named`, or that of the name under which it is installed.
+    pub fn open(named: Option<&str>) -> Result<Self, Error> {
+        let names: Vec<String> = match named {
+            Some(name) => vec![name.to_owned()],
+            None => ["libnccl.so.2", "libnccl.so"].map(str::to_owned).to_vec(),
+        };
+        Library::open(&names).map(Self)
+    }
+
+    /// Fails unless the library can serve `device`. NCCL serves CUDA devices; a library that says of itself that it
+    /// works on host memory, as the one of the tests does, serves the CPU and nothing else.
+    pub fn check_serves(&self, device: Device) -> Result<(), Error> {
+        let needed = match (self.0.works_on_host_memory(), device) {
+            (false, Device::Cuda(_)) | (true, Device::Cpu) => return Ok(()),
+            (false, _) => "a CUDA device",
+            (true, _) => "the CPU, since it works on host memory",
+        };
+        Err(Error::Setup {
+            reason: format!("this NCCL library needs {needed}; the engine owns {device:?}"),
+        })
     }
 }
 
@@ -62,13 +103,25 @@ pub struct Nccl {
     rank: u32,
     world: u32,
     device: Device,
+    deadline: Duration,
+    /// Says whether the device has done its work; none where the library works on host memory.
+    driver: Option<Driver>,
     shared: Arc<Shared>,
 }
 
-struct Shared {
-    communicator: Communicator,
-    /// Set by whoever ends the communicator first; nobody uses it after.
-    ended: AtomicBool,
+/// The communicator until somebody ends it. Calls hold the lock, and none blocks, so that an abort need not wait.
+struct Shared(Mutex<Option<Communicator>>);
+
+impl Shared {
+    fn call<T>(&self, body: impl FnOnce(&Communicator) -> Result<T, Error>) -> Result<T, Error> {
+        let live = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        live.as_ref().ok_or(Error::Aborted).and_then(body)
+    }
+
+    fn take(&self) -> Option<Communicator> {
+        let mut live = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        live.take()
+    }
 }
 
 impl fmt::Debug for Nccl {
@@ -79,57 +132,196 @@ impl fmt::Debug for Nccl {
 
 impl Abort for Shared {
     fn abort(&self) {
-        if !self.ended.swap(true, Ordering::SeqCst) {
+        if let Some(communicator) = self.take() {
             // The group is over either way; the thread inside an operation reports what became of it.
-            let _ = self.communicator.abort();
+            let _ = communicator.abort();
         }
     }
 }
 
-impl Drop for Shared {
+impl Drop for Nccl {
+    /// Takes leave of the others where the group is whole; at the end of one nothing can be done about a refusal.
     fn drop(&mut self) {
-        if !self.ended.swap(true, Ordering::SeqCst) {
-            // At the end of a group nothing can be done about a refusal.
-            let _ = self.communicator.destroy();
+        let Some(communicator) = self.shared.take() else {
+            return;
+        };
+        let mut patience = Patience::new(self.deadline.min(LONGEST_FAREWELL));
+        let mut settled = communicator.finalize().map(|()| false);
+        while let Ok(false) = settled {
+            if !patience.wait() {
+                break;
+            }
+            settled = communicator.is_settled();
         }
+        let _ = match settled {
+            Ok(true) => communicator.destroy(),
+            Ok(false) | Err(_) => communicator.abort(),
+        };
+    }
+}
+
+/// How long a member that leaves waits for the communicator to come to rest.
+const LONGEST_FAREWELL: Duration = Duration::from_secs(5);
+
+/// Looks again and again until a deadline, first at once, then less and less often.
+struct Patience {
+    looks: u32,
+    slept: Duration,
+    deadline: Duration,
+}
+
+impl Patience {
+    /// Looks that only give way to other threads.
+    const EAGER: u32 = 200;
+    /// The pause after them, and where it stops growing.
+    const SHORT: Duration = Duration::from_micros(50);
+    const LONG: Duration = Duration::from_millis(1);
+
+    fn new(deadline: Duration) -> Self {
+        Self {
+            looks: 0,
+            slept: Duration::ZERO,
+            deadline,
+        }
+    }
+
+    /// Pauses before the next look; false when the deadline has passed.
+    fn wait(&mut self) -> bool {
+        self.looks += 1;
+        if self.looks <= Self::EAGER {
+            std::thread::yield_now();
+            return true;
+        }
+        if self.slept >= self.deadline {
+            return false;
+        }
+        let pause = (Self::SHORT * (1 + (self.looks - Self::EAGER) / 64)).min(Self::LONG);
+        std::thread::sleep(pause);
+        self.slept += pause;
+        true
     }
 }
 
 impl Nccl {
-    /// Joins the communicator of `id` with `device`; returns once all `world` ranks have.
-    pub fn join(id: &UniqueId, rank: u32, world: u32, device: Device) -> Result<Self, Error> {
+    /// Joins the communicator of `id` with `device`; returns once all `world` ranks have, or fails at the deadline,
+    /// which holds for every later operation too.
+    pub fn join(
+        library: &Nvidia,
+        id: &UniqueId,
+        rank: u32,
+        world: u32,
+        device: Device,
+        deadline: Duration,
+    ) -> Result<Self, Error> {
         assert!(rank < world, "a rank lies in its world");
-        let library = open()?;
-        let Device::Cuda(_) = device else {
-            return Err(Error::Setup {
-                reason: format!("NCCL needs a CUDA device, this engine owns {device:?}"),
-            });
+        library.check_serves(device)?;
+        let driver = match device {
+            Device::Cuda(_) => {
+                // Makes libtorch's context current on this thread, which is the device that NCCL takes.
+                let _ = Tensor::zeros([1], (Kind::Float, device)).double_value(&[0]);
+                Some(Driver::open()?)
+            }
+            _ => None,
         };
-        // Makes libtorch's context current on this thread, which is the device that NCCL takes.
-        let _ = Tensor::zeros([1], (Kind::Float, device)).double_value(&[0]);
-        Ok(Self {
+        let communicator = library.0.join(id.0, rank, world)?;
+        let nccl = Self {
             rank,
             world,
             device,
-            shared: Arc::new(Shared {
-                communicator: library.join(id.0, rank, world)?,
-                ended: AtomicBool::new(false),
+            deadline,
+            driver,
+            shared: Arc::new(Shared(Mutex::new(Some(communicator)))),
+        };
+        match nccl.settle() {
+            Ok(()) => Ok(nccl),
+            Err(Error::Nccl {
+                fault: NcclFault::Timeout,
+                ..
+            }) => Err(Error::Setup {
+                reason: format!(
+                    "the {world} ranks of the NCCL communicator did not all join within {deadline:?}"
+                ),
             }),
-        })
+            Err(error) => Err(error),
+        }
     }
 
-    fn check(&self, flat: &Tensor) -> Result<(), Error> {
-        assert_eq!(flat.kind(), Kind::Float, "a group sums f32");
+    /// Begins an operation and waits for its end; whatever breaks it ends the communicator, so that no buffer is
+    /// written to after this returns.
+    fn operate(&self, body: impl FnOnce(&Communicator) -> Result<(), Error>) -> Result<(), Error> {
+        let begun = self.shared.call(body);
+        begun
+            .and_then(|()| self.settle())
+            .inspect_err(|_| self.shared.abort())
+    }
+
+    /// Waits until nothing is under way; ends the communicator where that does not come.
+    fn settle(&self) -> Result<(), Error> {
+        let mut patience = Patience::new(self.deadline);
+        loop {
+            let settled = self.shared.call(Communicator::is_settled);
+            let idle = settled.and_then(|settled| match self.driver {
+                Some(driver) if settled => driver.is_idle(),
+                _ => Ok(settled),
+            });
+            match idle {
+                Ok(true) => return self.shared.call(|_| Ok(())),
+                Ok(false) if patience.wait() => {}
+                Ok(false) => {
+                    self.shared.abort();
+                    return Err(Error::Nccl {
+                        call: "wait",
+                        fault: NcclFault::Timeout,
+                        message: format!(
+                            "rank {} heard nothing within {:?}",
+                            self.rank, self.deadline
+                        ),
+                    });
+                }
+                Err(error) => {
+                    self.shared.abort();
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn check(&self, flat: &Tensor) {
+        let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
+        assert!(kinds.contains(&flat.kind()), "NCCL sums f32, bf16 or f16");
         assert!(flat.is_contiguous(), "a group sums contiguous buffers");
         assert_eq!(flat.device(), self.device, "a group sums on its device");
-        self.alive()
     }
 
-    fn alive(&self) -> Result<(), Error> {
-        if self.shared.ended.load(Ordering::SeqCst) {
-            return Err(Error::Aborted);
+    fn part(&self, len: usize) -> Range<usize> {
+        part(len, self.rank, self.world)
+    }
+
+    /// `flat` as `[world * size]`, which falls into parts of one size as NCCL wants it, and the few values after it.
+    fn even(&self, flat: &Tensor) -> (Tensor, Tensor) {
+        let len = flat.numel() as i64;
+        let even = len / i64::from(self.world) * i64::from(self.world);
+        let flat = flat.view([-1]);
+        (flat.narrow(0, 0, even), flat.narrow(0, even, len - even))
+    }
+
+    /// This rank's share of an even buffer.
+    fn share(&self, even: &Tensor) -> Tensor {
+        let size = even.numel() as i64 / i64::from(self.world);
+        even.narrow(0, i64::from(self.rank) * size, size)
+    }
+
+    /// Fills row `rank` of `[world, len]` bytes from every rank's own.
+    fn gather_bytes(&self, own: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        let (world, len) = (i64::from(self.world), own.len() as i64);
+        let mut all = Tensor::zeros([world * len], (Kind::Uint8, self.device));
+        let mine = Tensor::from_slice(own).to_device(self.device);
+        if len > 0 {
+            self.operate(|communicator| communicator.all_gather(&mine, &mut all))?;
         }
-        Ok(())
+        let all = Vec::<u8>::try_from(all.to_device(Device::Cpu)).expect("bytes are bytes");
+        let row = |rank: usize| all[rank * own.len()..(rank + 1) * own.len()].to_vec();
+        Ok((0..self.world as usize).map(row).collect())
     }
 }
 
@@ -143,46 +335,131 @@ impl Collective for Nccl {
     }
 
     fn all_reduce_sum(&mut self, flat: &mut Tensor) -> Result<(), Error> {
-        self.check(flat)?;
-        self.shared.communicator.all_reduce_sum(flat)?;
-        self.alive()
+        self.check(flat);
+        self.operate(|communicator| match flat.numel() {
+            0 => Ok(()),
+            _ => communicator.all_reduce_sum(flat),
+        })
+    }
+
+    /// Every rank gets its part of every node, adds them up along the tree, and gives out its part of the sum: for
+    /// powers of two 2N (W - 1) / W per rank, as any all-reduce, and room for one part of each node.
+    fn all_reduce_fixed(
+        &mut self,
+        partial: Vec<Partial>,
+        virtual_ranks: u32,
+        out: &mut Tensor,
+    ) -> Result<(), Error> {
+        self.check(out);
+        let leaves = |rank| leaves_of(virtual_ranks, rank, self.world);
+        check_partials(&partial, leaves(self.rank), out);
+        let len = out.numel();
+        let narrow = |flat: &Tensor, range: Range<usize>| {
+            flat.view([-1])
+                .narrow(0, range.start as i64, range.len() as i64)
+        };
+        let mine = self.part(len);
+        let mut nodes: Vec<(u32, Partial)> = (0..self.world)
+            .flat_map(|rank| {
+                cover(leaves(rank))
+                    .into_iter()
+                    .map(move |node| (rank, node))
+            })
+            .map(|(rank, node)| {
+                let values = Tensor::zeros([mine.len() as i64], (Kind::Float, self.device));
+                let (start, level) = (node.start, node.level);
+                (
+                    rank,
+                    Partial {
+                        start,
+                        level,
+                        values,
+                    },
+                )
+            })
+            .collect();
+        let own = nodes.iter_mut().filter(|(rank, _)| *rank == self.rank);
+        for ((_, to), from) in std::iter::zip(own, &partial) {
+            tch::no_grad(|| to.values.copy_(&narrow(&from.values, mine.clone())));
+        }
+        self.operate(|communicator| {
+            communicator.grouped(|| {
+                for peer in (0..self.world).filter(|&peer| peer != self.rank) {
+                    let theirs = part(len, peer, self.world);
+                    for node in partial.iter().filter(|_| !theirs.is_empty()) {
+                        communicator.send(&narrow(&node.values, theirs.clone()), peer)?;
+                    }
+                }
+                for (peer, node) in nodes.iter_mut().filter(|_| !mine.is_empty()) {
+                    if *peer != self.rank {
+                        communicator.receive(&mut node.values, *peer)?;
+                    }
+                }
+                Ok(())
+            })
+        })?;
+        let nodes = nodes.into_iter().map(|(_, node)| node).collect();
+        let sum = tree::fold(nodes, virtual_ranks);
+        tch::no_grad(|| narrow(out, mine).copy_(&sum));
+        self.all_gather(out)
+    }
+
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error> {
+        self.check(flat);
+        let (even, mut rest) = self.even(flat);
+        let mut own = self.share(&even);
+        if even.numel() > 0 {
+            self.operate(|communicator| communicator.reduce_scatter_sum(&even, &mut own))?;
+        }
+        if rest.numel() > 0 {
+            self.operate(|communicator| communicator.all_reduce_sum(&mut rest))?;
+        }
+        self.shared.call(|_| Ok(()))?;
+        Ok(self.part(flat.numel()))
+    }
+
+    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), Error> {
+        self.check(flat);
+        let (mut even, mut rest) = self.even(flat);
+        let own = self.share(&even);
+        if even.numel() > 0 {
+            self.operate(|communicator| communicator.all_gather(&own, &mut even))?;
+        }
+        if rest.numel() > 0 {
+            let last = self.world - 1;
+            self.operate(|communicator| communicator.broadcast(&mut rest, last))?;
+        }
+        self.shared.call(|_| Ok(()))
     }
 
     fn broadcast(&mut self, flat: &mut Tensor, root: u32) -> Result<(), Error> {
-        self.check(flat)?;
-        self.shared.communicator.broadcast(flat, root)?;
-        self.alive()
+        self.check(flat);
+        assert!(root < self.world, "the root is a rank");
+        self.operate(|communicator| match flat.numel() {
+            0 => Ok(()),
+            _ => communicator.broadcast(flat, root),
+        })
     }
 
-    fn agree(&mut self, digest: &[u8; 32]) -> Result<(), Error> {
-        let bytes: Vec<f32> = digest.iter().map(|&byte| f32::from(byte)).collect();
-        let ours = Tensor::from_slice(&bytes).to_device(self.device);
-        // Every rank's bytes in a row of their own; sums of one byte and zeros are exact.
-        let all = Tensor::zeros([i64::from(self.world), 32], (Kind::Float, self.device));
-        all.get(i64::from(self.rank)).copy_(&ours);
-        let mut flat = all.view([-1]);
-        self.all_reduce_sum(&mut flat)?;
-        for peer in 0..self.world {
-            if all.get(i64::from(peer)) != ours {
-                return Err(Error::Disagree {
+    /// NCCL would wait for ever where lengths differ: they are compared first.
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        check_text(own)?;
+        let length = (own.len() as u32).to_le_bytes();
+        for (peer, theirs) in (0..).zip(self.gather_bytes(&length)?) {
+            if theirs != length {
+                let words = |bytes: &[u8]| format!("gathering of length, little endian, {bytes:?}");
+                return Err(Error::OutOfStep {
                     rank: self.rank,
                     peer,
+                    ours: words(&length),
+                    theirs: words(&theirs),
                 });
             }
         }
-        self.alive()
+        self.gather_bytes(own)
     }
 
     fn aborter(&self) -> Arc<dyn Abort> {
         Arc::clone(&self.shared) as Arc<dyn Abort>
     }
-}
-
-fn open() -> Result<Library, Error> {
-    let named = std::env::var(LIBRARY_VARIABLE).ok();
-    let names: Vec<String> = match named {
-        Some(name) => vec![name],
-        None => ["libnccl.so.2", "libnccl.so"].map(str::to_owned).to_vec(),
-    };
-    Library::open(&names)
 }

@@ -1,11 +1,13 @@
 //! A group of one.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::Tensor;
 
-use super::{Abort, Collective, Error};
+use super::tree::{self, Partial};
+use super::{Abort, Collective, Error, check_partials, check_text};
 
 /// The only member of its group.
 #[derive(Debug, Default)]
@@ -48,8 +50,30 @@ impl Collective for Solo {
         self.check()
     }
 
-    fn agree(&mut self, _digest: &[u8; 32]) -> Result<(), Error> {
+    fn all_reduce_fixed(
+        &mut self,
+        partial: Vec<Partial>,
+        virtual_ranks: u32,
+        out: &mut Tensor,
+    ) -> Result<(), Error> {
+        self.check()?;
+        check_partials(&partial, 0..virtual_ranks, out);
+        let sum = tree::fold(partial, virtual_ranks);
+        tch::no_grad(|| out.copy_(&sum.view_as(out)));
+        Ok(())
+    }
+
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error> {
+        self.check().map(|()| 0..flat.numel())
+    }
+
+    fn all_gather(&mut self, _flat: &mut Tensor) -> Result<(), Error> {
         self.check()
+    }
+
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        check_text(own)?;
+        self.check().map(|()| vec![own.to_vec()])
     }
 
     fn aborter(&self) -> Arc<dyn Abort> {

@@ -1,12 +1,18 @@
 //! A ring of TCP connections: reduce-scatter, then all-gather, in pieces that overlap.
 //!
-//! Rank r sends to r + 1 and hears from r - 1. The buffer is cut into one chunk for each rank; chunk c starts
-//! at rank c and gathers one addend at each rank it passes, so the order of additions depends on the world
-//! size alone, and every rank receives the finished chunk from where it was finished: the same bits everywhere.
-//! A rank forwards a piece as soon as it has added its own values, while a thread of its own sends.
+//! Rank r sends to r + 1 and hears from r - 1. The buffer is cut into one part for each rank; part c starts at rank
+//! c + 1 and gathers one addend at each rank it passes until it is finished at rank c, so the order of additions
+//! depends on the world size alone, and every rank receives the finished part from where it was finished: the same
+//! bits everywhere.
+//!
+//! One thread serves both connections, whichever is ready ([`pump`]). On the CPU values are sent from where the tensor
+//! holds them and land there too; only what is added passes through a scratch that fits the cache. A rank forwards a
+//! value as soon as it has added its own.
 
-mod exchange;
+mod chain;
 mod handshake;
+mod pump;
+mod rounds;
 
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -15,14 +21,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use distillery_common::group::GroupId;
 use tch::{Device, Kind, Tensor};
 
-use self::exchange::{Exchange, Label, Operation};
-use super::{Abort, Collective, Error};
-
-/// Floats sent together: 64 KiB.
-const PIECE: usize = 16 * 1024;
+use self::chain::Chain;
+use self::pump::{Label, Operation, Ring};
+use self::rounds::{Rounds, Steps};
+pub use super::Invitation;
+use super::tree::{self, Partial};
+use super::{Abort, Collective, Error, check_partials, check_text, leaves_of, part};
+use crate::raw_tensor::{bytes_of, bytes_of_mut, f32_mut};
 
 /// A place in a ring that is not formed yet.
 #[derive(Debug)]
@@ -30,31 +37,17 @@ pub struct Listener {
     socket: TcpListener,
 }
 
-/// Who is to form a ring, as one member is told.
-#[derive(Debug, Clone)]
-pub struct Invitation<'a> {
-    /// Which group and generation.
-    pub group: &'a GroupId,
-    /// This member's position.
-    pub rank: u32,
-    /// Where each rank listens (`host:port`), in rank order.
-    pub peers: &'a [String],
-    /// A secret of the run that every member knows; strangers do not.
-    pub token: [u8; 32],
-    /// How long to wait for a neighbour, now and in every later operation.
-    pub deadline: Duration,
-}
-
 /// One member of a formed ring.
 #[derive(Debug)]
 pub struct TcpRing {
     rank: u32,
     world: u32,
+    deadline: Duration,
     /// None in a ring of one.
     links: Option<Links>,
     operations: u64,
-    /// Host copy of what is being reduced.
-    staging: Vec<f32>,
+    /// Where values wait to be added.
+    scratch: Vec<f32>,
     aborter: Arc<Aborter>,
 }
 
@@ -117,12 +110,16 @@ impl Listener {
             1 => None,
             _ => Some(handshake::join(&self.socket, invitation)?),
         };
+        if let Some(links) = &links {
+            pump::prepare(links).map_err(setup)?;
+        }
         let for_aborter = links.as_ref().map(Links::try_clone).transpose();
         Ok(TcpRing {
             rank: invitation.rank,
             world,
+            deadline: invitation.deadline,
             operations: 0,
-            staging: Vec::new(),
+            scratch: Vec::new(),
             aborter: Arc::new(Aborter {
                 aborted: AtomicBool::new(false),
                 links: for_aborter.map_err(setup)?,
@@ -133,46 +130,62 @@ impl Listener {
 }
 
 impl TcpRing {
-    /// Runs one operation on the ring; whatever breaks it ends both connections.
-    fn operate<T>(
+    /// Runs one operation on the ring; whatever breaks it ends both connections. Nothing happens in a ring of one.
+    fn operate(
         &mut self,
         operation: Operation,
+        detail: u32,
         len: usize,
-        body: impl FnOnce(&mut Exchange<'_>, &mut [f32]) -> Result<T, Error>,
-    ) -> Result<Option<T>, Error> {
+        body: impl FnOnce(&Ring<'_>, &mut Vec<f32>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         if self.aborter.aborted.load(Ordering::SeqCst) {
             return Err(Error::Aborted);
         }
         let Some(links) = &self.links else {
-            return Ok(None);
+            return Ok(());
         };
         self.operations += 1;
-        let label = Label {
-            operation,
-            number: self.operations,
-            len: len as u64,
+        let ring = Ring {
+            links,
+            rank: self.rank,
+            world: self.world,
+            deadline: self.deadline,
+            label: Label {
+                operation,
+                detail,
+                number: self.operations,
+                len: len as u64,
+            },
         };
-        let staging = &mut self.staging;
-        let result = exchange::run(links, self.rank, self.world, label, |exchange| {
-            body(exchange, staging)
-        });
-        if result.is_err() && self.aborter.aborted.load(Ordering::SeqCst) {
-            return Err(Error::Aborted);
+        let result = body(&ring, &mut self.scratch);
+        if result.is_err() {
+            links.shut();
+            if self.aborter.aborted.load(Ordering::SeqCst) {
+                return Err(Error::Aborted);
+            }
         }
-        result.map(Some)
+        result
     }
 
-    fn copy_in(&mut self, flat: &Tensor) {
-        assert_eq!(flat.kind(), Kind::Float, "a group sums f32");
-        assert!(flat.is_contiguous(), "a group sums contiguous buffers");
-        self.staging.resize(flat.numel(), 0.0);
-        let host = flat.to_device(Device::Cpu);
-        host.copy_data(&mut self.staging, host.numel());
-    }
-
-    fn copy_out(&self, flat: &mut Tensor) {
-        let sum = Tensor::from_slice(&self.staging);
-        tch::no_grad(|| flat.copy_(&sum.view(&flat.size()[..])));
+    /// An operation of `steps` on the values of `flat`.
+    fn on_values(
+        &mut self,
+        operation: Operation,
+        steps: Steps,
+        flat: &mut Tensor,
+    ) -> Result<(), Error> {
+        check(flat);
+        let detail = match steps {
+            Steps::Broadcast { root } => root,
+            Steps::Parts { .. } => 0,
+        };
+        on_host(flat, |values| {
+            self.operate(operation, detail, values.len(), |ring, scratch| {
+                ring.run(&mut Rounds::new(
+                    steps, ring.rank, ring.world, values, scratch,
+                ))
+            })
+        })
     }
 }
 
@@ -186,73 +199,94 @@ impl Collective for TcpRing {
     }
 
     fn all_reduce_sum(&mut self, flat: &mut Tensor) -> Result<(), Error> {
-        self.copy_in(flat);
-        let (rank, world, len) = (self.rank, self.world, flat.numel());
-        let chunk = |index: u32| chunk(len, index % world, world);
-        let done = self.operate(Operation::AllReduce, len, |exchange, values| {
-            exchange.send(&values[chunk(rank)]);
-            for hop in 1..world {
-                let part = chunk(rank + world - hop);
-                exchange.receive(&mut values[part], |own, piece| {
-                    for (own, theirs) in own.iter_mut().zip(piece) {
-                        *own += theirs;
-                    }
-                })?;
-            }
-            for hop in 1..world {
-                let part = chunk(rank + world + 1 - hop);
-                let keep = |own: &mut [f32], piece: &[f32]| own.copy_from_slice(piece);
-                if hop + 1 < world {
-                    exchange.receive(&mut values[part], keep)?;
-                } else {
-                    exchange.receive_last(&mut values[part], keep)?;
-                }
-            }
-            Ok(())
-        })?;
-        if done.is_some() {
-            self.copy_out(flat);
+        self.on_values(Operation::AllReduce, Steps::REDUCE_AND_GATHER, flat)
+    }
+
+    fn all_reduce_fixed(
+        &mut self,
+        partial: Vec<Partial>,
+        virtual_ranks: u32,
+        out: &mut Tensor,
+    ) -> Result<(), Error> {
+        check(out);
+        let leaves = leaves_of(virtual_ranks, self.rank, self.world);
+        check_partials(&partial, leaves, out);
+        if self.links.is_none() {
+            let sum = tree::fold(partial, virtual_ranks);
+            tch::no_grad(|| out.copy_(&sum.view_as(out)));
+            return self.operate(
+                Operation::AllReduceFixed,
+                virtual_ranks,
+                out.numel(),
+                |_, _| Ok(()),
+            );
         }
-        Ok(())
+        let mut own: Vec<(tree::Node, Tensor)> = partial
+            .into_iter()
+            .map(|partial| {
+                (
+                    partial.node(),
+                    partial.values.to_device(Device::Cpu).contiguous(),
+                )
+            })
+            .collect();
+        on_host(out, |values| {
+            let len = values.len();
+            self.operate(
+                Operation::AllReduceFixed,
+                virtual_ranks,
+                len,
+                |ring, scratch| {
+                    let own = own
+                        .iter_mut()
+                        .map(|(node, values)| (*node, f32_mut(values)));
+                    let own = own.collect();
+                    ring.run(&mut Chain::new(
+                        ring.rank,
+                        ring.world,
+                        virtual_ranks,
+                        own,
+                        values,
+                        scratch,
+                    ))
+                },
+            )
+        })
+    }
+
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error> {
+        self.on_values(Operation::ReduceScatter, Steps::REDUCE, flat)?;
+        Ok(part(flat.numel(), self.rank, self.world))
+    }
+
+    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), Error> {
+        self.on_values(Operation::AllGather, Steps::GATHER, flat)
     }
 
     fn broadcast(&mut self, flat: &mut Tensor, root: u32) -> Result<(), Error> {
-        self.copy_in(flat);
-        let (rank, world) = (self.rank, self.world);
-        let done = self.operate(Operation::Broadcast, flat.numel(), |exchange, values| {
-            let keep = |own: &mut [f32], piece: &[f32]| own.copy_from_slice(piece);
-            if rank == root {
-                exchange.send(values);
-                Ok(())
-            } else if (rank + 1) % world == root {
-                exchange.receive_last(values, keep)
-            } else {
-                exchange.receive(values, keep)
-            }
-        })?;
-        if done.is_some() && rank != root {
-            self.copy_out(flat);
-        }
-        Ok(())
+        assert!(root < self.world, "the root is a rank");
+        self.on_values(Operation::Broadcast, Steps::Broadcast { root }, flat)
     }
 
-    fn agree(&mut self, digest: &[u8; 32]) -> Result<(), Error> {
-        let (rank, world) = (self.rank, self.world);
-        let odd = self.operate(Operation::Agree, digest.len(), |exchange, _| {
-            exchange.send_bytes(digest);
-            let mut odd = None;
-            for hop in 1..world {
-                let theirs: [u8; 32] = exchange.receive_bytes(hop + 1 < world)?;
-                if theirs != *digest {
-                    odd = odd.or(Some((rank + world - hop) % world));
-                }
-            }
-            Ok(odd)
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        check_text(own)?;
+        let (rank, world) = (self.rank as usize, self.world as usize);
+        // Texts travel in the place of values, each in as many as hold it.
+        let words = own.len().div_ceil(4);
+        let mut room = vec![0f32; words * world];
+        let texts = |word: usize| 4 * words * word..4 * words * word + own.len();
+        bytes_of_mut(&mut room)[texts(rank)].copy_from_slice(own);
+        self.operate(Operation::Gather, 0, own.len(), |ring, scratch| {
+            ring.run(&mut Rounds::new(
+                Steps::GATHER,
+                ring.rank,
+                ring.world,
+                &mut room,
+                scratch,
+            ))
         })?;
-        match odd.flatten() {
-            Some(peer) => Err(Error::Disagree { rank, peer }),
-            None => Ok(()),
-        }
+        let bytes = bytes_of(&room);
+        Ok((0..world).map(|word| bytes[texts(word)].to_vec()).collect())
     }
 
     fn aborter(&self) -> Arc<dyn Abort> {
@@ -260,8 +294,21 @@ impl Collective for TcpRing {
     }
 }
 
-/// The part of `0..len` that starts its way at rank `index`.
-fn chunk(len: usize, index: u32, world: u32) -> Range<usize> {
-    let cut = |i: u32| len * i as usize / world as usize;
-    cut(index)..cut(index + 1)
+fn check(flat: &Tensor) {
+    assert_eq!(flat.kind(), Kind::Float, "a ring sums f32");
+    assert!(flat.is_contiguous(), "a group sums contiguous buffers");
+}
+
+/// Lends the values of `flat`: in place on the CPU, as a copy that is written back from a device.
+fn on_host<T>(
+    flat: &mut Tensor,
+    body: impl FnOnce(&mut [f32]) -> Result<T, Error>,
+) -> Result<T, Error> {
+    if flat.device() == Device::Cpu {
+        return body(f32_mut(flat));
+    }
+    let mut host = flat.to_device(Device::Cpu);
+    let result = body(f32_mut(&mut host))?;
+    tch::no_grad(|| flat.copy_(&host));
+    Ok(result)
 }

@@ -1,3 +1,7 @@
+mod fixed;
+mod nccl;
+mod seats;
+
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::thread;
@@ -7,10 +11,9 @@ use distillery_common::group::GroupId;
 use distillery_common::ids::Generation;
 use tch::{Device, Kind, Tensor};
 
-use super::nccl::{Nccl, UniqueId};
 use super::solo::Solo;
-use super::tcp::{Invitation, Listener, TcpRing};
-use super::{Collective, Error};
+use super::tcp::{Listener, TcpRing};
+use super::{Collective, Error, Invitation, LONGEST_TEXT, part};
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -102,6 +105,50 @@ fn a_sum_over_the_ring_is_the_sum_and_has_the_same_bits_everywhere() {
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn a_sum_in_two_halves_has_the_bits_of_the_whole() {
+    for (world, len) in [(1, 5), (2, 3), (3, 2), (2, 0), (4, 1_050_007), (3, 70_001)] {
+        on_ring(world, PATIENT, |mut ring| {
+            let own = Tensor::from_slice(&values(ring.rank(), len));
+            let mut whole = own.copy();
+            ring.all_reduce_sum(&mut whole).unwrap();
+            let mut halves = own.copy();
+            let finished = ring.reduce_scatter_sum(&mut halves).unwrap();
+            assert_eq!(finished, part(len, ring.rank(), world));
+            let at = |flat: &Tensor| bits(&Vec::<f32>::try_from(flat).unwrap()[finished.clone()]);
+            assert_eq!(at(&whole), at(&halves));
+            ring.all_gather(&mut halves).unwrap();
+            let all = |flat| bits(&Vec::<f32>::try_from(flat).unwrap());
+            assert_eq!(all(&whole), all(&halves));
+        });
+    }
+}
+
+#[test]
+fn parts_cover_a_buffer_once() {
+    for world in 1..6 {
+        for len in 0..40 {
+            let parts = (0..world).map(|rank| part(len, rank, world));
+            assert!(parts.flatten().eq(0..len));
+        }
+    }
+}
+
+#[test]
+fn texts_are_gathered_in_rank_order() {
+    let odd = on_ring(3, PATIENT, |mut ring| {
+        let own = format!("rank {}!!", ring.rank());
+        let all = ring.gather(own.as_bytes()).unwrap();
+        assert_eq!(all, [b"rank 0!!", b"rank 1!!", b"rank 2!!"]);
+        assert_eq!(ring.gather(b"").unwrap(), [b"", b"", b""]);
+        assert_eq!(ring.gather(&[7; 5]).unwrap(), [[7; 5]; 3]);
+        assert!(ring.gather(&vec![0; LONGEST_TEXT + 1]).is_err());
+        ring.gather(&vec![1; 4 + ring.rank() as usize]).unwrap_err()
+    });
+    let named = |error: &Error| matches!(error, Error::OutOfStep { .. });
+    assert!(odd.iter().any(named), "{odd:?}");
 }
 
 #[test]
@@ -274,25 +321,15 @@ fn a_group_of_one_leaves_values_alone_until_it_is_aborted() {
     solo.all_reduce_sum(&mut flat).unwrap();
     assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [1.5, 2.5]);
     solo.agree(&[0; 32]).unwrap();
+    assert_eq!(solo.reduce_scatter_sum(&mut flat).unwrap(), 0..2);
+    solo.all_gather(&mut flat).unwrap();
+    assert_eq!(solo.gather(b"alone").unwrap(), [b"alone"]);
+    assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [1.5, 2.5]);
     solo.aborter().abort();
     assert!(matches!(
         solo.all_reduce_sum(&mut flat),
         Err(Error::Aborted)
     ));
-}
-
-/// On a machine without the library the answer names what was tried; on one with it, that a CPU is no device.
-#[test]
-fn nccl_without_a_library_or_a_device_is_a_clear_error() {
-    let id: UniqueId = "00".repeat(128).parse().unwrap();
-    match Nccl::join(&id, 0, 1, Device::Cpu).unwrap_err() {
-        Error::NcclNotFound { tried } => assert!(tried.contains("libnccl.so.2"), "{tried}"),
-        Error::Setup { reason } => assert!(reason.contains("CUDA"), "{reason}"),
-        other => panic!("{other}"),
-    }
-    assert!("xy".parse::<UniqueId>().is_err());
-    assert!("zz".repeat(128).parse::<UniqueId>().is_err());
-    assert_eq!(id.to_string(), "00".repeat(128));
 }
 
 /// Says that a test did not run; where `DISTILLERY_REQUIRE_GPU=1` asks for all of them, that is a failure.
@@ -303,30 +340,4 @@ fn skipped(why: &str) {
     );
     // Past the harness, which swallows what tests that pass have printed.
     writeln!(std::io::stderr(), "SKIPPED: {why}").unwrap();
-}
-
-/// A group of one over NCCL sums to itself and agrees with itself; runs where there is a GPU and the library.
-#[test]
-fn nccl_sums_over_one_rank_on_a_gpu() {
-    if !tch::Cuda::is_available() {
-        return skipped("there is no GPU for NCCL");
-    }
-    let id = match UniqueId::new() {
-        Err(error @ Error::NcclNotFound { .. }) => return skipped(&error.to_string()),
-        id => id.unwrap(),
-    };
-    let device = Device::Cuda(0);
-    let mut nccl = Nccl::join(&id, 0, 1, device).unwrap();
-    let mut flat = Tensor::from_slice(&values(0, 10_000)).to_device(device);
-    nccl.all_reduce_sum(&mut flat).unwrap();
-    nccl.broadcast(&mut flat, 0).unwrap();
-    nccl.agree(&[9; 32]).unwrap();
-    let flat = flat.to_device(Device::Cpu);
-    assert_eq!(Vec::<f32>::try_from(flat).unwrap(), values(0, 10_000));
-    nccl.aborter().abort();
-    let mut flat = Tensor::zeros([1], (Kind::Float, device));
-    assert!(matches!(
-        nccl.all_reduce_sum(&mut flat),
-        Err(Error::Aborted)
-    ));
 }

@@ -423,7 +423,24 @@ impl Collective for Broken {
     fn broadcast(&mut self, _: &mut Tensor, _: u32) -> Result<(), collective::Error> {
         Err(collective::Error::Aborted)
     }
-    fn agree(&mut self, _: &[u8; 32]) -> Result<(), collective::Error> {
+    fn all_reduce_fixed(
+        &mut self,
+        _: Vec<collective::tree::Partial>,
+        _: u32,
+        _: &mut Tensor,
+    ) -> Result<(), collective::Error> {
+        Err(collective::Error::Aborted)
+    }
+    fn reduce_scatter_sum(
+        &mut self,
+        _: &mut Tensor,
+    ) -> Result<std::ops::Range<usize>, collective::Error> {
+        Err(collective::Error::Aborted)
+    }
+    fn all_gather(&mut self, _: &mut Tensor) -> Result<(), collective::Error> {
+        Err(collective::Error::Aborted)
+    }
+    fn gather(&mut self, _: &[u8]) -> Result<Vec<Vec<u8>>, collective::Error> {
         Err(collective::Error::Aborted)
     }
     fn aborter(&self) -> std::sync::Arc<dyn Abort> {
