@@ -155,9 +155,49 @@ pub fn batch_share(global_batch: u64, rank: u32, world: u32) -> std::ops::Range<
     cut(rank)..cut(rank + 1)
 }
 
+/// The leaves of a reproducible sum that `rank` of `world` computes: consecutive, shared out like a batch.
+pub fn leaves_of(virtual_ranks: u32, rank: u32, world: u32) -> std::ops::Range<u32> {
+    let share = batch_share(u64::from(virtual_ranks), rank, world);
+    // Both ends are at most a u32.
+    share.start as u32..share.end as u32
+}
+
+/// The rows of a global batch that `rank` of `world` takes; with virtual ranks the rows of its leaves, each of which
+/// has a share of the batch whatever the world is.
+pub fn rows_of(
+    global_batch: u64,
+    virtual_ranks: Option<u32>,
+    rank: u32,
+    world: u32,
+) -> std::ops::Range<u64> {
+    let Some(virtual_ranks) = virtual_ranks else {
+        return batch_share(global_batch, rank, world);
+    };
+    let leaves = leaves_of(virtual_ranks, rank, world);
+    let first = |leaf: u32| global_batch * u64::from(leaf) / u64::from(virtual_ranks);
+    first(leaves.start)..first(leaves.end)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn virtual_ranks_cover_the_batch_once_in_every_world() {
+        for (global, ranks) in [(64, 8), (13, 5), (8, 8), (20, 6)] {
+            for world in 1..=ranks {
+                let mut next = 0;
+                for rank in 0..world {
+                    let rows = rows_of(global, Some(ranks), rank, world);
+                    let leaves = leaves_of(ranks, rank, world);
+                    assert_eq!(rows.start, next);
+                    assert_eq!(rows.start, batch_share(global, leaves.start, ranks).start);
+                    next = rows.end;
+                }
+                assert_eq!(next, global);
+            }
+        }
+    }
 
     fn held(step: u64, generation: u64) -> Held {
         Held {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::{Dataset, Error, Staging};
-use crate::group::batch_share;
+use crate::group::rows_of;
 use crate::order::{pass_key, permute};
 use crate::seed::{Purpose, Stream};
 
@@ -21,6 +21,8 @@ pub struct Order {
     pub rows: u64,
     /// Rows in one optimizer step over all engines.
     pub global_batch: u64,
+    /// Fixed shares of them, which ranks take whole, if there are any ([`rows_of`]).
+    pub virtual_ranks: Option<u32>,
 }
 
 impl Order {
@@ -33,7 +35,7 @@ impl Order {
 
     /// The positions that `rank` of `world` reads for `step` (steps count from 0).
     pub fn positions(&self, step: u64, rank: u32, world: u32) -> Range<u64> {
-        let share = batch_share(self.global_batch, rank, world);
+        let share = rows_of(self.global_batch, self.virtual_ranks, rank, world);
         let first = step * self.global_batch;
         first + share.start..first + share.end
     }
@@ -194,6 +196,7 @@ mod tests {
         stage: 1,
         rows: 1000,
         global_batch: 24,
+        virtual_ranks: None,
     };
 
     #[test]
@@ -226,6 +229,12 @@ mod tests {
                 .flat_map(|rank| ORDER.positions(5, rank, world))
                 .collect();
             assert!(joined.iter().copied().eq(120..144), "world {world}");
+            let shared = Order {
+                virtual_ranks: Some(7),
+                ..ORDER
+            };
+            let joined = (0..world).flat_map(|rank| shared.positions(5, rank, world));
+            assert!(joined.eq(120..144), "world {world}");
         }
     }
 }

@@ -170,17 +170,25 @@ fn stage(stage: &Stage, from: &str) -> Value {
         },
         "student": student(&stage.student),
         "optimizer": optimizer(&stage.optimizer),
-        "batch": {
-            "global": stage.batch.global,
-            "micro": or("auto", stage.batch.micro),
-            "reproducible": false,
-        },
+        "batch": batch(stage.batch),
         "loss": match stage.loss {
             Loss::L2 => json!({ "kind": "l2" }),
             Loss::Huber { c } => json!({ "kind": "huber", "c": c }),
         },
         "compute": compute(stage.compute),
     })
+}
+
+fn batch(batch: super::Batch) -> Value {
+    let mut stored = json!({
+        "global": batch.global,
+        "micro": or("auto", batch.micro),
+        "reproducible": batch.virtual_ranks.is_some(),
+    });
+    if let Some(ranks) = batch.virtual_ranks {
+        stored["virtual_ranks"] = json!(ranks);
+    }
+    stored
 }
 
 fn student(student: &Student) -> Value {

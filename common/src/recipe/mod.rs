@@ -239,8 +239,11 @@ pub enum RateSchedule {
 pub struct Batch {
     /// Rows in one optimizer step over all engines.
     pub global: u64,
-    /// Rows in one forward pass; none = the engine's whole share.
+    /// Rows in one forward pass; none = the engine's whole share, or the virtual rank's.
     pub micro: Option<u64>,
+    /// In how many shares the gradients of a step are computed and added up, whatever the number of engines, so that
+    /// bits do not depend on it; none where they may.
+    pub virtual_ranks: Option<u32>,
 }
 
 /// Distance between two landings, mean over elements.

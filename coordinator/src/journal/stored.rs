@@ -69,6 +69,9 @@ enum StoredRecord {
         stage: String,
         reason: String,
         counted: bool,
+        /// Not in segments of older versions.
+        #[serde(default)]
+        further: bool,
     },
     CheckpointCommitted {
         stage: String,
@@ -184,11 +187,13 @@ fn to_stored(record: &Record) -> StoredRecord {
             stage,
             reason,
             counted,
+            further,
         } => StoredRecord::GenerationFailed {
             generation: generation.0,
             stage,
             reason,
             counted,
+            further,
         },
         Record::CheckpointCommitted { stage, checkpoint } => StoredRecord::CheckpointCommitted {
             stage,
@@ -253,11 +258,13 @@ fn from_stored(record: StoredRecord) -> Result<Record, String> {
             stage,
             reason,
             counted,
+            further,
         } => Record::GenerationFailed {
             generation: Generation(generation),
             stage,
             reason,
             counted,
+            further,
         },
         StoredRecord::CheckpointCommitted { stage, checkpoint } => Record::CheckpointCommitted {
             stage,
@@ -371,6 +378,7 @@ mod tests {
                 stage: stage(),
                 reason: "rank 1 left".into(),
                 counted: true,
+                further: false,
             },
             Record::CheckpointCommitted {
                 stage: stage(),

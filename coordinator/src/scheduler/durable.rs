@@ -133,10 +133,14 @@ impl Durable {
                 generation,
                 stage,
                 counted,
+                further,
                 ..
             } => {
                 let log = self.stage_mut(stage);
-                log.fruitless += u32::from(*counted);
+                log.fruitless = match further {
+                    true => 0,
+                    false => log.fruitless + u32::from(*counted),
+                };
                 log.ended = Some(*generation);
             }
             Record::CheckpointCommitted { stage, checkpoint } => {

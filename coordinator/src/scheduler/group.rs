@@ -241,13 +241,14 @@ impl Machine {
             return;
         };
         let (id, members) = (id.clone(), members.to_vec());
-        let counted = self.went_no_further(at) && counted;
+        let further = self.went_further(at);
         self.journal(
             Record::GenerationFailed {
                 generation: id.generation,
                 stage: id.stage.clone(),
                 reason: reason.to_owned(),
-                counted,
+                counted: counted && !further,
+                further,
             },
             out,
         );
@@ -270,10 +271,10 @@ impl Machine {
         }
     }
 
-    /// Whether the group of a stage, which is about to be given up, came no further than others before it. What it
-    /// did beyond them is in its members' memory, and the next one goes on from there; but a step that kills every
-    /// group is not reached twice.
-    fn went_no_further(&mut self, at: usize) -> bool {
+    /// Whether the group of a stage, which is about to be given up, came further than all before it. What it did
+    /// beyond them is in its members' memory, and the next one goes on from there; but a step that kills every group
+    /// is not reached twice.
+    fn went_further(&mut self, at: usize) -> bool {
         let reached = match self.stages[at].group() {
             Some(Group::Stepping {
                 progress: Some(progress),
@@ -285,7 +286,7 @@ impl Machine {
         let stored = log.newest(&[]).map_or(0, |newest| newest.step);
         let before = self.furthest[at].max(stored);
         self.furthest[at] = before.max(reached);
-        reached <= before
+        reached > before
     }
 
     /// At a checkpoint workers that came later join the group, unless it is young: forming anew costs its members a

@@ -58,6 +58,8 @@ pub enum Record {
         reason: String,
         /// Whether it counts towards giving up the stage.
         counted: bool,
+        /// Whether it came further than all before it, so that counting begins anew.
+        further: bool,
     },
     /// A checkpoint was verified.
     CheckpointCommitted {

@@ -195,6 +195,7 @@ impl Work {
             stage: number as u64,
             rows: dataset.rows(),
             global_batch: stage.batch.global,
+            virtual_ranks: None,
         };
         Ok(Self {
             membership: membership.clone(),

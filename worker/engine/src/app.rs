@@ -90,6 +90,8 @@ impl Server<'_> {
     /// Does one leased task and asks for its commit.
     fn perform(&mut self, lease: &Lease) {
         tracing::info!(%lease, "task started");
+        // A task may need the memory. Of a stage that is not done the state is worth keeping.
+        self.kept.take_if(|stage| stage.is_finished());
         let bench = &mut self.bench;
         bench.meter = Meter::start();
         let made = contained(|| match lease.task.stage.as_str() {

@@ -12,7 +12,7 @@ use super::super::table::RESERVED_STAGES;
 use super::super::{
     Evaluate, ExportFormat, Method, Optimizer, Recipe, Sampler, Stage, StudentKind,
 };
-use super::numbers::{first_off_grid, lcm, near_divisors};
+use super::numbers::{first_off_grid, near_divisors};
 use super::resolve::{Checked, Resolved};
 use super::scalar::either;
 use super::sections::TIMES;
@@ -253,53 +253,38 @@ impl Rules<'_> {
         let global = at.stage.batch.global;
         let bounds = ["cluster.workers.min", "cluster.workers.max"];
         let stage = &at.stage.name;
-        let odd = (min..=max).find(|w| !global.is_multiple_of(u64::from(*w)));
         if global < u64::from(max) {
             let message = format!("a batch of {global} cannot feed {max} workers");
             let label = format!("less than cluster.workers.max ({max}), stage {stage}");
             let help = format!("use at least {max}, or fewer workers");
             self.refuse(Code::Batch, &[&path, bounds[1]], message, label, help);
-        } else if let Some(workers) = odd {
-            let message =
-                format!("a batch of {global} cannot be shared evenly by {workers} workers");
-            let range = if min == max {
-                format!("{min}")
-            } else {
-                format!("{min} to {max}")
-            };
-            let label = format!(
-                "{global} must divide by every number of workers allowed ({range}), stage {stage}"
-            );
-            let step = (u64::from(min)..=u64::from(max)).fold(1u64, lcm);
-            let help = match step {
-                1..=1_000_000 => format!("use a multiple of {step}, or other cluster.workers"),
-                _ => "allow fewer numbers of workers".to_owned(),
-            };
-            self.refuse(
-                Code::Batch,
-                &[&path, bounds[1], bounds[0]],
-                message,
-                label,
-                help,
-            );
         }
-        let share = global / u64::from(max);
-        if let Some(micro) = at.stage.batch.micro
-            && (min..=max).any(|w| !(global / u64::from(w)).is_multiple_of(micro))
-            && odd.is_none()
-        {
-            let path = at.of("batch.micro");
-            let message = format!("forward passes of {micro} rows do not fill an engine's share");
-            let label =
-                format!("does not divide {share} (batch.global {global} over {max} workers)");
-            let help = "use auto, or a divisor of every share".to_owned();
+        if let Some(ranks) = at.stage.batch.virtual_ranks {
+            self.virtual_ranks(at, ranks, (min, max));
+        }
+    }
+
+    /// Every engine has rows, and so has every virtual rank.
+    fn virtual_ranks(&mut self, at: &Place<'_>, ranks: u32, (_, max): (u32, u32)) {
+        let path = at.of("batch.virtual_ranks");
+        let global = at.stage.batch.global;
+        if ranks < max {
+            let message = format!("{ranks} virtual ranks cannot be shared by {max} workers");
+            let label = format!("less than cluster.workers.max ({max})");
+            let help = format!("use at least {max}, or fewer workers");
             self.refuse(
                 Code::Batch,
-                &[&path, bounds[1], bounds[0]],
+                &[&path, "cluster.workers.max"],
                 message,
                 label,
                 help,
             );
+        } else if u64::from(ranks) > global {
+            let message = format!("a batch of {global} cannot feed {ranks} virtual ranks");
+            let label = format!("more than batch.global ({global})");
+            let help = format!("use at most {global}, or a larger batch");
+            let batch = at.of("batch.global");
+            self.refuse(Code::Batch, &[&path, &batch], message, label, help);
         }
     }
 

@@ -38,12 +38,3 @@ pub(super) fn near_divisors(n: u64) -> String {
         .collect();
     either(&both.iter().map(String::as_str).collect::<Vec<_>>())
 }
-
-/// The least common multiple, or the largest number when that is too large.
-pub(super) fn lcm(a: u64, b: u64) -> u64 {
-    let (mut x, mut y) = (a, b);
-    while y != 0 {
-        (x, y) = (y, x % y);
-    }
-    (a / x).saturating_mul(b)
-}

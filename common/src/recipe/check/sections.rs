@@ -221,6 +221,10 @@ fn stage(v: View<'_>, grid: Option<u32>, from: Option<usize>) -> Stage {
         batch: Batch {
             global: v.get("batch").get("global").whole(),
             micro: v.get("batch").get("micro").maybe_whole(),
+            virtual_ranks: match v.get("batch").get("reproducible").text() {
+                "true" => v.get("batch").get("virtual_ranks").maybe_small(),
+                _ => None,
+            },
         },
         loss: match v.get("loss").get("kind").text() {
             "huber" => Loss::Huber {

@@ -223,16 +223,33 @@ fn methods_know_their_segments() {
 #[test]
 fn batches_are_shared_out_evenly() {
     check_one(
-        &["cluster.workers={min: 3, max: 3}"],
-        Code::Batch,
-        "stages.0.batch.global",
-    );
-    check_one(
         &["cluster.workers={min: 1, max: 32}"],
         Code::Batch,
         "stages.0.batch.global",
     );
-    check_one(&["batch.micro=5"], Code::Batch, "stages.0.batch.micro");
+    check_one(
+        &[
+            "batch={global: 32, reproducible: true, virtual_ranks: 3}",
+            "cluster.workers={min: 1, max: 4}",
+        ],
+        Code::Batch,
+        "stages.0.batch.virtual_ranks",
+    );
+    check_one(
+        &["batch={global: 6, reproducible: true, virtual_ranks: 8}"],
+        Code::Batch,
+        "stages.0.batch.virtual_ranks",
+    );
+    // Shares need not be even, nor filled by whole forward passes: the mean is over the batch, whoever has how many.
+    let uneven = &[
+        "cluster.workers={min: 1, max: 3}",
+        "batch={global: 16, micro: 5}",
+    ];
+    assert_eq!(read(SMALL, uneven).stages[0].batch.virtual_ranks, None);
+    let reproducible = read(SMALL, &["batch.reproducible=true"]);
+    assert_eq!(reproducible.stages[0].batch.virtual_ranks, Some(8));
+    let stored = Recipe::from_stored(&reproducible.to_stored()).expect("its own form");
+    assert_eq!(stored.stages[0].batch, reproducible.stages[0].batch);
     check_one(
         &["cluster.workers={min: 4, max: 2}"],
         Code::OutOfRange,
@@ -506,7 +523,7 @@ fn the_schema_knows_every_key_of_a_resolved_recipe() {
     assert_eq!(schema["additionalProperties"], json!(false));
     assert_eq!(
         schema["properties"]["batch"]["properties"]["reproducible"]["enum"],
-        json!([false])
+        json!([false, true])
     );
     assert_eq!(
         schema["properties"]["optimizer"]["properties"]["lr"]["default"],

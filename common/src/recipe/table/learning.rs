@@ -2,7 +2,7 @@
 
 use super::Fallback::{Open, Required, Yaml};
 use super::Kind::{Name, Or, Pair, Switch, Targets, Whole};
-use super::{BELOW_ONE, Kind, NOT_NEGATIVE, POSITIVE, Section, field, later, not_built, word};
+use super::{BELOW_ONE, Kind, NOT_NEGATIVE, POSITIVE, Section, field, not_built, word};
 
 pub(super) static STUDENT: Section = Section {
     name: "student",
@@ -132,10 +132,17 @@ pub(super) static BATCH: Section = Section {
         ),
         field(
             "reproducible",
-            Kind::Word(&[word("false"), later("true")]),
+            Kind::Word(&[word("false"), word("true")]),
             Yaml("false"),
             "bits that do not depend on the number of workers",
         ),
+        field(
+            "virtual_ranks",
+            Whole(1, 4096),
+            Yaml("8"),
+            "fixed shares that a reproducible step is computed in: at least cluster.workers.max",
+        )
+        .only("reproducible", "true"),
     ],
 };
 

@@ -319,6 +319,7 @@ async fn random_ratio(dataset: &Dataset, path: &Path) -> Result<f64> {
         stage: 0,
         rows: dataset.rows(),
         global_batch: 1,
+        virtual_ranks: None,
     };
     let file = File::open(path)?;
     let (mut staging, mut buffer) = (Staging::default(), vec![0u8; ROW_BYTES]);
@@ -349,6 +350,7 @@ async fn loader_stall(store: &Store, dataset: &Dataset) -> Result<f64> {
         stage: 0,
         rows: dataset.rows(),
         global_batch: BATCH,
+        virtual_ranks: None,
     };
     let spec = Spec {
         order,

@@ -129,7 +129,7 @@ struct Training {
     student: Student,
     trainer: Trainer,
     objective: Box<dyn Objective>,
-    rows: [Rows; 1],
+    rows: [Vec<Rows>; 1],
     group: Solo,
 }
 
@@ -167,6 +167,7 @@ impl Training {
         plan.batch = Batch {
             global: rows.len() as u64,
             micro: None,
+            virtual_ranks: None,
         };
         let student = Student::fresh(teacher, &stage, 0, Device::Cpu);
         let student = student.map_err(|fault| anyhow!("{fault}"))?;
@@ -175,7 +176,7 @@ impl Training {
             trainer: Trainer::new(plan, student.parameters()),
             student,
             objective: objective(&stage, schedule, teacher.prediction)?,
-            rows: [rows],
+            rows: [vec![rows]],
             group: Solo::default(),
         })
     }

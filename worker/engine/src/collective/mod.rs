@@ -18,7 +18,8 @@ pub mod tree;
 use std::ops::Range;
 use std::sync::Arc;
 
-use distillery_common::group::{GroupId, batch_share};
+use distillery_common::group::GroupId;
+pub use distillery_common::group::leaves_of;
 use tch::{Kind, Tensor};
 
 use self::tree::{Partial, cover};
@@ -192,12 +193,6 @@ pub fn part(len: usize, rank: u32, world: u32) -> Range<usize> {
     } else {
         start..start + size
     }
-}
-
-/// The leaves that a rank holds in [`Collective::all_reduce_fixed`]: consecutive, shared out like a global batch.
-pub fn leaves_of(virtual_ranks: u32, rank: u32, world: u32) -> Range<u32> {
-    let share = batch_share(u64::from(virtual_ranks), rank, world);
-    share.start as u32..share.end as u32
 }
 
 /// Checks both sides of [`Collective::all_reduce_fixed`]: what a rank brings is what the others count on.

@@ -124,6 +124,7 @@ impl Setting {
                 eps_w,
                 t,
                 conditioning,
+                ..
             } = rows;
             let online = teacher.map(|teacher| teacher.predict(z, t, conditioning));
             let n = online.as_ref().unwrap_or(eps_w);

@@ -142,6 +142,12 @@ impl<'a> Saver<'a> {
         if self.place.membership.rank != 0 {
             return;
         }
+        let recorded = self.curves.last().map_or(0, |record| record.step);
+        assert_eq!(
+            recorded,
+            trainer.position().step,
+            "every applied step is on record"
+        );
         let stopwatch = Stopwatch::start();
         let mut buffer = self
             .buffer

@@ -84,6 +84,7 @@ impl Rowmaker {
                 stage: 0,
                 rows: 50,
                 global_batch: 1,
+                virtual_ranks: None,
             },
         }
     }
@@ -147,7 +148,11 @@ impl Sink for Recorder {
 fn plan(micro: Option<u64>) -> Plan {
     Plan {
         steps: 40,
-        batch: Batch { global: 12, micro },
+        batch: Batch {
+            global: 12,
+            micro,
+            virtual_ranks: None,
+        },
         optimizer: Optimizer {
             lr: 3e-3,
             betas: (0.9, 0.999),

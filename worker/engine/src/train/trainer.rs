@@ -3,17 +3,19 @@
 use std::ops::Range;
 
 use distillery_common::curves::{TIME_BINS, time_bin};
+use distillery_common::group::leaves_of;
 use distillery_common::ledger::{Ledger, PLACES};
 use distillery_common::recipe;
 use tch::{Kind, Tensor};
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::batch::passes;
+use super::batch::shares;
 use super::ema::Ema;
 use super::flat::Parameters;
 use super::optimizer::{AdamW, clip_norm};
 use super::rate::rate;
 use super::snapshot::{self, Part, Position, Snapshot};
+use crate::collective::tree::Partials;
 use crate::collective::{self, Collective};
 use crate::diffusion::denoiser::Denoiser;
 use crate::diffusion::guidance::Guided;
@@ -174,18 +176,22 @@ impl Trainer {
         while self.position.step < self.plan.steps {
             let step = self.position.step;
             let handover = |source| Error::Handover { step, source };
-            let passes = passes(self.plan.batch, step, group.rank(), group.world());
-            let rows: Vec<Rows> = passes
+            let shares = shares(self.plan.batch, step, group.rank(), group.world());
+            let mut rows =
+                |passes: Vec<Range<u64>>| passes.into_iter().map(|p| source.rows(p)).collect();
+            let rows: Vec<Vec<Rows>> = shares
                 .into_iter()
-                .map(|positions| source.rows(positions))
+                .map(&mut rows)
                 .collect::<anyhow::Result<_>>()
                 .map_err(handover)?;
             let report = self.step(&rows, objective, student, teacher, group)?;
+            // First of all: whatever ends the group next, the step is applied and must be on record.
+            let control = sink.after_step(self, &report).map_err(handover)?;
             if self.position.step.is_multiple_of(COMPARED_EVERY) && group.world() > 1 {
                 let compared = group.agree(&self.fingerprint());
                 compared.map_err(|source| Error::Group { step, source })?;
             }
-            match sink.after_step(self, &report).map_err(handover)? {
+            match control {
                 Control::Continue => {}
                 Control::Stop => break,
             }
@@ -193,13 +199,14 @@ impl Trainer {
         Ok(())
     }
 
-    /// One step: `passes` are this rank's rows, one forward pass each.
+    /// One step: `shares` are this rank's rows, one forward pass each; one share, or one for each of its virtual ranks
+    /// ([`super::batch::shares`]).
     ///
     /// The loss is the mean over the global batch however it is split: each pass adds its rows' sum divided by
     /// the batch. On an error nothing was applied.
     pub fn step(
         &mut self,
-        passes: &[Rows],
+        shares: &[Vec<Rows>],
         objective: &dyn Objective,
         student: &dyn Denoiser,
         teacher: Option<&Guided<'_>>,
@@ -208,16 +215,32 @@ impl Trainer {
         let step = self.position.step;
         let len = self.parameters.layout().len() as i64;
         let segments = objective.segments().count();
+        let add = |passes: &Vec<Rows>, reduced: &mut Reduced| {
+            for rows in passes {
+                let losses = objective.losses(rows, student, teacher);
+                let share = losses.sum(Kind::Float) / self.plan.batch.global as f64;
+                self.parameters.add_gradient(&share, &reduced.flat);
+                reduced.add_losses(rows, &losses, objective);
+            }
+        };
         let mut reduced = Reduced::new(len, segments, &self.parameters);
-        for rows in passes {
-            let losses = objective.losses(rows, student, teacher);
-            let share = losses.sum(Kind::Float) / self.plan.batch.global as f64;
-            self.parameters.add_gradient(&share, &reduced.flat);
-            reduced.add_losses(rows, &losses, objective);
-        }
-        group
-            .all_reduce_sum(&mut reduced.flat)
-            .map_err(|source| Error::Group { step, source })?;
+        let sum = match self.plan.batch.virtual_ranks {
+            None => {
+                shares.iter().for_each(|passes| add(passes, &mut reduced));
+                group.all_reduce_sum(&mut reduced.flat)
+            }
+            Some(ranks) => {
+                let leaves = leaves_of(ranks, group.rank(), group.world());
+                let mut partials = Partials::new(leaves.clone());
+                for (leaf, passes) in leaves.zip(shares) {
+                    let mut own = reduced.another(partials.spare());
+                    add(passes, &mut own);
+                    partials.push_leaf(leaf, own.flat);
+                }
+                group.all_reduce_fixed(partials.finish(), ranks, &mut reduced.flat)
+            }
+        };
+        sum.map_err(|source| Error::Group { step, source })?;
         let mut gradient = reduced.flat.narrow(0, 0, len);
         let grad_norm = clip_norm(&mut gradient, self.plan.optimizer.grad_clip);
         let rate = rate(&self.plan.optimizer, step, self.plan.steps);
@@ -382,6 +405,15 @@ impl Reduced {
             len,
             segments,
         }
+    }
+
+    /// As new, in a buffer that is no longer needed if there is one.
+    fn another(&self, spare: Option<Tensor>) -> Self {
+        let flat = match spare {
+            Some(mut spare) => spare.zero_(),
+            None => self.flat.zeros_like(),
+        };
+        Self { flat, ..*self }
     }
 
     fn bins(&self) -> usize {

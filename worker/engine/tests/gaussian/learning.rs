@@ -42,6 +42,7 @@ fn plan(steps: u64, lr: f64, global: u64) -> Plan {
         batch: Batch {
             global,
             micro: None,
+            virtual_ranks: None,
         },
         optimizer: Optimizer {
             lr,
@@ -328,6 +329,7 @@ impl Source for Stored {
             stage: self.stage,
             rows: self.rows.len() as u64,
             global_batch: 1,
+            virtual_ranks: None,
         };
         let rows: Vec<&Row> = positions
             .map(|p| &self.rows[order.row_at(p) as usize])

@@ -20,9 +20,8 @@ use distillery_common::task::FailureClass;
 pub use self::stage::StageWork;
 use super::current::Current;
 use super::{Fault, OrFault as _};
-use crate::collective::solo::Solo;
-use crate::collective::tcp::{Invitation, Listener, TcpRing};
-use crate::collective::{self, Collective};
+use crate::collective::seat::Seat;
+use crate::collective::{self, Invitation};
 use crate::inbox::Inbox;
 use crate::link::{Command, Event};
 use crate::train;
@@ -77,20 +76,22 @@ pub fn train(
     current: &Current,
 ) -> Result<Outcome, Fault> {
     let group = &membership.group;
-    let (listener, address) = TcpRing::listen(advertise).or_fault(FailureClass::Io)?;
-    bench.link.send(Event::GroupReady {
-        group: group.clone(),
-        rank: membership.rank,
-        address: address.to_string(),
-    });
     let mut stage = match kept.take().filter(|stage| stage.is_of(membership)) {
         Some(stage) => stage,
         None => StageWork::fresh(bench, membership)?,
     };
-    let ending = take_part(bench, &mut stage, listener, membership, current);
-    if !matches!(ending, Ok(Outcome::Finished)) {
-        *kept = Some(stage);
-    }
+    let Membership { rank, world, .. } = *membership;
+    let (seat, card) =
+        Seat::open(bench.device, advertise, rank, world).map_err(collective_fault)?;
+    // Only now: whoever is said to be there must answer, and a teacher may take a while to load.
+    bench.link.send(Event::GroupReady {
+        group: group.clone(),
+        rank,
+        address: card,
+    });
+    let ending = take_part(bench, &mut stage, seat, membership, current);
+    // Also when it has finished: should the last checkpoint come to nothing, another group still has to write it.
+    *kept = Some(stage);
     match ending {
         Ok(outcome) => Ok(outcome),
         Err(Broken::Group(error)) => ended_or(bench, group, collective_fault(error)),
@@ -102,16 +103,22 @@ pub fn train(
 fn take_part(
     bench: &mut Workbench,
     stage: &mut StageWork,
-    listener: Listener,
+    seat: Seat,
     membership: &Membership,
     current: &Current,
 ) -> Result<Outcome, Broken> {
-    stage.tell(bench, membership, Phase::Exchanging);
+    stage.tell(bench, membership, Phase::Exchanging, membership.base_step);
     let peers = match wait_for_peers(&mut bench.inbox, membership) {
         Ok(peers) => peers,
         Err(outcome) => return Ok(outcome),
     };
-    let mut ring = join(bench, listener, membership, &peers)?;
+    let mut ring = seat.connect(&Invitation {
+        group: &membership.group,
+        rank: membership.rank,
+        peers: &peers,
+        token: bench.setup.group_secret.0,
+        deadline: DEADLINE,
+    })?;
     let ended = current.enter(&membership.group, ring.aborter());
     let outcome = stage.run(bench, membership, ring.as_mut(), ended);
     current.leave();
@@ -133,25 +140,6 @@ fn wait_for_peers(inbox: &mut Inbox, membership: &Membership) -> Result<Vec<Stri
             return Err(Outcome::Drained);
         }
     }
-}
-
-fn join(
-    bench: &Workbench,
-    listener: Listener,
-    membership: &Membership,
-    peers: &[String],
-) -> Result<Box<dyn Collective>, collective::Error> {
-    if membership.world == 1 {
-        return Ok(Box::new(Solo::default()));
-    }
-    let ring = listener.connect(&Invitation {
-        group: &membership.group,
-        rank: membership.rank,
-        peers,
-        token: bench.setup.group_secret.0,
-        deadline: DEADLINE,
-    })?;
-    Ok(Box::new(ring))
 }
 
 /// A fault that an abort from outside explains is no fault.

@@ -104,8 +104,8 @@ impl StageWork {
     /// parent's student.
     pub(super) fn load(&mut self, bench: &Workbench, membership: &Membership) -> Result<(), Fault> {
         if !std::mem::take(&mut self.is_fresh) {
-            self.student =
-                Student::fresh(&self.teacher, &self.recipe, bench.recipe.seed, bench.device)?;
+            let (teacher, recipe) = (&self.teacher, &self.recipe);
+            self.student = Student::fresh(teacher, recipe, bench.recipe.seed, bench.device)?;
         }
         self.held = None;
         self.curves.clear();
@@ -120,7 +120,18 @@ impl StageWork {
             self.curves = from_jsonl(&base.metrics).or_fault(FailureClass::Schema)?;
             restore(&mut self.trainer, &base, &self.curves)?;
         }
-        check_start(&self.trainer, membership)
+        check_start(&self.trainer, membership)?;
+        // Should the others lose patience while this is read, the next group need not wait for it.
+        self.held = Some(sync::base(membership)?.unwrap_or(Held {
+            step: 0,
+            generation: membership.group.generation,
+        }));
+        Ok(())
+    }
+
+    /// Whether nothing is left to train.
+    pub fn is_finished(&self) -> bool {
+        self.trainer.position().step == self.recipe.steps
     }
 
     /// Agrees on the state, steps until the last one, and commits what must be committed.
@@ -131,11 +142,11 @@ impl StageWork {
         ring: &mut dyn Collective,
         ended: Ended,
     ) -> Result<Outcome, Broken> {
-        self.tell(bench, membership, Phase::Syncing);
+        self.tell(bench, membership, Phase::Syncing, membership.base_step);
         let from_memory = sync::sync(bench, self, membership, ring)?;
         let step = self.trainer.position().step;
         tracing::info!(group = %membership.group, step, from_memory, "the members hold one state");
-        self.tell(bench, membership, Phase::Stepping);
+        self.tell(bench, membership, Phase::Stepping, step);
         let rows = Rc::new(RefCell::new(self.read_rows(bench, membership)));
         let null = tch::no_grad(|| self.teacher.parts.null_conditioning(1));
         let guided = Guided {
@@ -188,6 +199,7 @@ impl StageWork {
             stage: self.number,
             rows: self.dataset.rows(),
             global_batch: self.recipe.batch.global,
+            virtual_ranks: self.recipe.batch.virtual_ranks,
         };
         let spec = Spec {
             order,
@@ -206,11 +218,11 @@ impl StageWork {
         )
     }
 
-    pub(super) fn tell(&self, bench: &Workbench, membership: &Membership, phase: Phase) {
+    pub(super) fn tell(&self, bench: &Workbench, membership: &Membership, phase: Phase, step: u64) {
         bench.link.send(Event::GroupProgress(Progress {
             group: membership.group.clone(),
             phase,
-            step: self.held.map_or(membership.base_step, |held| held.step),
+            step,
             total_steps: self.recipe.steps,
             loss: self.curves.iter().rev().find_map(|r| r.loss).unwrap_or(0.0),
             samples_per_second: 0.0,

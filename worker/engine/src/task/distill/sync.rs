@@ -32,7 +32,8 @@ pub(super) fn sync(
     membership: &Membership,
     ring: &mut dyn Collective,
 ) -> Result<bool, Broken> {
-    let own = stage.held.filter(|held| held.continues(base(membership)));
+    let base = base(membership)?;
+    let own = stage.held.filter(|held| held.continues(base));
     let held: Vec<Option<Held>> = ring
         .gather(&to_bytes(own))?
         .iter()
@@ -134,10 +135,17 @@ fn words(bytes: &[u8]) -> Vec<f32> {
 }
 
 /// The newest checkpoint, as a state that somebody may go on from.
-fn base(membership: &Membership) -> Option<Held> {
-    let (_, step, generation) =
-        layout::parse_checkpoint_commit(membership.base_checkpoint.as_deref()?)?;
-    Some(Held { step, generation })
+pub(super) fn base(membership: &Membership) -> Result<Option<Held>, Fault> {
+    let Some(key) = membership.base_checkpoint.as_deref() else {
+        return Ok(None);
+    };
+    let named = layout::parse_checkpoint_commit(key);
+    let (_, step, generation) = named.ok_or_else(|| {
+        let message =
+            format!("{key} is no COMMIT of a checkpoint, yet training is to start from it");
+        Fault::new(FailureClass::Schema, message)
+    })?;
+    Ok(Some(Held { step, generation }))
 }
 
 fn to_bytes(held: Option<Held>) -> [u8; HELD_BYTES] {
