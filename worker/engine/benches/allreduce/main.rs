@@ -4,6 +4,9 @@
 //! answer the same requests and take turns, so that whoever rests sleeps on its standard input; every figure is the median
 //! over the rounds, of times of the slowest rank. First both sides must find the same sum.
 //!
+//! The ring turns pacing off between ranks of one host; Gloo takes what the machine is set to. Where that is BBR, a part of the
+//! ratio is due to it: in a network namespace of its own with `net.ipv4.tcp_congestion_control=reno` both sides are without.
+//!
 //! The last lines show the sum along the fixed tree beside the plain one: what reproducible batches cost.
 
 mod ours;

@@ -4,6 +4,7 @@ mod seats;
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
+use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
@@ -221,20 +222,25 @@ fn another_thread_ends_a_waiting_sum() {
     assert!(matches!(errors[0], Error::PeerLost { .. }));
     assert!(matches!(errors[1], Error::Aborted));
 
+    let ended = Barrier::new(2);
     let errors = on_ring(2, PATIENT, |mut ring| {
         if ring.rank() == 1 {
-            // Wait for the other end to hang up.
-            let mut flat = Tensor::zeros([1], (Kind::Float, Device::Cpu));
-            return ring.broadcast(&mut flat, 0).unwrap_err();
+            // Alive and silent until the other has given up.
+            ended.wait();
+            let mut flat = Tensor::zeros([8], (Kind::Float, Device::Cpu));
+            return ring.all_reduce_sum(&mut flat).unwrap_err();
         }
         let aborter = ring.aborter();
         thread::scope(|scope| {
             scope.spawn(move || aborter.abort());
             let mut flat = Tensor::zeros([8], (Kind::Float, Device::Cpu));
-            ring.all_reduce_sum(&mut flat).unwrap_err()
+            let error = ring.all_reduce_sum(&mut flat).unwrap_err();
+            ended.wait();
+            error
         })
     });
     assert!(matches!(errors[0], Error::Aborted), "{}", errors[0]);
+    assert!(matches!(errors[1], Error::PeerLost { .. }), "{}", errors[1]);
 }
 
 #[test]

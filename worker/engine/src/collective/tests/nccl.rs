@@ -2,6 +2,7 @@
 //! a GPU, over NCCL itself.
 
 use std::process::Command;
+use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
@@ -186,54 +187,23 @@ fn a_communicator_that_does_not_fill_up_is_given_up() {
 }
 
 #[test]
-fn another_thread_ends_a_waiting_sum_over_nccl() {
+fn another_thread_ends_a_sum_that_waits_for_a_silent_rank_over_nccl() {
+    let ended = Barrier::new(2);
     let errors = on_nccl(2, PATIENT, |mut nccl| {
-        let mut flat = Tensor::from_slice(&values(0, 10));
+        let mut flat = Tensor::zeros([1], (Kind::Float, Device::Cpu));
         if nccl.rank() == 1 {
-            // Wait for what becomes of the other.
-            return nccl.broadcast(&mut flat, 0).unwrap_err();
-        }
-        let aborter = nccl.aborter();
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                thread::sleep(Duration::from_millis(50));
-                aborter.abort();
-                aborter.abort();
-            });
-            let mut two = Tensor::zeros([2], (Kind::Float, Device::Cpu));
-            let mut alone = nccl.all_reduce_sum(&mut two);
-            while alone.is_ok() {
-                alone = nccl.all_reduce_sum(&mut two);
-            }
-            alone.unwrap_err()
-        })
-    });
-    // The two ask for different things: whoever hears of that first, or of the abort, has to say so.
-    for error in &errors {
-        assert!(
-            matches!(error, Error::Aborted | Error::Nccl { .. }),
-            "{error}"
-        );
-    }
-}
-
-#[test]
-fn an_abort_reaches_a_rank_that_waits_for_a_silent_one() {
-    let errors = on_nccl(2, PATIENT, |mut nccl| {
-        if nccl.rank() == 1 {
-            // Alive and silent; it is told when the other has ended.
-            let mut flat = Tensor::zeros([1], (Kind::Float, Device::Cpu));
-            thread::sleep(Duration::from_millis(400));
+            ended.wait();
             return nccl.all_reduce_sum(&mut flat).unwrap_err();
         }
         let aborter = nccl.aborter();
         thread::scope(|scope| {
             scope.spawn(move || {
-                thread::sleep(Duration::from_millis(100));
+                aborter.abort();
                 aborter.abort();
             });
-            let mut flat = Tensor::zeros([1], (Kind::Float, Device::Cpu));
-            nccl.all_reduce_sum(&mut flat).unwrap_err()
+            let error = nccl.all_reduce_sum(&mut flat).unwrap_err();
+            ended.wait();
+            error
         })
     });
     assert!(matches!(errors[0], Error::Aborted), "{}", errors[0]);
