@@ -32,6 +32,7 @@ pub(crate) fn answer(rank: u32, world: u32) -> Result<()> {
         peers: &peers,
         token: [7; 32],
         deadline: Duration::from_secs(60),
+        ended: Default::default(),
     })?;
     say("ready")?;
     for line in lines {

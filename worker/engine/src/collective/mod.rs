@@ -17,6 +17,7 @@ pub mod tree;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use distillery_common::group::GroupId;
 pub use distillery_common::group::leaves_of;
@@ -123,6 +124,24 @@ pub struct Invitation<'a> {
     pub token: [u8; 32],
     /// How long to wait for a neighbour, now and in every later operation.
     pub deadline: std::time::Duration,
+    /// Ends the wait for the others early: there is nothing yet that [`Abort`] could end.
+    pub ended: Ended,
+}
+
+/// Whether a group was ended from outside, as every thread sees it at once.
+#[derive(Debug, Clone, Default)]
+pub struct Ended(Arc<AtomicBool>);
+
+impl Ended {
+    /// Marks it.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it is marked.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
 }
 
 /// The engines that train one stage together, as one of them sees it.

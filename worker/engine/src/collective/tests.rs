@@ -47,6 +47,7 @@ fn on_ring<T: Send>(world: u32, deadline: Duration, body: impl Fn(TcpRing) -> T 
                         peers,
                         token: [7; 32],
                         deadline,
+                        ended: Default::default(),
                     };
                     body(listener.connect(&invitation).unwrap())
                 })
@@ -276,6 +277,7 @@ fn strangers_are_turned_away_and_the_ring_still_forms() {
                         peers,
                         token: [1; 32],
                         deadline: PATIENT,
+                        ended: Default::default(),
                     };
                     let mut ring = listener.connect(&invitation).unwrap();
                     ring.agree(&[0; 32]).is_ok()
@@ -306,6 +308,7 @@ fn members_of_different_generations_or_runs_do_not_form_a_ring() {
                             peers,
                             token: [tokens[rank as usize]; 32],
                             deadline: Duration::from_millis(300),
+                            ended: Default::default(),
                         };
                         listener.connect(&invitation).unwrap_err().to_string()
                     })
@@ -346,4 +349,34 @@ fn skipped(why: &str) {
     );
     // Past the harness, which swallows what tests that pass have printed.
     writeln!(std::io::stderr(), "SKIPPED: {why}").unwrap();
+}
+
+/// An abort that came while members waited for each other used to be seen when the wait was over, and the worker had
+/// killed the engine by then, and with it the state that the next group was to go on from.
+#[test]
+fn a_ring_that_is_given_up_while_it_forms_is_no_longer_waited_for() {
+    // The neighbour takes the call and never answers; nobody calls us.
+    let silent = std::net::TcpListener::bind((HOST, 0)).unwrap();
+    let (listener, address) = TcpRing::listen(HOST).unwrap();
+    let peers = [
+        address.to_string(),
+        silent.local_addr().unwrap().to_string(),
+    ];
+    let ended = super::Ended::default();
+    let invitation = Invitation {
+        group: &group(1),
+        rank: 0,
+        peers: &peers,
+        token: [7; 32],
+        deadline: Duration::from_secs(3600),
+        ended: ended.clone(),
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(50));
+            ended.set();
+        });
+        let error = listener.connect(&invitation).unwrap_err();
+        assert!(matches!(error, Error::Aborted), "{error}");
+    });
 }

@@ -4,8 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use distillery_common::group::GroupId;
 
-use super::saver::Ended;
-use crate::collective::Abort;
+use crate::collective::{Abort, Ended};
 
 /// What the link's thread ends a group with while the device thread waits for a peer.
 #[derive(Debug, Clone, Default)]
@@ -13,7 +12,8 @@ pub struct Current(Arc<Mutex<Option<InGroup>>>);
 
 struct InGroup {
     group: GroupId,
-    aborter: Arc<dyn Abort>,
+    /// None while the group forms.
+    aborter: Option<Arc<dyn Abort>>,
     ended: Ended,
 }
 
@@ -31,20 +31,33 @@ impl Current {
         let current = self.0.lock().expect("no holder of this lock can panic");
         if let Some(current) = current.as_ref().filter(|current| current.group == *group) {
             current.ended.set();
-            current.aborter.abort();
+            if let Some(aborter) = &current.aborter {
+                aborter.abort();
+            }
         }
     }
 
-    /// The device thread works in `group` from now on; what it gets back tells whether it was ended.
-    pub(super) fn enter(&self, group: &GroupId, aborter: Arc<dyn Abort>) -> Ended {
+    /// The device thread joins `group`; what it gets back tells whether it was ended.
+    pub(super) fn enter(&self, group: &GroupId) -> Ended {
         let ended = Ended::default();
         let entered = InGroup {
             group: group.clone(),
-            aborter,
+            aborter: None,
             ended: ended.clone(),
         };
         *self.0.lock().expect("no holder of this lock can panic") = Some(entered);
         ended
+    }
+
+    /// The group has formed: what ends it from now on. One that was ended meanwhile ends at once.
+    pub(super) fn formed(&self, aborter: Arc<dyn Abort>) {
+        let mut current = self.0.lock().expect("no holder of this lock can panic");
+        if let Some(current) = current.as_mut() {
+            if current.ended.is_set() {
+                aborter.abort();
+            }
+            current.aborter = Some(aborter);
+        }
     }
 
     /// It no longer does.

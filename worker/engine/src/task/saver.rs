@@ -7,7 +7,6 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -394,22 +393,6 @@ impl StateSource for State<'_> {
         for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
             bytes.copy_from_slice(&value.to_le_bytes());
         }
-    }
-}
-
-/// Whether a group was ended from outside, as the link's thread sees it at once.
-#[derive(Debug, Clone, Default)]
-pub struct Ended(Arc<AtomicBool>);
-
-impl Ended {
-    /// Marks it.
-    pub fn set(&self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether it is marked.
-    pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
     }
 }
 

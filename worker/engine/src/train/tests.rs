@@ -293,6 +293,7 @@ fn train_on_ring(world: u32) -> Vec<(snapshot::Snapshot, Vec<StepReport>)> {
                     peers: &peers,
                     token: [0; 32],
                     deadline: Duration::from_secs(60),
+                    ended: Default::default(),
                 };
                 scope.spawn(move || {
                     let mut ring = listener.connect(&invitation).unwrap();

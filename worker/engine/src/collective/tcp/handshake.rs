@@ -21,6 +21,12 @@ const MOST_STRANGERS: u32 = 64;
 /// How often a listener looks for its neighbour.
 const LOOK: Duration = Duration::from_millis(2);
 
+/// How often a member that waits for an answer looks whether the group was given up.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// How long one try to reach a neighbour may take before the group is looked at again.
+const LONGEST_CALL: Duration = Duration::from_secs(1);
+
 /// How long a connection may take over its greeting: strangers must not hold up the neighbour.
 const LONGEST_GREETING: Duration = Duration::from_secs(2);
 
@@ -122,7 +128,7 @@ pub(super) fn join(listener: &TcpListener, invitation: &Invitation<'_>) -> Resul
             invitation.peers[next_rank as usize]
         ),
     };
-    let mut next = call(&invitation.peers[next_rank as usize], invitation.deadline)
+    let mut next = call(&invitation.peers[next_rank as usize], invitation)
         .and_then(|stream| prepare(stream, invitation.deadline))
         .map_err(unreachable)?;
     Greeting::of(invitation, invitation.rank)
@@ -130,7 +136,7 @@ pub(super) fn join(listener: &TcpListener, invitation: &Invitation<'_>) -> Resul
         .map_err(unreachable)?;
     let previous = wait_for(listener, invitation, previous_rank)?;
     // The neighbour's answer: it accepted this rank's greeting.
-    let answer = Greeting::read(&mut next).map_err(|source| Error::Setup {
+    let answer = answer(&next, invitation).map_err(|source| Error::Setup {
         reason: format!("rank {next_rank} did not answer: {source}"),
     })?;
     match Greeting::of(invitation, next_rank).difference(&answer) {
@@ -141,15 +147,73 @@ pub(super) fn join(listener: &TcpListener, invitation: &Invitation<'_>) -> Resul
     }
 }
 
-fn call(address: &str, deadline: Duration) -> io::Result<TcpStream> {
+/// Connects to the first of a name's addresses that answers within the deadline.
+fn call(address: &str, invitation: &Invitation<'_>) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, deadline) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
+        let mut waited = Duration::ZERO;
+        while waited < invitation.deadline {
+            given_up(invitation)?;
+            let once = LONGEST_CALL.min(invitation.deadline);
+            match TcpStream::connect_timeout(&address, once) {
+                Ok(stream) => return Ok(stream),
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    last = error;
+                    waited += once;
+                }
+                Err(error) => {
+                    last = error;
+                    break;
+                }
+            }
         }
     }
     Err(last)
+}
+
+/// The greeting with which the next rank answers, as soon as it is ready to.
+fn answer(next: &TcpStream, invitation: &Invitation<'_>) -> io::Result<Greeting> {
+    next.set_read_timeout(Some(GLANCE))?;
+    let answer = Greeting::read(&mut Patient {
+        stream: next,
+        invitation,
+        waited: Duration::ZERO,
+    });
+    next.set_read_timeout(Some(invitation.deadline))?;
+    answer
+}
+
+/// Reads from a stream whose own timeout is [`GLANCE`], until the invitation's deadline or end.
+struct Patient<'a> {
+    stream: &'a TcpStream,
+    invitation: &'a Invitation<'a>,
+    waited: Duration,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            given_up(self.invitation)?;
+            match self.stream.read(buffer) {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) && self.waited < self.invitation.deadline =>
+                {
+                    self.waited += GLANCE;
+                }
+                read => return read,
+            }
+        }
+    }
+}
+
+fn given_up(invitation: &Invitation<'_>) -> io::Result<()> {
+    match invitation.ended.is_set() {
+        true => Err(io::Error::other("the group was given up")),
+        false => Ok(()),
+    }
 }
 
 fn prepare(stream: TcpStream, deadline: Duration) -> io::Result<TcpStream> {
@@ -172,7 +236,7 @@ fn wait_for(
     listener.set_nonblocking(true).map_err(failed)?;
     let mut looks = invitation.deadline.as_millis() / LOOK.as_millis() + 1;
     let mut refused = Vec::new();
-    while looks > 0 && refused.len() < MOST_STRANGERS as usize {
+    while looks > 0 && !invitation.ended.is_set() && refused.len() < MOST_STRANGERS as usize {
         match listener.accept() {
             Ok((stream, _)) => match admit(stream, invitation, rank) {
                 Ok(stream) => return Ok(stream),
@@ -184,6 +248,9 @@ fn wait_for(
             }
             Err(error) => return Err(failed(error)),
         }
+    }
+    if invitation.ended.is_set() {
+        return Err(Error::Aborted);
     }
     let turned_away = match refused.last() {
         Some(last) => format!(

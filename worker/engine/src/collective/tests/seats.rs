@@ -38,6 +38,7 @@ fn form<T: Send>(
                         peers: cards,
                         token: [7; 32],
                         deadline,
+                        ended: Default::default(),
                     })
                     .map(body)
                 })
@@ -120,6 +121,7 @@ fn cards_that_make_no_sense_are_refused() {
             peers: &peers,
             token: [7; 32],
             deadline: PATIENT,
+            ended: Default::default(),
         });
         assert!(
             matches!(refused.err(), Some(Error::Setup { .. })),

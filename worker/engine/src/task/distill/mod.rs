@@ -112,15 +112,19 @@ fn take_part(
         Ok(peers) => peers,
         Err(outcome) => return Ok(outcome),
     };
-    let mut ring = seat.connect(&Invitation {
+    let ended = current.enter(&membership.group);
+    let ring = seat.connect(&Invitation {
         group: &membership.group,
         rank: membership.rank,
         peers: &peers,
         token: bench.setup.group_secret.0,
         deadline: DEADLINE,
-    })?;
-    let ended = current.enter(&membership.group, ring.aborter());
-    let outcome = stage.run(bench, membership, ring.as_mut(), ended);
+        ended: ended.clone(),
+    });
+    let outcome = ring.map_err(Broken::from).and_then(|mut ring| {
+        current.formed(ring.aborter());
+        stage.run(bench, membership, ring.as_mut(), ended)
+    });
     current.leave();
     outcome
 }

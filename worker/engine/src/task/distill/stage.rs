@@ -17,14 +17,14 @@ use distillery_common::storage::layout;
 use distillery_common::task::FailureClass;
 
 use super::{Broken, Outcome, sync, train_fault};
-use crate::collective::Collective;
+use crate::collective::{Collective, Ended};
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::segments::Segments;
 use crate::distill;
 use crate::inbox::Inbox;
 use crate::link::Event;
 use crate::task::rows::StoredRows;
-use crate::task::saver::{Ended, Place, Saver, Watch, position};
+use crate::task::saver::{Place, Saver, Watch, position};
 use crate::task::student::{Student, check_dtype, f32_values};
 use crate::task::{Fault, OrFault as _};
 use crate::train::snapshot::Snapshot;
