@@ -428,6 +428,7 @@ impl Driver {
             | Decision::StageSealed { .. }
             | Decision::Formed { .. }
             | Decision::Exchanged { .. }
+            | Decision::Trains { .. }
             | Decision::Checkpoint { .. }
             | Decision::Ignored { .. }
             | Decision::Cleared { .. }

@@ -117,13 +117,22 @@ pub enum Decision {
         /// Which formation.
         group: GroupId,
     },
+    /// A group has applied its first step.
+    Trains {
+        /// Which formation.
+        group: GroupId,
+        /// Steps applied.
+        step: u64,
+    },
     /// A group was given up.
     Aborted {
         /// Which formation.
         group: GroupId,
         /// Why.
         reason: String,
-        /// Counted generations since the last checkpoint.
+        /// Steps that it was known to have applied.
+        reached: u64,
+        /// Counted generations in a row that got no further.
         fruitless: u32,
     },
     /// A checkpoint counts.
@@ -241,13 +250,15 @@ impl fmt::Display for Decision {
             } => write!(f, "formed {group} of {world} from step {base_step}"),
             Self::Resized { group, world, was } => resized(f, group, *world, *was),
             Self::Exchanged { group } => write!(f, "{group} is connected"),
+            Self::Trains { group, step } => write!(f, "{group} trains: step {step} is applied"),
             Self::Aborted {
                 group,
                 reason,
+                reached,
                 fruitless,
             } => write!(
                 f,
-                "gave up {group}: {reason}; {fruitless} generations without a checkpoint"
+                "gave up {group} at step {reached}: {reason}; {fruitless} groups in a row got no further"
             ),
             Self::Checkpoint {
                 stage,

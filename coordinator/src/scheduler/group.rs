@@ -241,7 +241,8 @@ impl Machine {
             return;
         };
         let (id, members) = (id.clone(), members.to_vec());
-        let further = self.went_further(at);
+        let reached = self.reached(at);
+        let further = self.went_further(at, reached);
         self.journal(
             Record::GenerationFailed {
                 generation: id.generation,
@@ -257,6 +258,7 @@ impl Machine {
         out.push(Action::Explain(Decision::Aborted {
             group: id.clone(),
             reason: reason.to_owned(),
+            reached,
             fruitless,
         }));
         self.stages[at] = stage::State::Training(Group::gathering(now, false));
@@ -271,17 +273,21 @@ impl Machine {
         }
     }
 
-    /// Whether the group of a stage, which is about to be given up, came further than all before it. What it did
-    /// beyond them is in its members' memory, and the next one goes on from there; but a step that kills every group
-    /// is not reached twice.
-    fn went_further(&mut self, at: usize) -> bool {
-        let reached = match self.stages[at].group() {
+    /// Steps that the group of a stage is known to have applied.
+    fn reached(&self, at: usize) -> u64 {
+        match self.stages[at].group() {
             Some(Group::Stepping {
                 progress: Some(progress),
                 ..
             }) if progress.phase == Phase::Stepping => progress.step,
             _ => 0,
-        };
+        }
+    }
+
+    /// Whether the group of a stage, which is about to be given up, came further than all before it. What it did
+    /// beyond them is in its members' memory, and the next one goes on from there; but a step that kills every group
+    /// is not reached twice.
+    fn went_further(&mut self, at: usize, reached: u64) -> bool {
         let log = self.durable.stage(&self.plan.stages[at].name);
         let stored = log.newest(&[]).map_or(0, |newest| newest.step);
         let before = self.furthest[at].max(stored);

@@ -93,7 +93,14 @@ impl Machine {
                 *advanced = now;
             }
             if said.phase == Phase::Stepping {
-                first_step.get_or_insert(said.step);
+                let first = *first_step.get_or_insert(said.step);
+                let known = progress.as_ref().map_or(0, |known| known.step);
+                if known <= first && said.step > first {
+                    out.push(Action::Explain(Decision::Trains {
+                        group: said.group.clone(),
+                        step: said.step,
+                    }));
+                }
             }
             if further || progress.as_ref().is_some_and(|p| p.step == said.step) {
                 *progress = Some(said);

@@ -31,6 +31,8 @@ pub(super) struct Member {
     pub(super) membership: Membership,
     /// As the engine last said.
     pub(super) progress: Option<group::Progress>,
+    /// Step at which its present phase began.
+    began: Option<u64>,
     /// Whether the stage's last checkpoint was put by this member.
     pub(super) sealed: bool,
 }
@@ -157,6 +159,7 @@ impl Holdings {
         self.member = Some(Member {
             membership,
             progress: None,
+            began: None,
             sealed: false,
         });
     }
@@ -170,6 +173,26 @@ impl Holdings {
     pub(super) fn member_of(&mut self, group: &GroupId) -> Option<&mut Member> {
         let member = self.member.as_mut();
         member.filter(|member| member.membership.group == *group)
+    }
+
+    /// Notes how far the engine is in its group. Gives back whether that is worth saying at once: another phase, or the
+    /// first step of one.
+    pub(super) fn progressed_in_group(&mut self, progress: group::Progress) -> bool {
+        let Some(member) = self.member_of(&progress.group) else {
+            return false;
+        };
+        let is_news = match &member.progress {
+            Some(known) if known.phase == progress.phase => {
+                let began = member.began == Some(known.step);
+                began && progress.step > known.step
+            }
+            Some(_) | None => {
+                member.began = Some(progress.step);
+                true
+            }
+        };
+        member.progress = Some(progress);
+        is_news
     }
 
     /// Leaves the group; says which part it was.

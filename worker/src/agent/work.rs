@@ -227,8 +227,8 @@ impl Agent {
                 }
             }
             Event::GroupProgress(progress) => {
-                if let Some(member) = self.held.member_of(&progress.group) {
-                    member.progress = Some(progress);
+                if self.held.progressed_in_group(progress) {
+                    self.beat(now());
                 }
             }
             Event::GroupFailed {

@@ -22,10 +22,12 @@ use distillery_common::telemetry::Stopwatch;
 mod clock;
 mod coordinators;
 mod disk;
+mod elastic;
 mod engines;
 mod faraway;
 mod moment;
 mod proxy;
+mod recovery;
 mod score;
 mod site;
 mod takeovers;
@@ -92,6 +94,12 @@ enum Campaign {
     DiskFull,
     Clock,
     Writers,
+    /// Random histories of the real engine in reproducible mode: one and the same student.
+    Elastic,
+    /// How soon a group trains again when an engine of sixteen stand-ins is killed.
+    Recovery,
+    /// The same with four real engines.
+    RealRecovery,
 }
 
 /// What a campaign has.
@@ -135,6 +143,9 @@ impl Campaign {
             Self::DiskFull => "disk-full",
             Self::Clock => "clock",
             Self::Writers => "writers",
+            Self::Elastic => "elastic",
+            Self::Recovery => "recovery",
+            Self::RealRecovery => "real-recovery",
         }
     }
 
@@ -151,6 +162,9 @@ impl Campaign {
             Self::DiskFull => (10, 2),
             Self::Clock => (10, 2),
             Self::Writers => (1000, 40),
+            Self::Elastic => (50, 1),
+            Self::Recovery => (200, 8),
+            Self::RealRecovery => (200, 4),
         }
     }
 
@@ -167,6 +181,9 @@ impl Campaign {
             Self::DiskFull => disk::fill(context, &mut score),
             Self::Clock => clock::shift(context, &mut score),
             Self::Writers => writers::kills(context, &mut score),
+            Self::Elastic => elastic::histories(context, &mut score),
+            Self::Recovery => recovery::simulated(context, &mut score),
+            Self::RealRecovery => recovery::real(context, &mut score),
         };
         if let Err(error) = ended {
             if interrupted() {

@@ -33,6 +33,14 @@ impl Score {
         self.times.entry(what).or_default().push(seconds);
     }
 
+    /// The value below which that share of the times of `what` lies; none when there are none.
+    pub(crate) fn quantile(&self, what: &str, share: f64) -> Option<f64> {
+        let mut sorted = self.times.get(what)?.clone();
+        sorted.sort_by(f64::total_cmp);
+        let index = (sorted.len() as f64 * share).ceil() as usize;
+        sorted.get(index.saturating_sub(1)).copied()
+    }
+
     /// Takes in another one of the same campaign.
     pub(crate) fn add(&mut self, other: Self) {
         self.faults += other.faults;

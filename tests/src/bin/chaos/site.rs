@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use distillery_common::telemetry::Stopwatch;
-use distillery_tests::harness::{EngineKind, Run, Target, signal, sim_recipe};
+use distillery_tests::harness::{EngineKind, Made, Run, Target, signal, sim_recipe};
 
 use super::moment::{self, Said};
 
@@ -31,6 +31,8 @@ pub(crate) const USUAL_WAITS: &str = "first_formation=500ms,keep_for_group=2s,re
 pub(crate) struct Setting {
     /// Text of the recipe.
     pub(crate) recipe: String,
+    /// Which engine works.
+    pub(crate) engine: EngineKind,
     /// Milliseconds that a task takes, and a step.
     pub(crate) pace: (u32, u32),
     /// Workers that are started.
@@ -57,6 +59,7 @@ impl Setting {
         }
         Self {
             recipe,
+            engine: EngineKind::Sim,
             pace: (60, 10),
             workers: 2,
             waits: SHORT_WAITS,
@@ -110,7 +113,7 @@ impl Site {
         let folder = tempfile::Builder::new()
             .prefix("chaos-")
             .tempdir_in(&setting.base)?;
-        let mut run = Run::new(folder.path(), &setting.recipe, EngineKind::Sim)?
+        let mut run = Run::new(folder.path(), &setting.recipe, setting.engine)?
             .with("SIM_TASK_MS", setting.pace.0)
             .with("SIM_STEP_MS", setting.pace.1)
             .with("DISTILLERY_TIMINGS", setting.waits)
@@ -142,6 +145,11 @@ impl Site {
     pub(crate) fn output(&self) -> String {
         let own = || self.run.output().display().to_string();
         self.setting.output.clone().unwrap_or_else(own)
+    }
+
+    /// What it made, in digests.
+    pub(crate) fn made(&self) -> anyhow::Result<Made> {
+        self.run.made()
     }
 
     /// The folder that is this run's alone.
@@ -230,8 +238,8 @@ impl Site {
         Ok(())
     }
 
-    /// Starts as many workers as have ended.
-    pub(crate) fn refill(&mut self) -> anyhow::Result<()> {
+    /// Counts only workers that have not ended.
+    pub(crate) fn forget_the_gone(&mut self) -> anyhow::Result<()> {
         let mut left = Vec::new();
         for mut worker in std::mem::take(&mut self.workers) {
             if worker.child.try_wait()?.is_none() {
@@ -239,6 +247,12 @@ impl Site {
             }
         }
         self.workers = left;
+        Ok(())
+    }
+
+    /// Starts as many workers as have ended.
+    pub(crate) fn refill(&mut self) -> anyhow::Result<()> {
+        self.forget_the_gone()?;
         let missing = self.setting.workers.saturating_sub(self.workers.len());
         self.hire(missing)
     }
@@ -317,6 +331,12 @@ impl Site {
     pub(crate) fn said(&self, life: usize) -> Vec<Said> {
         let text = std::fs::read_to_string(&self.lives[life].log).unwrap_or_default();
         text.lines().filter_map(moment::parse).collect()
+    }
+
+    /// What all coordinators logged, as it stands there.
+    pub(crate) fn said_of_all(&self) -> String {
+        let text = |life: &Life| std::fs::read_to_string(&life.log).unwrap_or_default();
+        self.lives.iter().map(text).collect()
     }
 
     /// The last lines of the last coordinators.
@@ -404,14 +424,20 @@ impl Site {
 
     /// Asks the auditor; its complaint when it has one.
     pub(crate) fn audit(&self, undisturbed: Option<&str>) -> anyhow::Result<Option<String>> {
+        match undisturbed {
+            Some(other) => self.audited(&["--against", other]),
+            None => self.audited(&[]),
+        }
+    }
+
+    /// The same of a run that may be under way.
+    pub(crate) fn audit_unfinished(&self) -> anyhow::Result<Option<String>> {
+        self.audited(&["--unfinished"])
+    }
+
+    fn audited(&self, arguments: &[&str]) -> anyhow::Result<Option<String>> {
         let mut command = Command::new(self.run.program("audit"));
-        command.arg(self.output()).arg("--quiet");
-        command.args(
-            undisturbed
-                .map(|other| ["--against", other])
-                .iter()
-                .flatten(),
-        );
+        command.arg(self.output()).arg("--quiet").args(arguments);
         for (name, value) in &self.setting.variables {
             command.env(name, value);
         }

@@ -69,6 +69,8 @@ pub struct Saver<'a> {
     stopwatch: Stopwatch,
     /// How long the last checkpoint kept the step that follows it waiting.
     stall: Option<Duration>,
+    /// Whether a step was taken here.
+    stepped: bool,
     /// Checkpoints left out because one was in flight.
     pub left_out: u64,
 }
@@ -103,6 +105,7 @@ impl<'a> Saver<'a> {
             saved_step: None,
             stopwatch: Stopwatch::start(),
             stall: None,
+            stepped: false,
             left_out: 0,
         }
     }
@@ -223,7 +226,8 @@ impl Sink for Saver<'_> {
         let record = self.record(report);
         self.curves.push(record);
         let step = trainer.position().step;
-        if step.is_multiple_of(PROGRESS_EVERY) || step == self.place.steps {
+        let is_first = !std::mem::replace(&mut self.stepped, true);
+        if is_first || step.is_multiple_of(PROGRESS_EVERY) || step == self.place.steps {
             self.report_progress(step);
         }
         self.settle(false)?;
