@@ -22,14 +22,14 @@ const COPIED: [&str; 9] = [
 ];
 
 /// Breaks the code on purpose and sees that the simulation notices.
-#[derive(Debug, Parser)]
+#[derive(Debug, Clone, Parser)]
 #[command(name = "mutants")]
 struct Arguments {
     /// Only mutants whose name contains this; the table is not written then.
     #[arg(long, default_value = "")]
     only: String,
     /// Seeds that each mutant must survive to count as unnoticed.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 20_000)]
     seeds: u64,
     /// Show the shortest history that notices each.
     #[arg(long)]
@@ -58,6 +58,14 @@ fn main() -> anyhow::Result<ExitCode> {
     std::fs::create_dir_all(&bench.copy)?;
     for name in COPIED {
         copy(&bench.root.join(name), &bench.copy.join(name))?;
+    }
+    // Whoever fails without a mutant would be said to catch all of them.
+    bench.build()?;
+    if let Some(broken) = bench.live(&Arguments {
+        seeds: 2000,
+        ..arguments.clone()
+    })? {
+        anyhow::bail!("the code is broken without any mutant: {broken}");
     }
     let chosen: Vec<&Mutant> = mutants
         .iter()
@@ -116,9 +124,13 @@ impl Bench {
     fn live(&self, arguments: &Arguments) -> anyhow::Result<Option<String>> {
         let simulate = self.build.join("release/simulate");
         let seeds = arguments.seeds.to_string();
-        let mut ways = vec![vec!["--seeds", &seeds], vec!["--every-store-operation"]];
+        let mut ways = vec![
+            vec!["--named"],
+            vec!["--seeds", &seeds],
+            vec!["--every-store-operation"],
+        ];
         if arguments.shrink {
-            ways[0].push("--shrink");
+            ways[1].push("--shrink");
         }
         for way in ways {
             let lived = Command::new(&simulate).args(&way).output()?;
@@ -128,7 +140,11 @@ impl Bench {
             }
             if let Some(line) = said.lines().find(|line| line.contains(" broken at event ")) {
                 let by = line.split(" after ").next().unwrap_or(line);
-                let how = if way[0] == "--seeds" { "" } else { "sweep, " };
+                let how = match way[0] {
+                    "--named" => "named history, ",
+                    "--seeds" => "",
+                    _ => "sweep, ",
+                };
                 return Ok(Some(format!("{how}{by}")));
             }
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use distillery_tests::simulation::{
-    Account, History, KINDS, Strike, Violation, shrink, simulate, sweep,
+    Account, History, KINDS, Strike, Violation, named, shrink, simulate, sweep,
 };
 
 /// Runs simulated fleets and says which promises they kept.
@@ -32,6 +32,9 @@ struct Arguments {
     /// Instead of seeds, let every operation on the store of a small run fail in every way.
     #[arg(long)]
     every_store_operation: bool,
+    /// Instead of seeds, live through the named histories: bugs that were.
+    #[arg(long)]
+    named: bool,
     /// Tell every event of the small run in which this operation on the store fails, as `51:Killed`.
     #[arg(long, value_name = "OPERATION:HOW")]
     operation: Option<String>,
@@ -44,6 +47,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.every_store_operation {
         return sweep_operations();
+    }
+    if arguments.named {
+        return run_named();
     }
     if let Some(seed) = arguments.replay {
         // What the programs would have logged, between the events.
@@ -160,6 +166,22 @@ fn run_seeds(arguments: &Arguments) -> ExitCode {
         );
         ExitCode::FAILURE
     }
+}
+
+fn run_named() -> ExitCode {
+    let (mut all, mut failed) = (0, 0);
+    for (name, histories) in named() {
+        for history in histories {
+            all += 1;
+            if let Err(violation) = simulate(&history, false) {
+                failed += 1;
+                println!("{name}:");
+                show(history.seed, &history, &violation);
+            }
+        }
+    }
+    println!("named: {failed} of {all} histories failed (goal 0)");
+    ExitCode::from(u8::from(failed > 0))
 }
 
 fn add(total: &mut Account, account: &Account) {

@@ -291,13 +291,19 @@ impl History {
     /// (swarm testing: Groce and others, ISSTA 2012): what takes three faults of one kind, or two of two, hardly ever
     /// comes up among twenty.
     pub fn of(seed: u64) -> Self {
-        let mut draw = Draw {
-            chance: Chance::new(seed),
-            kinds: KINDS_DRAWN.concat(),
-        };
+        let mut draw = Draw::of(seed);
         if !seed.is_multiple_of(2) {
             draw.choose_kinds();
         }
+        Self::drawn(seed, draw)
+    }
+
+    /// As an even seed's, with any seed: what odd ones named before they chose.
+    pub(super) fn of_every_kind(seed: u64) -> Self {
+        Self::drawn(seed, Draw::of(seed))
+    }
+
+    fn drawn(seed: u64, mut draw: Draw) -> Self {
         let n = 3 + draw.below(16);
         let mut faults: Vec<Planned> = (0..n)
             .map(|_| Planned {
@@ -370,6 +376,14 @@ const KINDS_DRAWN: [&[u64]; 16] = [
 ];
 
 impl Draw {
+    /// From every kind.
+    fn of(seed: u64) -> Self {
+        Self {
+            chance: Chance::new(seed),
+            kinds: KINDS_DRAWN.concat(),
+        }
+    }
+
     fn below(&mut self, bound: u64) -> u64 {
         self.chance.below(u64::MAX, bound)
     }

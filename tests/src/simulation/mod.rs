@@ -16,6 +16,7 @@ mod coordinator;
 mod engine;
 mod history;
 mod ledger;
+mod named;
 mod network;
 mod objects;
 mod panics;
@@ -40,6 +41,7 @@ use distillery_worker::agent::Leave;
 pub use self::history::{
     Client, Direction, Fault, History, KINDS, Peer, Planned, Strike, Trouble, WORKERS,
 };
+pub use self::named::named;
 pub use self::shrink::shrink;
 pub use self::sweep::{Sweep, sweep};
 pub use self::world::{Account, Violation};
