@@ -146,13 +146,15 @@ const KEYS: Law = Law {
     },
 };
 
-const UNSAFE_FILES: [&str; 2] = [
+const UNSAFE_FILES: [&str; 3] = [
     "worker/engine/src/collective/nccl_sys.rs",
+    // tch cannot put a node into libtorch's graph of gradients; recomputed activations need one.
+    "worker/engine/src/models/recompute.rs",
     "worker/engine/src/raw_tensor.rs",
 ];
 
 const UNSAFE: Law = Law {
-    name: "L9: unsafe in two files only, each block under a SAFETY sentence",
+    name: "L9: unsafe in three files only, each block under a SAFETY sentence",
     about: |_| true,
     breaches: |source| {
         let is_allowed_here = UNSAFE_FILES.contains(&source.path.as_str());

@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use distillery_common::checkpoint::{Checkpoint, Kind as StateKind, Loaded, Lora, Training};
+use distillery_common::checkpoint::{Checkpoint, Lora, Training};
 use distillery_common::curves::{StepRecord, from_jsonl};
 use distillery_common::group::{GroupId, Membership, Phase, Progress};
 use distillery_common::ids::Digest;
@@ -28,8 +28,8 @@ use distillery_common::task::FailureClass;
 
 use super::current::Current;
 use super::rows::StoredRows;
-use super::saver::{Ended, Place, Saver, Watch, position};
-use super::student::{Student, check_dtype, f32_values};
+use super::saver::{Ended, Place, Saver, Watch, part_of_kind, position};
+use super::student::{Student, check_dtype, f32_tensor};
 use super::{Fault, OrFault as _};
 use crate::collective::solo::Solo;
 use crate::collective::tcp::{Invitation, Listener, TcpRing};
@@ -39,8 +39,7 @@ use crate::diffusion::segments::Segments;
 use crate::distill;
 use crate::inbox::Inbox;
 use crate::link::{Command, Event};
-use crate::train::snapshot::Snapshot;
-use crate::train::{self, Trainer};
+use crate::train::{self, Restoring, Trainer};
 use crate::workbench::{TeacherModel, Workbench};
 
 /// How long members wait for each other while a group forms, and for a neighbour in a step.
@@ -117,16 +116,17 @@ impl StageWork {
         check_dtype(recipe.compute.dtype)?;
         let teacher = bench.teacher(bench.recipe.teacher.dtype)?;
         let student = Student::fresh(&teacher, &recipe, bench.recipe.seed, bench.device)?;
-        let parent = load(bench, membership.parent_checkpoint.as_deref())?;
+        let parent = open(bench, membership.parent_checkpoint.as_deref())?;
         if let Some(parent) = &parent {
-            student.load_published(parent)?;
+            student.load_published(&bench.io, parent)?;
         }
         let mut trainer = Trainer::new(train::Plan::from(&recipe), student.parameters());
-        let base = load(bench, membership.base_checkpoint.as_deref())?;
+        let base = open(bench, membership.base_checkpoint.as_deref())?;
         let mut curves = Vec::new();
         if let Some(base) = &base {
-            curves = from_jsonl(&base.metrics).or_fault(FailureClass::Schema)?;
-            restore(&mut trainer, base, &curves)?;
+            let metrics = bench.io.wait(base.metrics())?;
+            curves = from_jsonl(&metrics).or_fault(FailureClass::Schema)?;
+            restore(bench, &mut trainer, base, &curves)?;
         }
         check_start(&trainer, membership)?;
         let (dataset, digest) = open_dataset(bench)?;
@@ -249,13 +249,7 @@ impl StageWork {
 
     /// Names the state that all members must hold before the first step.
     fn state_digest(&self) -> Digest {
-        let mut snapshot = self.trainer.empty_snapshot();
-        self.trainer.snapshot(&mut snapshot);
-        let mut bytes = snapshot.position.step.to_le_bytes().to_vec();
-        for (_, _, values) in snapshot.entries() {
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        }
-        Digest::of(&bytes)
+        self.trainer.digest()
     }
 
     fn tell(&self, bench: &Workbench, membership: &Membership, phase: Phase) {
@@ -374,31 +368,32 @@ fn train_fault(error: train::Error) -> Fault {
     }
 }
 
-/// The verified state that `commit` names, if it names one.
-fn load(bench: &Workbench, commit: Option<&str>) -> Result<Option<Loaded>, Fault> {
-    let Some(commit) = commit else {
-        return Ok(None);
-    };
-    let loaded = bench
-        .io
-        .wait(async { Checkpoint::open(&bench.store, commit).await?.load().await });
-    loaded.map(Some).or_fault(FailureClass::Schema)
+/// The checkpoint that `commit` names, if it names one.
+fn open(bench: &Workbench, commit: Option<&str>) -> Result<Option<Checkpoint>, Fault> {
+    let opened = commit.map(|commit| bench.io.wait(Checkpoint::open(&bench.store, commit)));
+    Ok(opened.transpose()?)
 }
 
-fn restore(trainer: &mut Trainer, state: &Loaded, curves: &[StepRecord]) -> Result<(), Fault> {
-    let values = f32_values(state)?;
-    let mut snapshot: Snapshot = trainer.empty_snapshot();
-    snapshot
-        .fill(position(curves), |name| {
-            let (kind, tensor) = name.split_once('/')?;
-            Some(
-                values
-                    .get(&(StateKind::parse(kind)?, tensor.to_owned()))?
-                    .as_slice(),
-            )
-        })
-        .or_fault(FailureClass::Schema)?;
-    trainer.restore(&snapshot).or_fault(FailureClass::Schema)
+/// Fills the trainer from `state`, one file of it in memory at a time.
+fn restore(
+    bench: &Workbench,
+    trainer: &mut Trainer,
+    state: &Checkpoint,
+    curves: &[StepRecord],
+) -> Result<(), Fault> {
+    let mut restoring = Restoring::new(trainer);
+    bench.io.wait(state.read(
+        |_| true,
+        |spec, bytes| {
+            let values = f32_tensor(spec, bytes)?;
+            restoring
+                .take(part_of_kind(spec.kind), &spec.name, &values)
+                .or_fault(FailureClass::Schema)
+        },
+    ))?;
+    restoring
+        .finish(position(curves))
+        .or_fault(FailureClass::Schema)
 }
 
 /// The state that was loaded is the one that the group agreed to start from.

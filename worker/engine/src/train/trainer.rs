@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use distillery_common::curves::{TIME_BINS, time_bin};
+use distillery_common::ids::{Digest, Digesting};
 use distillery_common::recipe;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::batch::passes;
 use super::ema::Ema;
-use super::flat::Parameters;
+use super::flat::{Layout, Parameters};
 use super::optimizer::{AdamW, clip_norm};
 use super::rate::rate;
 use super::snapshot::{self, Part, Position, Snapshot};
@@ -270,6 +271,54 @@ impl Trainer {
         }
     }
 
+    /// The buffer of `part`, `[len]`, f32; none where it is not kept.
+    pub(super) fn part_mut(&mut self, part: Part) -> Option<&mut Tensor> {
+        match part {
+            Part::Student => Some(&mut self.parameters.masters),
+            Part::AdamM => Some(&mut self.optimizer.m),
+            Part::AdamV => Some(&mut self.optimizer.v),
+            Part::Ema => self.ema.as_mut().map(|ema| &mut ema.average),
+        }
+    }
+
+    /// Where each tensor lies in every part.
+    pub(super) fn layout(&self) -> &Layout {
+        self.parameters.layout()
+    }
+
+    /// Stands where `position` says, with the state that its buffers hold.
+    pub(super) fn stand_at(&mut self, position: Position) {
+        self.optimizer.applied = position.applied;
+        self.position = position;
+        self.write_compute();
+    }
+
+    /// Names the whole state: the same on every rank that stands where this one does.
+    pub fn digest(&self) -> Digest {
+        /// Values on the host at a time.
+        const VALUES: usize = 1 << 20;
+        let mut digest = Digesting::default();
+        digest.update(&self.position.step.to_le_bytes());
+        let mut parts = vec![
+            &self.parameters.masters,
+            &self.optimizer.m,
+            &self.optimizer.v,
+        ];
+        parts.extend(self.ema.as_ref().map(|ema| &ema.average));
+        let mut bytes = Vec::new();
+        for part in parts {
+            for start in (0..part.numel()).step_by(VALUES) {
+                let values = VALUES.min(part.numel() - start);
+                let host = part.narrow(0, start as i64, values as i64);
+                bytes.resize(values * 4, 0);
+                host.to_device(Device::Cpu)
+                    .copy_data_u8(&mut bytes, values);
+                digest.update(&bytes);
+            }
+        }
+        digest.finish()
+    }
+
     /// Goes on from `state`, bit for bit.
     pub fn restore(&mut self, state: &Snapshot) -> Result<(), snapshot::Error> {
         let load = |part: Part, tensor: &mut Tensor| {
@@ -293,9 +342,7 @@ impl Trainer {
         if let Some(ema) = &mut self.ema {
             load(Part::Ema, &mut ema.average)?;
         }
-        self.optimizer.applied = state.position.applied;
-        self.position = state.position;
-        self.write_compute();
+        self.stand_at(state.position);
         Ok(())
     }
 }
