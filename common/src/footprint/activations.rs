@@ -129,8 +129,9 @@ impl Activations {
         let mut inner = pass.bytes(pixels * (2 * input + 3 * output));
         inner += pass.adapter(&format!("{path}.conv1"), [9 * input, output], pixels);
         inner += pass.adapter(&format!("{path}.conv2"), [9 * output, output], pixels);
+        // The shortcut is not computed again.
         if input != output {
-            inner += pass.adapter(&format!("{path}.conv_shortcut"), [input, output], pixels);
+            self.between += pass.adapter(&format!("{path}.conv_shortcut"), [input, output], pixels);
         }
         self.modules.push(Module {
             input: pass.bytes(pixels * input),

@@ -25,7 +25,7 @@ enum Trained {
 
 /// The UNet of fixture `name`, computing in `kind`, and its trainable tensors.
 fn network(name: &str, kind: Kind, trained: Trained) -> (Unet, Vec<(String, Tensor)>) {
-    let folder = Folder::open(&fixtures().join(name), None).expect("a sound fixture");
+    let folder = Folder::open(&fixtures().join(name), Some("fp16")).expect("a sound fixture");
     let parameters = weights::load(&folder.unet.weights, kind, Device::Cpu).expect("it is sound");
     let mut unet = Unet::new(folder.unet.config, parameters, kind);
     match trained {

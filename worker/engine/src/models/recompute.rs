@@ -35,8 +35,8 @@ impl<T: Send + 'static> Part<T> {
 
     /// `forward(modules, inputs)`, of which the graph of gradients keeps the inputs alone.
     ///
-    /// Gradients flow to the inputs that ask for one and to every leaf that `forward` uses; each input's gradient is added
-    /// by itself, in the order of `inputs`: one that is used in two places can be given twice.
+    /// Gradients flow to the inputs that ask for one and to every leaf that `forward` uses. An input that is used outside
+    /// too, and at two places inside, has its gradients summed in another order than without recomputation.
     ///
     /// # Panics
     /// When `forward` does, now or in the backward pass, or uses a tensor that is neither an input nor a leaf.

@@ -37,26 +37,23 @@ impl Resnet {
 
     /// `x` `[B, C, H, W]`; `time` the embedding `[B, T]` after its silu, where the block takes one.
     pub(super) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
-        self.forward_beside(x, x, time)
+        self.beside_shortcut(self.layers(x, time), x)
     }
 
-    /// The same with its input twice, for the shortcut (`beside`) and for the layers: recomputed, the two give x their
-    /// gradients one by one and in the order in which the graph would, so that the sum has the same bits where others
-    /// use x too.
-    pub(super) fn forward_beside(
-        &self,
-        beside: &Tensor,
-        x: &Tensor,
-        time: Option<&Tensor>,
-    ) -> Tensor {
+    /// The block without its shortcut.
+    pub(super) fn layers(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
         let mut h = self.conv1.forward(&silu(self.norm1.forward(x)));
         if let (Some(projection), Some(time)) = (&self.time, time) {
             h += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
         }
-        let h = self.conv2.forward(&silu(self.norm2.forward(&h)));
+        self.conv2.forward(&silu(self.norm2.forward(&h)))
+    }
+
+    /// What the layers made of `x`, which nobody else reads, and the shortcut of `x`.
+    pub(super) fn beside_shortcut(&self, h: Tensor, x: &Tensor) -> Tensor {
         match &self.shortcut {
-            Some(shortcut) => plus(h, &shortcut.forward(beside)),
-            None => plus(h, beside),
+            Some(shortcut) => plus(h, &shortcut.forward(x)),
+            None => plus(h, x),
         }
     }
 }

@@ -19,12 +19,17 @@ pub(super) struct Given<'a> {
     pub(super) recompute: bool,
 }
 
-/// `resnet` of `x` `[B, C, H, W]`.
+/// `resnet` of `x` `[B, C, H, W]`. The shortcut keeps little but x and is never recomputed: on the way down x is a skip
+/// too, and its gradients then come one by one and in the same order as without recomputation, so their sum has the
+/// same bits.
 fn through(resnet: &Part<Resnet>, x: &Tensor, given: Given<'_>) -> Tensor {
     match given.recompute {
-        true => resnet.recomputed(&[x, x, given.time], |resnet, given| {
-            resnet.forward_beside(&given[0], &given[1], Some(&given[2]))
-        }),
+        true => {
+            let h = resnet.recomputed(&[x, given.time], |resnet, given| {
+                resnet.layers(&given[0], Some(&given[1]))
+            });
+            resnet.beside_shortcut(h, x)
+        }
         false => resnet.forward(x, Some(given.time)),
     }
 }
