@@ -36,6 +36,8 @@ struct Module {
     inner: i64,
     /// What its backward pass needs besides at a time.
     working: i64,
+    /// What it needs at a time without gradients.
+    forward: i64,
 }
 
 /// A pass's activations, in bytes.
@@ -62,7 +64,7 @@ impl Activations {
 
     /// The most that a forward pass without gradients holds at a time.
     pub(super) fn without_gradients(&self) -> i64 {
-        let most = self.modules.iter().map(|module| module.working).max();
+        let most = self.modules.iter().map(|module| module.forward).max();
         self.skips + most.unwrap_or(0)
     }
 }
@@ -137,6 +139,7 @@ impl Activations {
             input: pass.bytes(pixels * input),
             inner,
             working: pass.bytes(2 * pixels * (input + output)),
+            forward: pass.bytes(2 * pixels * (input + output)),
         });
     }
 
@@ -218,8 +221,11 @@ impl Pass<'_> {
         Module {
             input: self.bytes(pixels * width),
             inner,
-            // Gradients of the product, of gelu and of both halves of the gate.
-            working: self.bytes(16 * pixels * width),
+            // Where most is held: the gradients of the result, of the product and of its two factors, 1 + 4 + 8, while
+            // the product, 4, is gone.
+            working: self.bytes(9 * pixels * width),
+            // The gate, its gelu and their product.
+            forward: self.bytes(16 * pixels * width),
         }
     }
 }

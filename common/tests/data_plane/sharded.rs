@@ -187,7 +187,10 @@ async fn a_part_names_files_of_its_checkpoint_and_tensors_within_them() {
     let elsewhere = layout::checkpoint("seg2", 250, Generation(3));
     let error = Part::from_bytes(&elsewhere, told.as_bytes()).expect_err("foreign files");
     assert!(error.to_string().contains("seg4"), "{error}");
-    for (from, to) in [("\"file\":0", "\"file\":7"), ("\"offset\":", "\"offset\":9")] {
+    for (from, to) in [
+        ("\"file\":0", "\"file\":7"),
+        ("\"offset\":", "\"offset\":9"),
+    ] {
         let changed = told.replacen(from, to, 1);
         assert_ne!(changed, told);
         Part::from_bytes(&bare().folder(), changed.as_bytes()).expect_err("it cannot be true");

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use distillery_common::teacher::{
-    Activation, Level, Shapes, TextConfig, TextTime, UnetConfig, parameter_count, text_tensors, unet_tensors,
+    Activation, Level, Shapes, TextConfig, TextTime, UnetConfig, parameter_count, text_tensors,
+    unet_tensors,
 };
 use serde_json::{Value, json};
 
@@ -27,7 +28,10 @@ pub(super) fn make(from: &Path, to: &Path, side: i64) -> anyhow::Result<()> {
     let config = denoiser(side);
     let shapes = unet_tensors(&config);
     let size = (shapes.len(), parameter_count(&shapes));
-    anyhow::ensure!(size == PUBLISHED, "the denoiser has {size:?}, not {PUBLISHED:?}");
+    anyhow::ensure!(
+        size == PUBLISHED,
+        "the denoiser has {size:?}, not {PUBLISHED:?}"
+    );
     let unet = to.join("unet");
     fs::create_dir(&unet)?;
     fs::write(unet.join("config.json"), denoiser_json(&config).to_string())?;
@@ -104,7 +108,11 @@ fn text_encoder(from: &Path, to: &Path, width: i64, heads: i64) -> anyhow::Resul
     ] {
         json[key] = json!(value);
     }
-    let number = |key: &str| json[key].as_i64().with_context(|| format!("{key} is no number"));
+    let number = |key: &str| {
+        json[key]
+            .as_i64()
+            .with_context(|| format!("{key} is no number"))
+    };
     let is_second = json["architectures"][0] == "CLIPTextModelWithProjection";
     let config = TextConfig {
         width,

@@ -50,7 +50,9 @@ struct Arguments {
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     let scratch = match &arguments.scratch {
-        Some(folder) => tempfile::Builder::new().prefix("sdxl-memory-").tempdir_in(folder)?,
+        Some(folder) => tempfile::Builder::new()
+            .prefix("sdxl-memory-")
+            .tempdir_in(folder)?,
         None => tempfile::Builder::new().prefix("sdxl-memory-").tempdir()?,
     };
     let watch = Stopwatch::start();
@@ -59,7 +61,11 @@ async fn main() -> anyhow::Result<ExitCode> {
     let fixtures = repository().join("worker/engine/tests/fixtures/sdxl");
     folder::make(&fixtures, &teacher, arguments.side)?;
     say(&watch, "the teacher is made");
-    let mut run = Run::new(scratch.path(), &recipe(&arguments, scratch.path())?, EngineKind::Real)?;
+    let mut run = Run::new(
+        scratch.path(),
+        &recipe(&arguments, scratch.path())?,
+        EngineKind::Real,
+    )?;
     let predicted = predicted(&run)?;
     run.finish(PATIENCE)?;
     say(&watch, "the run has ended");

@@ -153,9 +153,7 @@ impl Middle {
 
     pub(super) fn forward(&self, x: &Tensor, given: Given<'_>) -> Tensor {
         let h = through(&self.first, x, given);
-        let h = self
-            .transformer
-            .forward(&h, given.context, given.recompute);
+        let h = self.transformer.forward(&h, given.context, given.recompute);
         through(&self.second, &h, given)
     }
 }

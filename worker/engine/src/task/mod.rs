@@ -21,8 +21,8 @@ pub mod trajectories;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use distillery_common::{checkpoint, storage};
 use distillery_common::task::{Failure, FailureClass};
+use distillery_common::{checkpoint, storage};
 
 /// Why a task did not end well.
 #[derive(Debug)]

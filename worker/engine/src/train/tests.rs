@@ -507,7 +507,9 @@ fn a_state_that_lacks_a_tensor_or_has_another_size_is_refused_by_name() {
     let mut restoring = Restoring::new(&mut trainer);
     // A tensor that nobody asks for is left alone.
     restoring.take(Part::Student, "other", &short).unwrap();
-    let error = restoring.take(Part::Student, "in.bias", &short).unwrap_err();
+    let error = restoring
+        .take(Part::Student, "in.bias", &short)
+        .unwrap_err();
     assert_eq!(
         error.to_string(),
         "tensor student/in.bias of the state has 3 values, the student needs 16"

@@ -311,8 +311,7 @@ impl Trainer {
                 let values = VALUES.min(part.numel() - start);
                 let host = part.narrow(0, start as i64, values as i64);
                 bytes.resize(values * 4, 0);
-                host.to_device(Device::Cpu)
-                    .copy_data_u8(&mut bytes, values);
+                host.to_device(Device::Cpu).copy_data_u8(&mut bytes, values);
                 digest.update(&bytes);
             }
         }
