@@ -7,7 +7,7 @@
 mod activations;
 
 use crate::checkpoint::CHUNK_BYTES;
-use crate::recipe::{self, Dtype, Recipe, StudentKind};
+use crate::recipe::{self, Dtype, Recipe, StudentKind, TeacherStep};
 use crate::teacher::{
     Folder, UnetConfig, adapter_modules, adapter_parameter_count, parameter_count, text_tensors,
     unet_tensors, vae_tensors,
@@ -183,8 +183,13 @@ fn passes(stage: &recipe::Stage, teacher: &Teacher, rows: u64, recompute: bool) 
         lora_rank,
         trained: &trained,
     });
-    // The target's pass, and an online teacher's, are over before the one with gradients begins.
-    let most = found.peak(recompute).max(found.without_gradients());
+    // The target's pass, and an online teacher's over rows with and without their texts, are over before the one with
+    // gradients begins.
+    let before = match stage.teacher_step {
+        TeacherStep::Online => 2 * found.without_gradients(),
+        TeacherStep::Stored => found.without_gradients(),
+    };
+    let most = found.peak(recompute).max(before);
     most.unsigned_abs()
 }
 
@@ -192,5 +197,107 @@ fn bytes_of(dtype: Dtype) -> u64 {
     match dtype {
         Dtype::F32 => F32,
         Dtype::F16 | Dtype::Bf16 => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::recipe::parse;
+    use crate::teacher::{Level, TextTime};
+
+    /// SDXL as published, at its own resolution.
+    fn sdxl() -> Teacher {
+        use Level::{CrossAttention, Plain};
+        Teacher {
+            unet: UnetConfig {
+                sample_size: 128,
+                in_channels: 4,
+                out_channels: 4,
+                channels: vec![320, 640, 1280],
+                down: vec![Plain, CrossAttention, CrossAttention],
+                up: vec![CrossAttention, CrossAttention, Plain],
+                layers: vec![2, 2, 2],
+                heads: vec![5, 10, 20],
+                depths: vec![1, 2, 10],
+                context_width: 2048,
+                time_width: 1280,
+                linear_projection: true,
+                norm_groups: 32,
+                norm_eps: 1e-5,
+                flip_sin_to_cos: true,
+                freq_shift: 0.0,
+                guidance_width: None,
+                text_time: Some(TextTime {
+                    size_width: 256,
+                    input_width: 2816,
+                }),
+            },
+            text_parameters: 817_720_320,
+            vae_parameters: 83_653_863,
+            vae_upcast: true,
+            text_tokens: 77,
+        }
+    }
+
+    fn stage(sets: &[&str]) -> recipe::Stage {
+        let text = "version: 1\nname: x\noutput: runs/x\nteacher: {model: t, dtype: bf16}\n\
+                    prompts: {train: p.txt}\nstages: [{name: a, segments: 8, steps: 1}]\n\
+                    compute: {dtype: bf16}\n";
+        let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
+        let recipe = parse(text, "x.yaml", Path::new("/"), &sets);
+        recipe.expect("a recipe").stages.remove(0)
+    }
+
+    fn taken(sets: &[&str], rows: u64) -> Footprint {
+        of_pass(&stage(sets), Dtype::Bf16, &sdxl(), rows)
+    }
+
+    /// 2,567,463,684 weights; adapters of rank 64 beside the modules of the preset are 196,730,880 numbers at most.
+    #[test]
+    fn weights_and_state_are_counted_by_hand() {
+        let adapters = taken(&[], 1);
+        let networks = 2_567_463_684 + 817_720_320 + 83_653_863;
+        assert_eq!(adapters.teacher, 2 * networks);
+        assert_eq!(
+            adapters.frozen, 0,
+            "adapters stand beside the teacher's weights"
+        );
+        assert_eq!(adapters.trained, adapters.masters);
+        assert_eq!(adapters.moments, 2 * adapters.masters);
+        let full = taken(&["student={kind: full, ema: true}"], 1);
+        assert_eq!(full.trained, 2 * 2_567_463_684);
+        assert_eq!(
+            full.masters + full.moments + full.average,
+            16 * 2_567_463_684
+        );
+        let apart = taken(&["compute.dtype=f32"], 1);
+        assert_eq!(apart.frozen, 4 * 2_567_463_684);
+    }
+
+    #[test]
+    fn activations_grow_with_rows_and_shrink_by_recomputation() {
+        let rows = |rows| taken(&["student={kind: full}"], rows).kept_or_recomputed;
+        let ([kept, recomputed], [kept_twice, _]) = (rows(16), rows(32));
+        assert!(
+            kept_twice.abs_diff(2 * kept) < kept / 100,
+            "{kept} {kept_twice}"
+        );
+        assert!(5 * recomputed < 2 * kept, "{kept} {recomputed}");
+        let said = taken(&["student={kind: full}", "compute.recompute=true"], 16);
+        assert_eq!(said.activations, recomputed);
+    }
+
+    #[test]
+    fn what_a_group_shares_is_not_on_one_engine() {
+        let text = "version: 1\nname: x\noutput: runs/x\nteacher: {model: t}\nprompts: {train: p.txt}\n\
+                    stages: [{name: a, segments: 8, steps: 1}]\nbatch: {global: 16}\n\
+                    cluster: {workers: {min: 4, max: 4}}\n";
+        let recipe = parse(text, "x.yaml", Path::new("/"), &[]).expect("a recipe");
+        let stage = &recipe.stages[0];
+        let alone = of_pass(stage, recipe.teacher.dtype, &sdxl(), 4);
+        assert_eq!(training(&recipe, stage, &sdxl()), alone);
     }
 }
