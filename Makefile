@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants chaos compare bench-allreduce bench-data bench-engine bench-scale lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -65,6 +65,11 @@ SCALE ?= --peers $(target)/bench-peers
 bench-scale: ## Measure what one coordinator carries, with simulated workers, beside Ray, Dask and torchft (SCALE=--short: a minute).
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin sim-engine --bin sim-fleet --bin bench-scale
 	$(target)/release/bench-scale $(SCALE)
+
+MEMORY ?=
+sdxl-memory: libtorch ## Train at SDXL's full size on the CPU (7 GB of scratch, 12 GiB of memory) and hold its memory against the plan.
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin sdxl-memory
+	$(target)/release/sdxl-memory $(MEMORY)
 
 lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, licences and bans.
 	cargo fmt --all --check

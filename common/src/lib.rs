@@ -10,6 +10,7 @@ pub mod commit;
 mod cryptography;
 pub mod curves;
 pub mod figures;
+pub mod footprint;
 pub mod group;
 pub mod ids;
 pub mod latents;

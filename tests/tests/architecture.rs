@@ -146,14 +146,16 @@ const KEYS: Law = Law {
     },
 };
 
-const UNSAFE_FILES: [&str; 3] = [
+const UNSAFE_FILES: [&str; 4] = [
     "tests/host-nccl/src/abi.rs",
     "worker/engine/src/collective/nccl_sys.rs",
+    // tch cannot put a node into libtorch's graph of gradients; recomputed activations need one.
+    "worker/engine/src/models/recompute.rs",
     "worker/engine/src/raw_tensor.rs",
 ];
 
 const UNSAFE: Law = Law {
-    name: "L9: unsafe in two files of the engine and one of its tests, each block under a SAFETY sentence",
+    name: "L9: unsafe in three files of the engine and one of its tests, each block under a SAFETY sentence",
     about: |_| true,
     breaches: |source| {
         let is_allowed_here = UNSAFE_FILES.contains(&source.path.as_str());

@@ -1,5 +1,5 @@
 //! Writes libtorch's folder into the run path, so that nothing needs LD_LIBRARY_PATH, and its version into the
-//! program, so that results can name what computed them.
+//! program, so that results can name what computed them. Compiles the C++ side of `models/recompute.rs`.
 
 use std::path::Path;
 
@@ -19,6 +19,25 @@ fn main() {
         "cargo::rustc-env=DISTILLERY_LIBTORCH_VERSION={}",
         version(Path::new(&libtorch))
     );
+    compile(Path::new(&libtorch));
+}
+
+/// As torch-sys compiles its own C++, so that both speak of the same tensors.
+fn compile(libtorch: &Path) {
+    const SOURCE: &str = "src/models/recompute.cpp";
+    println!("cargo::rerun-if-changed={SOURCE}");
+    println!("cargo::rerun-if-env-changed=LIBTORCH_CXX11_ABI");
+    let abi = std::env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
+    cc::Build::new()
+        .cpp(true)
+        .pic(true)
+        // libtorch's headers are not ours to mend.
+        .warnings(false)
+        .include(libtorch.join("include"))
+        .std("c++17")
+        .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
+        .file(SOURCE)
+        .compile("distillery_recompute");
 }
 
 /// The three numbers in libtorch's own header.

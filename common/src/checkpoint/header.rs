@@ -11,16 +11,18 @@ use super::{Dtype, TensorSpec};
 /// The largest header that is parsed.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
 
-/// The first bytes of a file that holds `tensors` one after the other behind them.
-pub(super) fn build(tensors: &[(TensorSpec, Range<usize>)]) -> Bytes {
-    let base = tensors.first().map_or(0, |(_, range)| range.start);
+/// The first bytes of a file that holds `tensors`, each with its length in bytes, one after the other behind them.
+pub(super) fn build<'a>(tensors: impl Iterator<Item = (&'a TensorSpec, usize)>) -> Bytes {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({"format": "pt"}));
-    for (spec, range) in tensors {
+    let mut end = 0;
+    for (spec, bytes) in tensors {
+        let start = end;
+        end += bytes;
         let described = json!({
             "dtype": spec.dtype.name(),
             "shape": spec.shape,
-            "data_offsets": [range.start - base, range.end - base],
+            "data_offsets": [start, end],
         });
         map.insert(spec.stored_name(), described);
     }

@@ -105,7 +105,7 @@ struct Stored {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct StoredSpec {
+pub(super) struct StoredSpec {
     kind: String,
     name: String,
     dtype: String,
@@ -225,7 +225,7 @@ fn check_digests(training: &Training) -> Result<(), String> {
 }
 
 impl StoredSpec {
-    fn check(self, files: &[FileEntry]) -> Result<StoredTensor, String> {
+    pub(super) fn check(self, files: &[FileEntry]) -> Result<StoredTensor, String> {
         let name = &self.name;
         let kind = Kind::parse(&self.kind)
             .ok_or_else(|| format!("{name} is of the unknown kind {:?}", self.kind))?;

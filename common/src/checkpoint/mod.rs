@@ -1,21 +1,23 @@
 //! The state of training in object storage: written in safetensors files, committed last, verified first.
 //!
-//! `state` is the copy in host memory that training waits for, `writer` uploads it, `manifest` is the COMMIT
-//! that makes it count, `reader` verifies and loads it, `retention` says what may go. This module must never
-//! know what a tensor means, nor touch libtorch: it sees names, formats, shapes and bytes.
+//! `state` is the copy in host memory that training waits for, `writer` uploads it, `share` says which rank writes what,
+//! `manifest` is the COMMIT that makes it count, `reader` verifies and loads it, `retention` says what may go. This module
+//! must never know what a tensor means, nor touch libtorch: it sees names, formats, shapes and bytes.
 
 mod header;
 mod manifest;
 mod reader;
 mod retention;
+mod share;
 mod state;
 mod writer;
 
 pub use self::manifest::{FORMAT_VERSION, Lora, Manifest, StoredTensor, Training};
 pub use self::reader::{Checkpoint, Loaded, newest};
 pub use self::retention::{Folder, Keep, delete, expired, folders};
+pub use self::share::{Part, Share, merge};
 pub use self::state::{Dtype, Kind, Snapshot, StateSource, TensorSpec};
-pub use self::writer::{PART_BYTES, write};
+pub use self::writer::{CHUNK_BYTES, PART_BYTES, write, write_metrics, write_share};
 
 use crate::storage::layout::Key;
 use crate::storage::{self, Damaged, VerifyError};

@@ -55,27 +55,69 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads the whole state. Each file's digest is checked before its header is looked at; then the header
-    /// against the manifest, and every tensor's hash.
+    /// Reads the whole state into memory, as [`Checkpoint::read`] does.
     pub async fn load(&self) -> Result<Loaded, Error> {
         let mut tensors = Vec::with_capacity(self.manifest.tensors.len());
-        let mut metrics = Bytes::new();
-        for (index, file) in self.manifest.files.iter().enumerate() {
-            let bytes = get_verified(&self.store, file).await?;
-            let own: Vec<&StoredTensor> = self
-                .manifest
-                .tensors
-                .iter()
-                .filter(|tensor| tensor.file == index)
-                .collect();
-            if own.is_empty() {
-                metrics = bytes;
-                continue;
-            }
-            cut(file, &bytes, &own, &mut tensors)?;
+        for index in 0..self.manifest.files.len() {
+            tensors.extend(self.file(index).await?);
         }
         tensors.sort_by(|(a, _), (b, _)| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
-        Ok(Loaded { tensors, metrics })
+        Ok(Loaded {
+            tensors,
+            metrics: self.metrics().await?,
+        })
+    }
+
+    /// Gives every tensor that `wanted` names to `take`, row-major, little endian, holding one file at a time; files
+    /// without such a tensor are not read. Each file's digest is checked before its header is looked at; then the header
+    /// against the manifest, and every tensor's hash.
+    ///
+    /// A state that turns out to be damaged has been taken in part: throw away what it was taken into.
+    pub async fn read<E: From<Error>>(
+        &self,
+        wanted: impl Fn(&TensorSpec) -> bool,
+        mut take: impl FnMut(&TensorSpec, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for index in 0..self.manifest.files.len() {
+            if !self.of_file(index).any(|tensor| wanted(&tensor.spec)) {
+                continue;
+            }
+            for (spec, bytes) in self.file(index).await? {
+                if wanted(&spec) {
+                    take(&spec, &bytes)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The training curve up to the checkpoint, as JSON lines.
+    pub async fn metrics(&self) -> Result<Bytes, Error> {
+        let mut metrics = Bytes::new();
+        for (index, file) in self.manifest.files.iter().enumerate() {
+            if self.of_file(index).next().is_none() {
+                metrics = get_verified(&self.store, file).await?;
+            }
+        }
+        Ok(metrics)
+    }
+
+    fn of_file(&self, index: usize) -> impl Iterator<Item = &StoredTensor> {
+        let tensors = self.manifest.tensors.iter();
+        tensors.filter(move |tensor| tensor.file == index)
+    }
+
+    /// The tensors of file `index`, verified; none of the file of metrics, which is not read.
+    async fn file(&self, index: usize) -> Result<Vec<(TensorSpec, Bytes)>, Error> {
+        let own: Vec<&StoredTensor> = self.of_file(index).collect();
+        if own.is_empty() {
+            return Ok(Vec::new());
+        }
+        let file = &self.manifest.files[index];
+        let bytes = get_verified(&self.store, file).await?;
+        let mut tensors = Vec::with_capacity(own.len());
+        cut(file, &bytes, &own, &mut tensors)?;
+        Ok(tensors)
     }
 }
 

@@ -1,7 +1,9 @@
-//! The copy of the training state in host memory: the only part of a checkpoint that training waits for.
+//! What is saved: named tensors with their bytes, and a copy of them in host memory, the only part of a checkpoint
+//! that training waits for.
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// What a tensor is to training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -116,9 +118,39 @@ pub trait StateSource {
     /// Every tensor of the state, in any order that does not change.
     fn tensors(&self) -> Vec<TensorSpec>;
 
-    /// Copies tensor `index` of [`StateSource::tensors`] into `out`, which has exactly its size: row-major,
-    /// little endian.
-    fn copy(&self, index: usize, out: &mut [u8]);
+    /// Copies the bytes of tensor `index` of [`StateSource::tensors`] from byte `start` on into `out`, which ends
+    /// within the tensor: row-major, little endian. `start` and the length of `out` are whole numbers of elements.
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]);
+}
+
+impl<S: StateSource + ?Sized> StateSource for Arc<S> {
+    fn tensors(&self) -> Vec<TensorSpec> {
+        (**self).tensors()
+    }
+
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
+        (**self).copy(index, start, out);
+    }
+}
+
+/// The tensors of `source` sorted by kind and name, each with its index there and its bytes: the flat layout of a
+/// state, the same on every rank.
+pub(super) fn sorted(source: &dyn StateSource) -> Vec<(usize, TensorSpec, usize)> {
+    let size = |spec: &TensorSpec| {
+        let bytes = spec.bytes().and_then(|bytes| usize::try_from(bytes).ok());
+        bytes.expect("a tensor in memory has a size that fits it")
+    };
+    let mut order: Vec<(usize, TensorSpec, usize)> = source
+        .tensors()
+        .into_iter()
+        .enumerate()
+        .map(|(index, spec)| {
+            let bytes = size(&spec);
+            (index, spec, bytes)
+        })
+        .collect();
+    order.sort_by(|(_, a, _), (_, b, _)| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+    order
 }
 
 /// A copy of the training state at one step.
@@ -134,23 +166,20 @@ impl Snapshot {
     /// A snapshot that is no longer used can be given to be filled again: touching memory for the first time
     /// costs more than the copy.
     pub fn capture(source: &dyn StateSource, reuse: Option<Self>) -> Self {
-        let mut order: Vec<(usize, TensorSpec)> =
-            source.tensors().into_iter().enumerate().collect();
-        order.sort_by(|(_, a), (_, b)| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+        let order = sorted(source);
         let mut snapshot = reuse.unwrap_or_default();
         snapshot.tensors.clear();
         let mut end = 0;
         let mut copies = Vec::with_capacity(order.len());
-        for (index, spec) in order {
-            let bytes = spec.bytes().and_then(|bytes| usize::try_from(bytes).ok());
+        for (index, spec, bytes) in order {
             let start = end;
-            end += bytes.expect("a tensor in memory has a size that fits it");
+            end += bytes;
             copies.push((index, start..end));
             snapshot.tensors.push((spec, start..end));
         }
         snapshot.bytes.resize(end, 0);
         for (index, range) in copies {
-            source.copy(index, &mut snapshot.bytes[range]);
+            source.copy(index, 0, &mut snapshot.bytes[range]);
         }
         snapshot
     }
@@ -166,8 +195,13 @@ impl Snapshot {
     }
 }
 
-impl AsRef<[u8]> for Snapshot {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
+impl StateSource for Snapshot {
+    fn tensors(&self) -> Vec<TensorSpec> {
+        self.tensors.iter().map(|(spec, _)| spec.clone()).collect()
+    }
+
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
+        let (_, range) = &self.tensors[index];
+        out.copy_from_slice(&self.bytes[range.clone()][start..start + out.len()]);
     }
 }

@@ -84,8 +84,9 @@ impl Recipe {
     /// Names everything a result depends on.
     ///
     /// Left out are the token, who does the work and where (`cluster`, `output`, `name`), when state is saved
-    /// (`checkpoint`) and *where* teacher and prompts lie: `contents` says what they are, as (name, digest),
-    /// and must name the teacher folder and each list of prompts. Its order does not matter.
+    /// (`checkpoint`), whether activations are kept or computed again (`compute.recompute`) and *where* teacher and
+    /// prompts lie: `contents` says what they are, as (name, digest), and must name the teacher folder and each list of
+    /// prompts. Its order does not matter.
     pub fn plan_digest(&self, contents: &[(&str, Digest)]) -> Digest {
         let mut stored = self.to_stored();
         let fields = stored.as_object_mut().expect("a recipe is an object");
@@ -96,6 +97,10 @@ impl Recipe {
             if fields[section][key].is_string() {
                 fields[section][key] = json!("path");
             }
+        }
+        forget_recompute(&mut fields["compute"]);
+        for stage in fields["stages"].as_array_mut().into_iter().flatten() {
+            forget_recompute(&mut stage["compute"]);
         }
         // A stage that follows the one before is what stages were before `from` could say otherwise.
         for (i, stage) in self.stages.iter().enumerate() {
@@ -111,6 +116,13 @@ impl Recipe {
             .map(|(name, digest)| ((*name).to_owned(), json!(digest.to_string())));
         fields.insert("contents".into(), Value::Object(contents.collect()));
         Digest::of(canonical(&stored).as_bytes())
+    }
+}
+
+/// Takes out of a `compute` section what changes no bit.
+fn forget_recompute(compute: &mut Value) {
+    if let Some(fields) = compute.as_object_mut() {
+        fields.shift_remove("recompute");
     }
 }
 
@@ -233,7 +245,11 @@ fn optimizer(o: &Optimizer) -> Value {
 }
 
 fn compute(compute: Compute) -> Value {
-    json!({ "dtype": dtype(compute.dtype), "threads": or("auto", compute.threads) })
+    json!({
+        "dtype": dtype(compute.dtype),
+        "threads": or("auto", compute.threads),
+        "recompute": compute.recompute,
+    })
 }
 
 fn evaluate(e: &Evaluate) -> Value {

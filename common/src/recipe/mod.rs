@@ -265,6 +265,8 @@ pub struct Compute {
     pub dtype: Dtype,
     /// CPU threads of one engine; none = cores divided by the engines of this host.
     pub threads: Option<u32>,
+    /// Whether the backward pass computes activations again instead of keeping them. Changes no bit of a result.
+    pub recompute: bool,
 }
 
 /// When state is saved and what is kept.

@@ -7,7 +7,7 @@
 //!   journal/<seq:020>    journal/snapshot-<seq:020>
 //!   trajectories/<dataset>/shard-<index:08>/a<attempt>-<incarnation>.parquet  …-embeddings.parquet  COMMIT
 //!   trajectories/<dataset>/MANIFEST    commit-index/t<term:06>-<part:06>
-//!   checkpoints/<stage>/<step:010>-g<generation>/s<part:04>.safetensors  metrics.jsonl  COMMIT
+//!   checkpoints/<stage>/<step:010>-g<generation>/[r<rank:04>-]s<part:04>.safetensors  metrics.jsonl  COMMIT
 //!   tasks/<stage>/<index:08>/a<attempt>-<incarnation>/…  COMMIT                evaluation and export parts
 //!   tasks/<stage>/commit-index/t<term:06>-<part:06>
 //!   export/<stage>/…    report/…    logs/<worker>/…
@@ -244,6 +244,11 @@ pub fn checkpoint_part(checkpoint: &Prefix, part: u32) -> Key {
     checkpoint.key(&format!("s{part:04}.safetensors"))
 }
 
+/// File `part` of the share of a checkpoint's tensors that `rank` writes, where several ranks do.
+pub fn checkpoint_share(checkpoint: &Prefix, rank: u32, part: u32) -> Key {
+    checkpoint.key(&format!("r{rank:04}-s{part:04}.safetensors"))
+}
+
 /// The training curves up to a checkpoint.
 pub fn checkpoint_metrics(checkpoint: &Prefix) -> Key {
     checkpoint.key("metrics.jsonl")
@@ -395,6 +400,10 @@ mod tests {
         assert_eq!(
             checkpoint_part(&checkpoint, 0).as_str(),
             "checkpoints/seg4/0000000250-g3/s0000.safetensors"
+        );
+        assert_eq!(
+            checkpoint_share(&checkpoint, 3, 1).as_str(),
+            "checkpoints/seg4/0000000250-g3/r0003-s0001.safetensors"
         );
         assert_eq!(
             parse_checkpoint_folder("0000000250-g3"),

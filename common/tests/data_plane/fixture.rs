@@ -174,8 +174,10 @@ impl StateSource for State {
         ]
     }
 
-    fn copy(&self, index: usize, out: &mut [u8]) {
-        out.copy_from_slice(&value(out.len(), index as u64, 0, 9));
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
+        let bytes = self.tensors()[index].bytes().expect("small");
+        let whole = value(bytes as usize, index as u64, 0, 9);
+        out.copy_from_slice(&whole[start..start + out.len()]);
     }
 }
 

@@ -2,24 +2,29 @@
 
 use std::process::ExitCode;
 
+use distillery_common::footprint;
 use distillery_common::recipe::TEACHER;
 use serde_json::{Value, json};
 
 use super::{Context, RecipeArguments};
 use crate::app;
 use crate::console;
-use crate::plan::{Plan, Stage, Work, build};
+use crate::plan::{Memory, MemoryTable, Plan, Stage, Work, build, memory};
 
 pub(super) fn run(arguments: &RecipeArguments, context: Context) -> anyhow::Result<ExitCode> {
     let recipe = super::load(arguments)?;
     let folder = app::open_teacher(&recipe)?;
     let plan = build(&recipe, &app::facts(&folder));
+    let memory = memory(&recipe, &footprint::Teacher::of(&folder));
     let stored = recipe.to_stored();
     if context.json {
-        console::result(json!({"stages": to_json(&plan), "recipe": stored}))?;
+        let taken: Value = memory.iter().map(memory_to_json).collect();
+        console::result(json!({"stages": to_json(&plan), "memory": taken, "recipe": stored}))?;
     } else {
         super::warn(&folder);
         console::result(plan.to_string().trim_end())?;
+        console::result("\n# What each engine needs while it trains, in use by tensors:")?;
+        console::result(MemoryTable(&memory).to_string().trim_end())?;
         console::result("\n# The recipe with all its defaults:")?;
         console::result(yaml(&stored).join("\n"))?;
     }
@@ -84,6 +89,27 @@ fn to_json(plan: &Plan) -> Value {
         .iter()
         .map(|stage| stage_to_json(plan, stage))
         .collect()
+}
+
+/// In bytes.
+fn memory_to_json(memory: &Memory) -> Value {
+    let taken = &memory.footprint;
+    let [kept, recomputed] = taken.kept_or_recomputed;
+    json!({
+        "stage": memory.stage,
+        "device": taken.device(),
+        "host": taken.host(),
+        "teacher": taken.teacher,
+        "frozen": taken.frozen,
+        "trained": taken.trained,
+        "masters": taken.masters,
+        "gradient": taken.gradient,
+        "moments": taken.moments,
+        "average": taken.average,
+        "activations": taken.activations,
+        "activations_kept": kept,
+        "activations_recomputed": recomputed,
+    })
 }
 
 fn stage_to_json(plan: &Plan, stage: &Stage) -> Value {

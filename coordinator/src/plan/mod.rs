@@ -5,9 +5,11 @@
 
 mod build;
 mod display;
+mod memory;
 
 pub use build::{Facts, build};
 pub use display::{bytes, grouped};
+pub use memory::{Memory, MemoryTable, memory};
 
 /// Name of the stage that draws trajectories.
 pub const TRAJECTORIES: &str = "trajectories";

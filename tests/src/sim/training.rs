@@ -81,13 +81,13 @@ impl StateSource for State {
             .into()
     }
 
-    fn copy(&self, index: usize, out: &mut [u8]) {
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
         let values = if index == 0 {
             &self.weight
         } else {
             &self.momentum
         };
-        for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
+        for (bytes, value) in out.chunks_exact_mut(4).zip(&values[start / 4..]) {
             bytes.copy_from_slice(&value.to_le_bytes());
         }
     }

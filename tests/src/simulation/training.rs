@@ -517,8 +517,8 @@ impl StateSource for State {
         }]
     }
 
-    fn copy(&self, _: usize, out: &mut [u8]) {
-        out.copy_from_slice(&self.0.to_le_bytes());
+    fn copy(&self, _: usize, start: usize, out: &mut [u8]) {
+        out.copy_from_slice(&self.0.to_le_bytes()[start..start + out.len()]);
     }
 }
 

@@ -270,9 +270,9 @@ impl StateSource for State {
         self.0.iter().map(spec).collect()
     }
 
-    fn copy(&self, index: usize, out: &mut [u8]) {
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
         let values = Vec::<f32>::try_from(self.0[index].1.detach().reshape([-1])).expect("f32");
-        for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
+        for (bytes, value) in out.chunks_exact_mut(4).zip(&values[start / 4..]) {
             bytes.copy_from_slice(&value.to_le_bytes());
         }
     }

@@ -284,6 +284,7 @@ fn compute(v: View<'_>) -> Compute {
     Compute {
         dtype: dtype(v.get("dtype")),
         threads: v.get("threads").maybe_small(),
+        recompute: v.get("recompute").flag(),
     }
 }
 

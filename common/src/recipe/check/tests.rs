@@ -433,6 +433,8 @@ fn the_plan_digest_follows_results_not_processes() {
         "name=other",
         "cluster.workers={min: 2, max: 2}",
         "checkpoint.every_steps=5",
+        "compute.recompute=true",
+        "stages.0.compute={recompute: true}",
         "teacher.model=/moved",
     ] {
         assert_eq!(digest(&[same], b"t"), base, "{same}");

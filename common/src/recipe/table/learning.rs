@@ -180,6 +180,12 @@ pub(super) static COMPUTE: Section = Section {
             Yaml("auto"),
             "CPU threads of one engine; auto = cores divided by engines",
         ),
+        field(
+            "recompute",
+            Kind::Bool,
+            Yaml("false"),
+            "compute activations again in the backward pass instead of keeping them: far less memory, more time, the same bits",
+        ),
     ],
 };
 

@@ -393,8 +393,8 @@ impl StateSource for State {
         self.tensors.iter().enumerate().map(spec).collect()
     }
 
-    fn copy(&self, index: usize, out: &mut [u8]) {
-        out.copy_from_slice(&self.tensors[index]);
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
+        out.copy_from_slice(&self.tensors[index][start..start + out.len()]);
     }
 }
 

@@ -155,7 +155,7 @@ impl StateSource for State {
         }]
     }
 
-    fn copy(&self, _: usize, out: &mut [u8]) {
+    fn copy(&self, _: usize, _: usize, out: &mut [u8]) {
         out.fill((self.0 % 251) as u8 & 0x3f);
     }
 }

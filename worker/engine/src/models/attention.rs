@@ -6,6 +6,7 @@ use distillery_common::teacher::UnetConfig;
 
 use super::layers::{Conv2d, GroupNorm, LayerNorm, Linear, attend, plus};
 use super::parameters::Scope;
+use super::recompute::Part;
 
 /// Epsilon of the group norm before a transformer, whatever the resnets have.
 const NORM_EPS: f64 = 1e-6;
@@ -110,7 +111,7 @@ fn unflatten(x: &Tensor, (batch, channels, height, width): (i64, i64, i64, i64))
 pub(super) struct Transformer {
     norm: GroupNorm,
     input: Projection,
-    blocks: Vec<Block>,
+    blocks: Vec<Part<Block>>,
     output: Projection,
 }
 
@@ -118,10 +119,10 @@ impl Transformer {
     pub(super) fn new(scope: &Scope<'_>, config: &UnetConfig, level: usize) -> Self {
         let linear = config.linear_projection;
         let block = |index| {
-            Block::new(
+            Part::new(Block::new(
                 &scope.at(format_args!("transformer_blocks.{index}")),
                 config.heads[level],
-            )
+            ))
         };
         Self {
             norm: GroupNorm::new(&scope.at("norm"), config.norm_groups, NORM_EPS),
@@ -131,8 +132,9 @@ impl Transformer {
         }
     }
 
-    /// `x` `[B, C, H, W]`, `context` `[B, S, D]`.
-    pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Tensor {
+    /// `x` `[B, C, H, W]`, `context` `[B, S, D]`. With `recompute`, the blocks compute their activations again in the
+    /// backward pass.
+    pub(super) fn forward(&self, x: &Tensor, context: &Tensor, recompute: bool) -> Tensor {
         let size = x.size4().expect("images are [B, C, H, W]");
         let h = self.norm.forward(x);
         let mut h = match &self.input {
@@ -140,7 +142,12 @@ impl Transformer {
             Projection::Conv(conv) => flatten(&conv.forward(&h)),
         };
         for block in &self.blocks {
-            h = block.forward(&h, context);
+            h = match recompute {
+                true => block.recomputed(&[&h, context], |block, given| {
+                    block.forward(&given[0], &given[1])
+                }),
+                false => block.forward(&h, context),
+            };
         }
         let h = match &self.output {
             Projection::Linear(linear) => unflatten(&linear.forward(&h), size),

@@ -109,16 +109,17 @@ pub fn parameters(unet: &Unet) -> Vec<(String, Tensor)> {
     unet.adapters.iter().flat_map(pair).collect()
 }
 
-/// Adds the adapters to the weights beside them and takes them away: the network computes the same without them.
+/// Adds the adapters to the weights beside them and takes them away: the network computes the same without them. A network
+/// that shares those weights keeps them as they were.
 pub fn merge(unet: &mut Unet) {
     let adapters = std::mem::take(&mut unet.adapters);
     no_grad(|| {
         for (path, adapter) in &adapters {
             let weight = unet
-                .parameter(&format!("{path}.weight"))
+                .parameter_mut(&format!("{path}.weight"))
                 .expect("adapters stand beside weights of the network");
             let sum = weight.to_kind(Kind::Float) + delta(adapter);
-            weight.shallow_clone().copy_(&sum);
+            *weight = sum.to_kind(weight.kind());
         }
     });
     unet.rebuild();

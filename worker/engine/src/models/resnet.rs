@@ -37,11 +37,20 @@ impl Resnet {
 
     /// `x` `[B, C, H, W]`; `time` the embedding `[B, T]` after its silu, where the block takes one.
     pub(super) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
+        self.beside_shortcut(self.layers(x, time), x)
+    }
+
+    /// The block without its shortcut.
+    pub(super) fn layers(&self, x: &Tensor, time: Option<&Tensor>) -> Tensor {
         let mut h = self.conv1.forward(&silu(self.norm1.forward(x)));
         if let (Some(projection), Some(time)) = (&self.time, time) {
             h += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
         }
-        let h = self.conv2.forward(&silu(self.norm2.forward(&h)));
+        self.conv2.forward(&silu(self.norm2.forward(&h)))
+    }
+
+    /// What the layers made of `x`, which nobody else reads, and the shortcut of `x`.
+    pub(super) fn beside_shortcut(&self, h: Tensor, x: &Tensor) -> Tensor {
         match &self.shortcut {
             Some(shortcut) => plus(h, &shortcut.forward(x)),
             None => plus(h, x),

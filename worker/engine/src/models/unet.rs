@@ -30,6 +30,7 @@ pub struct Unet {
     parameters: Parameters,
     pub(super) adapters: BTreeMap<String, Adapter>,
     compute: Kind,
+    recompute: bool,
     modules: Modules,
 }
 
@@ -49,6 +50,7 @@ impl Unet {
             parameters,
             adapters,
             compute,
+            recompute: false,
             modules,
         }
     }
@@ -76,14 +78,27 @@ impl Unet {
         }
     }
 
-    /// A second network with the same values, sharing nothing, with tensors of `kind` on `device`; without adapters.
+    /// Whether the backward pass computes the activations of resnets and transformer blocks again, rather than keeping
+    /// them: more time, far less memory, the same bits. A new network keeps them.
+    pub fn set_recompute(&mut self, recompute: bool) {
+        self.recompute = recompute;
+    }
+
+    /// A second network with the very tensors of this one. Whoever trains it must leave those alone: adapters freeze them.
+    pub fn shared(&self) -> Self {
+        let parameters = self.parameters().into_iter().collect();
+        Self::new(self.config.clone(), parameters, self.compute)
+    }
+
+    /// A second network with the same values, sharing nothing, with tensors of `kind` on `device`, computing in `kind`;
+    /// without adapters.
     pub fn duplicate(&self, kind: Kind, device: Device) -> Self {
         let copy = |tensor: &Tensor| tensor.detach().to_device(device).to_kind(kind).copy();
         let parameters = self
             .parameters
             .iter()
             .map(|(name, tensor)| (name.clone(), copy(tensor)));
-        Self::new(self.config.clone(), parameters.collect(), self.compute)
+        Self::new(self.config.clone(), parameters.collect(), kind)
     }
 
     /// The prediction for `z` `[B, C, H, W]` at times `t` `[B]`, in f32. `guidance` `[B]` holds the scales that a
@@ -123,6 +138,7 @@ impl Unet {
         let given = Given {
             time: &time,
             context: &context,
+            recompute: self.recompute,
         };
         self.modules
             .forward(&z.to_kind(self.compute), given)
@@ -134,9 +150,14 @@ impl Unet {
         self.modules = Modules::new(&self.config, &self.parameters, &self.adapters);
     }
 
+    /// The number format of its arithmetic.
+    pub fn compute(&self) -> Kind {
+        self.compute
+    }
+
     /// The tensor called `name`.
-    pub(super) fn parameter(&self, name: &str) -> Option<&Tensor> {
-        self.parameters.get(name)
+    pub(super) fn parameter_mut(&mut self, name: &str) -> Option<&mut Tensor> {
+        self.parameters.get_mut(name)
     }
 }
 

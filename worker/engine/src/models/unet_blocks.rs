@@ -7,19 +7,37 @@ use distillery_common::teacher::{Level, UnetConfig};
 use super::attention::Transformer;
 use super::layers::Conv2d;
 use super::parameters::Scope;
+use super::recompute::Part;
 use super::resnet::{Resnet, Upsample};
 
-/// What all blocks take: the time embedding after its silu, `[B, T]`, and the text states `[B, S, D]`.
+/// What all blocks take: the time embedding after its silu, `[B, T]`, and the text states `[B, S, D]`; and whether
+/// activations are computed again in the backward pass.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Given<'a> {
     pub(super) time: &'a Tensor,
     pub(super) context: &'a Tensor,
+    pub(super) recompute: bool,
+}
+
+/// `resnet` of `x` `[B, C, H, W]`. The shortcut keeps little but x and is never recomputed: on the way down x is a skip
+/// too, and its gradients then come one by one and in the same order as without recomputation, so their sum has the
+/// same bits.
+fn through(resnet: &Part<Resnet>, x: &Tensor, given: Given<'_>) -> Tensor {
+    match given.recompute {
+        true => {
+            let h = resnet.recomputed(&[x, given.time], |resnet, given| {
+                resnet.layers(&given[0], Some(&given[1]))
+            });
+            resnet.beside_shortcut(h, x)
+        }
+        false => resnet.forward(x, Some(given.time)),
+    }
 }
 
 /// A resnet and the transformer after it, if the level has them.
 #[derive(Debug)]
 struct Layer {
-    resnet: Resnet,
+    resnet: Part<Resnet>,
     transformer: Option<Transformer>,
 }
 
@@ -35,7 +53,13 @@ impl Layer {
         let resnet = scope.at(format_args!("resnets.{index}"));
         let transformer = scope.at(format_args!("attentions.{index}"));
         Self {
-            resnet: Resnet::new(&resnet, channels, true, config.norm_groups, config.norm_eps),
+            resnet: Part::new(Resnet::new(
+                &resnet,
+                channels,
+                true,
+                config.norm_groups,
+                config.norm_eps,
+            )),
             transformer: match kind {
                 Level::Plain => None,
                 Level::CrossAttention => Some(Transformer::new(&transformer, config, level)),
@@ -44,9 +68,9 @@ impl Layer {
     }
 
     fn forward(&self, x: &Tensor, given: Given<'_>) -> Tensor {
-        let h = self.resnet.forward(x, Some(given.time));
+        let h = through(&self.resnet, x, given);
         match &self.transformer {
-            Some(transformer) => transformer.forward(&h, given.context),
+            Some(transformer) => transformer.forward(&h, given.context, given.recompute),
             None => h,
         }
     }
@@ -102,9 +126,9 @@ impl Down {
 /// Two resnets with a transformer between, at the coarsest level.
 #[derive(Debug)]
 pub(super) struct Middle {
-    first: Resnet,
+    first: Part<Resnet>,
     transformer: Transformer,
-    second: Resnet,
+    second: Part<Resnet>,
 }
 
 impl Middle {
@@ -112,13 +136,13 @@ impl Middle {
         let level = config.channels.len() - 1;
         let channels = [config.channels[level]; 2];
         let resnet = |path| {
-            Resnet::new(
+            Part::new(Resnet::new(
                 &scope.at(path),
                 channels,
                 true,
                 config.norm_groups,
                 config.norm_eps,
-            )
+            ))
         };
         Self {
             first: resnet("resnets.0"),
@@ -128,9 +152,9 @@ impl Middle {
     }
 
     pub(super) fn forward(&self, x: &Tensor, given: Given<'_>) -> Tensor {
-        let h = self.first.forward(x, Some(given.time));
-        let h = self.transformer.forward(&h, given.context);
-        self.second.forward(&h, Some(given.time))
+        let h = through(&self.first, x, given);
+        let h = self.transformer.forward(&h, given.context, given.recompute);
+        through(&self.second, &h, given)
     }
 }
 

@@ -233,10 +233,9 @@ impl Finished<'_> {
                 lora::merge(&mut student.unet);
                 let folder = self.teacher_folder()?;
                 pipeline::write(self, &folder, &student.unet, kind, put)?;
-                for (_, mut tensor) in student.unet.parameters() {
-                    let rounded = tensor.to_kind(kind).to_kind(Kind::Float);
-                    tch::no_grad(|| tensor.copy_(&rounded));
-                }
+                // The teacher may have the weights that had no adapter, so none is rounded in its place.
+                let rounded = student.unet.duplicate(kind, self.device);
+                student.unet = rounded.duplicate(Kind::Float, self.device);
             }
         }
         let rounded = probe.predict(&student.unet);

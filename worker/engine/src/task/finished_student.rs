@@ -69,8 +69,7 @@ impl Found {
             ..stage.clone()
         };
         let student = Student::fresh(teacher, &stage, run_seed, device)?;
-        let loaded = io.wait(self.checkpoint.load()).or_fault(FailureClass::Io)?;
-        student.load_published(&loaded)?;
+        student.load_published(io, &self.checkpoint)?;
         Ok(student)
     }
 }

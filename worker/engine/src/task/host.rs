@@ -19,14 +19,6 @@ pub fn from_f16(bytes: &[u8], shape: &[i64], device: Device) -> Tensor {
         .to_kind(Kind::Float)
 }
 
-/// Little-endian f32 `bytes` as numbers.
-pub fn f32_values(bytes: &[u8]) -> Vec<f32> {
-    bytes
-        .chunks_exact(4)
-        .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]))
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,8 +21,8 @@ pub mod trajectories;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use distillery_common::storage;
 use distillery_common::task::{Failure, FailureClass};
+use distillery_common::{checkpoint, storage};
 
 /// Why a task did not end well.
 #[derive(Debug)]
@@ -63,6 +63,21 @@ impl fmt::Display for Fault {
 impl From<Failure> for Fault {
     fn from(failure: Failure) -> Self {
         Self::new(failure.class, failure.message)
+    }
+}
+
+impl From<checkpoint::Error> for Fault {
+    fn from(error: checkpoint::Error) -> Self {
+        let class = match &error {
+            checkpoint::Error::Storage(storage) => storage.class(),
+            checkpoint::Error::Manifest { .. }
+            | checkpoint::Error::Differs { .. }
+            | checkpoint::Error::Damaged(_) => FailureClass::Schema,
+        };
+        Self {
+            class,
+            error: error.into(),
+        }
     }
 }
 

@@ -1,12 +1,11 @@
 //! What happens after each training step: curves, progress, and checkpoints that training does not wait for.
 //!
-//! A checkpoint stalls training for one copy of the state; the rest (a second, sorted copy, digests, upload,
-//! COMMIT) happens on the IO threads. One is in flight at a time: when the next is due meanwhile it is left
-//! out and counted, never queued.
+//! A checkpoint stalls training for one copy of the state; the rest (digests, upload, COMMIT) happens on the IO threads,
+//! which read that copy a few MiB at a time. One is in flight at a time: when the next is due meanwhile it is left out and
+//! counted, never queued.
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,7 +22,7 @@ use super::rows::StoredRows;
 use crate::io::Io;
 use crate::link::{CommitOutcome, CommitRequest, Committed, Event, Link};
 use crate::train::snapshot::{Part, Position, Snapshot};
-use crate::train::{Control, Sink, StepReport, Trainer};
+use crate::train::{self, Control, Sink, StepReport, Trainer};
 
 /// Steps between two reports of progress to the worker.
 const PROGRESS_EVERY: u64 = 5;
@@ -312,14 +311,13 @@ async fn write_and_commit(
 ) -> Result<(), Failure> {
     let group = &membership.group;
     let step = buffer.position.step;
-    let copy = Arc::new(checkpoint::Snapshot::capture(&State(buffer), None));
     let manifest = checkpoint::write(
         store,
         &group.stage,
         step,
         group.generation,
         training,
-        &copy,
+        &State::of(buffer),
         curves,
     )
     .await
@@ -356,8 +354,14 @@ async fn write_and_commit(
     }
 }
 
-/// A trainer's snapshot as checkpoints see it.
-struct State<'a>(&'a Snapshot);
+/// A trainer's snapshot as checkpoints see it: its tensors' parts, places and values.
+struct State<'a>(Vec<(Part, &'a train::flat::Place, &'a [f32])>);
+
+impl<'a> State<'a> {
+    fn of(snapshot: &'a Snapshot) -> Self {
+        Self(snapshot.entries().collect())
+    }
+}
 
 const PARTS: [(Part, Kind); 4] = [
     (Part::Student, Kind::Student),
@@ -375,12 +379,21 @@ pub fn kind_of_part(part: Part) -> Kind {
     *kind
 }
 
+/// The part of a trainer that state of `kind` belongs to.
+pub fn part_of_kind(kind: Kind) -> Part {
+    let (part, _) = PARTS
+        .iter()
+        .find(|(_, k)| *k == kind)
+        .expect("every kind has a part");
+    *part
+}
+
 impl StateSource for State<'_> {
     fn tensors(&self) -> Vec<TensorSpec> {
         self.0
-            .entries()
+            .iter()
             .map(|(part, place, _)| TensorSpec {
-                kind: kind_of_part(part),
+                kind: kind_of_part(*part),
                 name: place.name.clone(),
                 dtype: Dtype::F32,
                 shape: place.shape.iter().map(|&n| n as u64).collect(),
@@ -388,13 +401,9 @@ impl StateSource for State<'_> {
             .collect()
     }
 
-    fn copy(&self, index: usize, out: &mut [u8]) {
-        let (_, _, values) = self
-            .0
-            .entries()
-            .nth(index)
-            .expect("an index of the listed tensors");
-        for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
+    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
+        let (_, _, values) = self.0[index];
+        for (bytes, value) in out.chunks_exact_mut(4).zip(&values[start / 4..]) {
             bytes.copy_from_slice(&value.to_le_bytes());
         }
     }

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use distillery_common::checkpoint::{Dtype as StoredDtype, Kind as StateKind, Loaded};
+use distillery_common::checkpoint::{
+    Checkpoint, Dtype as StoredDtype, Kind as StateKind, TensorSpec,
+};
 use distillery_common::recipe::{self, Dtype, StudentKind};
 use distillery_common::seed::{Purpose, Stream};
 use distillery_common::task::FailureClass;
 use tch::{Device, Kind, Tensor};
 
-use super::{Fault, OrFault as _, host};
+use super::{Fault, OrFault as _};
+use crate::io::Io;
 use crate::models::{Unet, lora};
 use crate::train::flat::Parameters;
 use crate::workbench::{TeacherModel, kind_of};
@@ -21,7 +24,8 @@ pub struct Student {
 }
 
 impl Student {
-    /// A student that computes the same as `teacher`: weights in the compute format of `stage`, adapters in f32.
+    /// A student that computes the same as `teacher`: weights in the compute format of `stage`, adapters in f32. Adapters
+    /// stand beside the teacher's own weights where those are in that format and on that device.
     pub fn fresh(
         teacher: &TeacherModel,
         stage: &recipe::Stage,
@@ -29,7 +33,13 @@ impl Student {
         device: Device,
     ) -> Result<Self, Fault> {
         let kind = kind_of(stage.compute.dtype);
-        let mut unet = teacher.parts.unet.duplicate(kind, device);
+        let base = &teacher.parts.unet;
+        let is_frozen = matches!(stage.student.kind, StudentKind::Lora { .. });
+        let mut unet = match is_frozen && base.compute() == kind && base.device() == device {
+            true => base.shared(),
+            false => base.duplicate(kind, device),
+        };
+        unet.set_recompute(stage.compute.recompute);
         match &stage.student.kind {
             StudentKind::Full => unet.set_trainable(true),
             StudentKind::Lora {
@@ -69,54 +79,59 @@ impl Student {
         Parameters::new(self.trainable())
     }
 
-    /// Puts the published weights of a checkpoint in: the moving average where one was kept, else the student.
-    pub fn load_published(&self, state: &Loaded) -> Result<(), Fault> {
-        let values = f32_values(state)?;
-        let averaged = values.keys().any(|(kind, _)| *kind == StateKind::Ema);
-        let kind = if averaged {
-            StateKind::Ema
-        } else {
-            StateKind::Student
+    /// Puts the published weights of a checkpoint in: the moving average where one was kept, else the student. Holds one
+    /// file of it at a time.
+    pub fn load_published(&self, io: &Io, checkpoint: &Checkpoint) -> Result<(), Fault> {
+        let mut stored = checkpoint.manifest().tensors.iter();
+        let kind = match stored.any(|tensor| tensor.spec.kind == StateKind::Ema) {
+            true => StateKind::Ema,
+            false => StateKind::Student,
         };
-        self.load(|tensor| Some(values.get(&(kind, tensor.to_owned()))?.as_slice()))
-    }
-
-    /// Puts stored values into the trainable tensors: `read(name)` gives f32 values in row order.
-    pub fn load<'a>(&self, mut read: impl FnMut(&str) -> Option<&'a [f32]>) -> Result<(), Fault> {
-        let misfit = |message: String| Fault::new(FailureClass::Schema, message);
-        for (name, mut tensor) in self.trainable() {
-            let values = read(&name)
-                .ok_or_else(|| misfit(format!("the checkpoint has no tensor {name}")))?;
-            if values.len() != tensor.numel() {
-                return Err(misfit(format!(
-                    "tensor {name} of the checkpoint has {} values, the student needs {}",
-                    values.len(),
-                    tensor.numel()
-                )));
-            }
-            tch::no_grad(|| tensor.copy_(&Tensor::from_slice(values).view(&tensor.size()[..])));
+        let mut missing: BTreeMap<String, Tensor> = self.trainable().into_iter().collect();
+        io.wait(checkpoint.read(
+            |spec| spec.kind == kind,
+            |spec, bytes| match missing.remove(&spec.name) {
+                Some(tensor) => put(spec, bytes, tensor),
+                None => Ok(()),
+            },
+        ))?;
+        match missing.first_key_value() {
+            None => Ok(()),
+            Some((name, _)) => Err(misfit(format!("the checkpoint has no tensor {name}"))),
         }
-        Ok(())
     }
 }
 
-/// Every tensor of a state as numbers.
-pub fn f32_values(state: &Loaded) -> Result<BTreeMap<(StateKind, String), Vec<f32>>, Fault> {
-    let mut values = BTreeMap::new();
-    for (spec, bytes) in &state.tensors {
-        if spec.dtype != StoredDtype::F32 {
-            return Err(Fault::new(
-                FailureClass::Schema,
-                format!(
-                    "tensor {} of the checkpoint is {}, expected F32",
-                    spec.name,
-                    spec.dtype.name()
-                ),
-            ));
-        }
-        values.insert((spec.kind, spec.name.clone()), host::f32_values(bytes));
+/// Puts a stored tensor into one of the student's.
+fn put(spec: &TensorSpec, bytes: &[u8], mut tensor: Tensor) -> Result<(), Fault> {
+    let values = f32_tensor(spec, bytes)?;
+    if values.numel() != tensor.numel() {
+        return Err(misfit(format!(
+            "tensor {} of the checkpoint has {} values, the student needs {}",
+            spec.name,
+            values.numel(),
+            tensor.numel()
+        )));
     }
-    Ok(values)
+    tch::no_grad(|| tensor.copy_(&values.view(&tensor.size()[..])));
+    Ok(())
+}
+
+/// A stored tensor `[len]`, f32, on the CPU.
+pub fn f32_tensor(spec: &TensorSpec, bytes: &[u8]) -> Result<Tensor, Fault> {
+    if spec.dtype != StoredDtype::F32 {
+        return Err(misfit(format!(
+            "tensor {} of the checkpoint is {}, expected F32",
+            spec.name,
+            spec.dtype.name()
+        )));
+    }
+    let values = bytes.len() as i64 / 4;
+    Ok(Tensor::from_data_size(bytes, &[values], Kind::Float))
+}
+
+fn misfit(message: String) -> Fault {
+    Fault::new(FailureClass::Schema, message)
 }
 
 /// Refuses number formats that training has no gradients for.

@@ -12,9 +12,11 @@ pub mod ema;
 pub mod flat;
 pub mod optimizer;
 pub mod rate;
+mod restoring;
 pub mod snapshot;
 mod trainer;
 
+pub use restoring::Restoring;
 pub use trainer::{Control, Error, Plan, Sink, Source, StepReport, Trainer};
 
 #[cfg(test)]

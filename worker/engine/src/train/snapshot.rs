@@ -17,7 +17,7 @@ pub struct Position {
     pub skipped_in_a_row: u32,
 }
 
-/// State of a trainer, by name, f32: `student/…`, `adam_m/…`, `adam_v/…` and, when kept, `ema/…`.
+/// State of a trainer, f32: masters, moments and, when kept, their average.
 ///
 /// Reusable: taking the next snapshot into the same buffers allocates nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,6 +42,9 @@ pub enum Part {
 }
 
 impl Part {
+    /// Every part.
+    pub const ALL: [Self; 4] = [Self::Student, Self::Ema, Self::AdamM, Self::AdamV];
+
     /// What its tensors' names begin with.
     pub fn prefix(self) -> &'static str {
         match self {
@@ -90,16 +93,6 @@ impl Snapshot {
         }
     }
 
-    /// Every tensor: name, shape, values.
-    pub fn tensors(&self) -> impl Iterator<Item = (String, &[i64], &[f32])> {
-        self.parts.iter().flat_map(|(part, values)| {
-            self.layout
-                .places()
-                .iter()
-                .map(|place| (name(*part, place), &place.shape[..], &values[place.range()]))
-        })
-    }
-
     /// Every tensor: its part, its place in the student, its values.
     pub fn entries(&self) -> impl Iterator<Item = (Part, &Place, &[f32])> {
         self.parts.iter().flat_map(|(part, values)| {
@@ -114,34 +107,6 @@ impl Snapshot {
         Some(&found.1)
     }
 
-    /// Fills every part from tensors by name; `read(name)` gives a tensor's values.
-    ///
-    /// Refuses a state in which a tensor is missing or has another size, and is then half filled: throw it away.
-    pub fn fill<'a>(
-        &mut self,
-        position: Position,
-        mut read: impl FnMut(&str) -> Option<&'a [f32]>,
-    ) -> Result<(), Error> {
-        self.position = position;
-        for (part, values) in &mut self.parts {
-            for place in self.layout.places() {
-                let name = name(*part, place);
-                let Some(found) = read(&name) else {
-                    return Err(Error::Missing { name });
-                };
-                if found.len() != place.len {
-                    return Err(Error::Size {
-                        name,
-                        found: found.len(),
-                        expected: place.len,
-                    });
-                }
-                values[place.range()].copy_from_slice(found);
-            }
-        }
-        Ok(())
-    }
-
     /// Copies `tensor` `[len]` into a part that is kept.
     pub(super) fn take(&mut self, part: Part, tensor: &Tensor) {
         for (kept, values) in &mut self.parts {
@@ -151,8 +116,4 @@ impl Snapshot {
             }
         }
     }
-}
-
-fn name(part: Part, place: &Place) -> String {
-    format!("{}/{}", part.prefix(), place.name)
 }

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use distillery_common::group::GroupId;
-use distillery_common::ids::Generation;
+use distillery_common::ids::{Generation};
 use distillery_common::latents::loader::Order;
 use distillery_common::recipe::{Batch, Loss, Optimizer, RateSchedule};
 use distillery_common::seed::{Purpose, Stream, normal};
@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::flat::Parameters;
 use super::snapshot::{self, Part};
-use super::{Control, Error, Plan, Sink, Source, StepReport, Trainer};
+use super::{Control, Error, Plan, Restoring, Sink, Source, StepReport, Trainer};
 use crate::collective::solo::Solo;
 use crate::collective::tcp::{Invitation, TcpRing};
 use crate::collective::{self, Abort, Collective};
@@ -214,17 +214,24 @@ fn training_on_is_the_same_as_stopping_and_resuming_bit_for_bit() {
         let (whole, reports) = train(kind, &plan, None, 40, &mut Solo::default());
         let (half, first) = train(kind, &plan, None, 20, &mut Solo::default());
         // Through names and values, as a checkpoint goes.
-        let stored: Vec<(String, Vec<f32>)> = half
-            .tensors()
-            .map(|(name, _, values)| (name, values.to_vec()))
-            .collect();
         let student = Mlp::new(kind);
-        let mut read = Trainer::new(plan.clone(), student.parameters()).empty_snapshot();
-        read.fill(half.position, |wanted| {
-            let found = stored.iter().find(|(name, _)| name == wanted)?;
-            Some(&found.1)
-        })
-        .unwrap();
+        let mut trainer = Trainer::new(plan.clone(), student.parameters());
+        let fresh = trainer.fingerprint();
+        let mut restoring = Restoring::new(&mut trainer);
+        for (part, place, values) in half.entries() {
+            let values = Tensor::from_slice(values).view(&place.shape[..]);
+            restoring.take(part, &place.name, &values).unwrap();
+        }
+        restoring.finish(half.position).unwrap();
+        let mut read = trainer.empty_snapshot();
+        trainer.snapshot(&mut read);
+        assert_eq!(read, half);
+        assert_ne!(trainer.fingerprint(), fresh);
+        let values = half.entries().flat_map(|(_, _, values)| values);
+        let bytes: Vec<u8> = values.flat_map(|value| value.to_le_bytes()).collect();
+        let named = xxhash_rust::xxh3::xxh3_128(&bytes).to_le_bytes();
+        assert_eq!(trainer.fingerprint()[..16], named);
+        assert_eq!(trainer.fingerprint()[16..24], 20u64.to_le_bytes());
         let (resumed, second) = train(kind, &plan, Some(&read), 40, &mut Solo::default());
         assert_eq!(whole.position.step, 40);
         assert_eq!(whole, resumed);
@@ -516,13 +523,17 @@ fn compute_weights_are_the_rounded_masters() {
 #[test]
 fn a_state_that_lacks_a_tensor_or_has_another_size_is_refused_by_name() {
     let student = Mlp::new(Kind::Float);
-    let trainer = Trainer::new(plan(None), student.parameters());
-    let mut state = trainer.empty_snapshot();
+    let mut trainer = Trainer::new(plan(None), student.parameters());
     let position = snapshot::Position::default();
-    let error = state.fill(position, |_| None).unwrap_err();
-    assert_eq!(error.to_string(), "the state has no tensor student/in.bias");
-    let short = [0.0; 3];
-    let error = state.fill(position, |_| Some(&short)).unwrap_err();
+    let error = Restoring::new(&mut trainer).finish(position).unwrap_err();
+    assert_eq!(error.to_string(), "the state has no tensor adam_m/in.bias");
+    let short = Tensor::from_slice(&[0.0f32; 3]);
+    let mut restoring = Restoring::new(&mut trainer);
+    // A tensor that nobody asks for is left alone.
+    restoring.take(Part::Student, "other", &short).unwrap();
+    let error = restoring
+        .take(Part::Student, "in.bias", &short)
+        .unwrap_err();
     assert_eq!(
         error.to_string(),
         "tensor student/in.bias of the state has 3 values, the student needs 16"

@@ -6,12 +6,12 @@ use distillery_common::curves::{TIME_BINS, time_bin};
 use distillery_common::group::leaves_of;
 use distillery_common::ledger::{Ledger, PLACES};
 use distillery_common::recipe;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::batch::shares;
 use super::ema::Ema;
-use super::flat::Parameters;
+use super::flat::{Layout, Parameters};
 use super::optimizer::{AdamW, clip_norm};
 use super::rate::rate;
 use super::snapshot::{self, Part, Position, Snapshot};
@@ -25,7 +25,7 @@ use crate::distill::{Objective, Rows};
 /// Steps after which the ranks compare their states.
 const COMPARED_EVERY: u64 = 500;
 /// Numbers that a fingerprint takes to the host at a time: 4 MiB.
-const HASHED_AT_ONCE: i64 = 1 << 20;
+const HASHED_AT_ONCE: usize = 1 << 20;
 
 /// What a stage asks of its trainer.
 #[derive(Debug, Clone, PartialEq)]
@@ -154,7 +154,7 @@ impl Trainer {
     }
 
     /// Where its tensors live.
-    pub fn device(&self) -> tch::Device {
+    pub fn device(&self) -> Device {
         self.parameters.device()
     }
 
@@ -322,17 +322,13 @@ impl Trainer {
     /// Names the whole state: equal for equal bits at an equal position.
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut hash = Xxh3Default::new();
-        let mut host = vec![0f32; HASHED_AT_ONCE as usize];
-        let mut bytes = Vec::with_capacity(host.len() * 4);
+        let mut bytes = Vec::new();
         for (_, flat) in self.state() {
-            let len = flat.size1().unwrap_or_default();
-            for start in (0..len).step_by(HASHED_AT_ONCE as usize) {
-                let count = HASHED_AT_ONCE.min(len - start);
-                let piece = flat.narrow(0, start, count).to_device(tch::Device::Cpu);
-                let host = &mut host[..count as usize];
-                piece.copy_data(host, host.len());
-                bytes.clear();
-                bytes.extend(host.iter().flat_map(|value| value.to_le_bytes()));
+            for start in (0..flat.numel()).step_by(HASHED_AT_ONCE) {
+                let count = HASHED_AT_ONCE.min(flat.numel() - start);
+                let piece = flat.narrow(0, start as i64, count as i64);
+                bytes.resize(count * 4, 0);
+                piece.to_device(Device::Cpu).copy_data_u8(&mut bytes, count);
                 hash.update(&bytes);
             }
         }
@@ -354,6 +350,21 @@ impl Trainer {
         for (part, tensor) in self.state() {
             into.take(part, &tensor);
         }
+    }
+
+    /// The buffer of `part`, `[len]`, f32; none where it is not kept.
+    pub(super) fn part_mut(&mut self, part: Part) -> Option<&mut Tensor> {
+        match part {
+            Part::Student => Some(&mut self.parameters.masters),
+            Part::AdamM => Some(&mut self.optimizer.m),
+            Part::AdamV => Some(&mut self.optimizer.v),
+            Part::Ema => self.ema.as_mut().map(|ema| &mut ema.average),
+        }
+    }
+
+    /// Where each tensor lies in every part.
+    pub(super) fn layout(&self) -> &Layout {
+        self.parameters.layout()
     }
 
     /// Goes on from `state`, bit for bit.
@@ -421,7 +432,7 @@ impl Reduced {
     }
 
     fn add_losses(&mut self, rows: &Rows, losses: &Tensor, objective: &dyn Objective) {
-        let host = |x: &Tensor| x.to_device(tch::Device::Cpu);
+        let host = |x: &Tensor| x.to_device(Device::Cpu);
         let losses = Vec::<f32>::try_from(host(&losses.detach()).to_kind(Kind::Float))
             .expect("a loss for each row, in f32");
         let times = Vec::<i64>::try_from(host(&rows.t)).expect("a time for each row, in i64");
@@ -446,7 +457,7 @@ impl Reduced {
     fn rows(&self) -> Ledger {
         let start = self.len + 2 * self.bins() as i64;
         let sums = self.flat.narrow(0, start, PLACES as i64);
-        let sums = Vec::<f32>::try_from(sums.to_device(tch::Device::Cpu)).expect("sums in f32");
+        let sums = Vec::<f32>::try_from(sums.to_device(Device::Cpu)).expect("sums in f32");
         // Whole numbers below 2^24.
         let whole: [u32; PLACES] = std::array::from_fn(|place| sums[place] as u32);
         Ledger::from(whole)
@@ -455,7 +466,7 @@ impl Reduced {
     fn losses(&self) -> Losses {
         let tail = self.flat.narrow(0, self.len, 2 * self.bins() as i64);
         let tail =
-            Vec::<f32>::try_from(tail.to_device(tch::Device::Cpu)).expect("sums and counts in f32");
+            Vec::<f32>::try_from(tail.to_device(Device::Cpu)).expect("sums and counts in f32");
         let (sums, counts) = tail.split_at(self.bins());
         let mean = |sum: f64, count: f64| if count > 0.0 { sum / count } else { 0.0 };
         let total = |values: &[f32]| values.iter().map(|&x| f64::from(x)).sum::<f64>();

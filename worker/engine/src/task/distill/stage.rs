@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use distillery_common::checkpoint::{Checkpoint, Kind as StateKind, Loaded, Lora, Training};
+use distillery_common::checkpoint::{Checkpoint, Lora, Training};
 use distillery_common::curves::{StepRecord, from_jsonl};
 use distillery_common::group::{Held, Membership, Phase, Progress};
 use distillery_common::ids::Digest;
@@ -24,11 +24,10 @@ use crate::distill;
 use crate::inbox::Inbox;
 use crate::link::Event;
 use crate::task::rows::StoredRows;
-use crate::task::saver::{Place, Saver, Watch, position};
-use crate::task::student::{Student, check_dtype, f32_values};
+use crate::task::saver::{Place, Saver, Watch, part_of_kind, position};
+use crate::task::student::{Student, check_dtype, f32_tensor};
 use crate::task::{Fault, OrFault as _};
-use crate::train::snapshot::Snapshot;
-use crate::train::{self, Trainer};
+use crate::train::{self, Restoring, Trainer};
 use crate::workbench::{TeacherModel, Workbench};
 
 /// Steps of rows read ahead.
@@ -109,16 +108,15 @@ impl StageWork {
         }
         self.held = None;
         self.curves.clear();
-        let parent = load(bench, membership.parent_checkpoint.as_deref())?;
-        if let Some(parent) = &parent {
-            self.student.load_published(parent)?;
+        if let Some(parent) = open(bench, membership.parent_checkpoint.as_deref())? {
+            self.student.load_published(&bench.io, &parent)?;
         }
-        drop(parent);
         let plan = train::Plan::from(&self.recipe);
         self.trainer = Trainer::new(plan, self.student.parameters());
-        if let Some(base) = load(bench, membership.base_checkpoint.as_deref())? {
-            self.curves = from_jsonl(&base.metrics).or_fault(FailureClass::Schema)?;
-            restore(&mut self.trainer, &base, &self.curves)?;
+        if let Some(base) = open(bench, membership.base_checkpoint.as_deref())? {
+            let metrics = bench.io.wait(base.metrics())?;
+            self.curves = from_jsonl(&metrics).or_fault(FailureClass::Schema)?;
+            restore(bench, &mut self.trainer, &base, &self.curves)?;
         }
         check_start(&self.trainer, membership)?;
         // Should the others lose patience while this is read, the next group need not wait for it.
@@ -284,31 +282,32 @@ impl Watch for InboxWatch<'_> {
     }
 }
 
-/// The verified state that `commit` names, if it names one.
-fn load(bench: &Workbench, commit: Option<&str>) -> Result<Option<Loaded>, Fault> {
-    let Some(commit) = commit else {
-        return Ok(None);
-    };
-    let loaded = bench
-        .io
-        .wait(async { Checkpoint::open(&bench.store, commit).await?.load().await });
-    loaded.map(Some).or_fault(FailureClass::Schema)
+/// The checkpoint that `commit` names, if it names one.
+fn open(bench: &Workbench, commit: Option<&str>) -> Result<Option<Checkpoint>, Fault> {
+    let opened = commit.map(|commit| bench.io.wait(Checkpoint::open(&bench.store, commit)));
+    Ok(opened.transpose()?)
 }
 
-fn restore(trainer: &mut Trainer, state: &Loaded, curves: &[StepRecord]) -> Result<(), Fault> {
-    let values = f32_values(state)?;
-    let mut snapshot: Snapshot = trainer.empty_snapshot();
-    snapshot
-        .fill(position(curves), |name| {
-            let (kind, tensor) = name.split_once('/')?;
-            Some(
-                values
-                    .get(&(StateKind::parse(kind)?, tensor.to_owned()))?
-                    .as_slice(),
-            )
-        })
-        .or_fault(FailureClass::Schema)?;
-    trainer.restore(&snapshot).or_fault(FailureClass::Schema)
+/// Fills the trainer from `state`, one file of it in memory at a time.
+fn restore(
+    bench: &Workbench,
+    trainer: &mut Trainer,
+    state: &Checkpoint,
+    curves: &[StepRecord],
+) -> Result<(), Fault> {
+    let mut restoring = Restoring::new(trainer);
+    bench.io.wait(state.read(
+        |_| true,
+        |spec, bytes| {
+            let values = f32_tensor(spec, bytes)?;
+            restoring
+                .take(part_of_kind(spec.kind), &spec.name, &values)
+                .or_fault(FailureClass::Schema)
+        },
+    ))?;
+    restoring
+        .finish(position(curves))
+        .or_fault(FailureClass::Schema)
 }
 
 /// The state that was loaded is the one that the group agreed to start from.
