@@ -199,7 +199,7 @@ fn a_stopped_run_resumes() {
 #[test]
 fn whoever_looks_on_and_leaves_changes_nothing_of_the_run() {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut run = slow(&folder);
+    let mut run = slow(&folder).with("SIM_TASK_MS", 1000);
     run.start().expect("starts");
     await_commits(&run, 1);
     let seen = folder.path().join("seen");
@@ -210,8 +210,9 @@ fn whoever_looks_on_and_leaves_changes_nothing_of_the_run() {
         let said = std::fs::read_to_string(&seen).unwrap_or_default();
         said.contains(words).then_some(())
     };
-    run.await_some(|| says("trajectories "), "look at the run", PATIENCE)
+    run.await_some(|| says("attached"), "attachment", PATIENCE)
         .expect("it is attached");
+    std::thread::sleep(Duration::from_millis(300));
     let before = journal(&run);
     signal(attached.id(), "INT").expect("it lives");
     let status = attached.wait().expect("it ends");
@@ -241,13 +242,14 @@ fn journal(run: &Run) -> Vec<String> {
 #[test]
 fn garbage_of_a_run_that_somebody_has_is_listed_and_left() {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut run = slow(&folder);
+    let mut run = slow(&folder).with("SIM_TASK_MS", 1000);
     run.start().expect("starts");
     await_commits(&run, 1);
     heard(&run, &["gc", &uri(&run)]);
     let refused = ask(&run, &["gc", &uri(&run), "--delete", "--older-than", "0"]);
     assert!(!refused.status.success());
-    let said = String::from_utf8_lossy(&refused.stderr);
+    let said = [refused.stdout, refused.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
     assert!(said.contains("nothing is deleted while it does"), "{said}");
     run.finish(PATIENCE).expect("it finishes");
 }
