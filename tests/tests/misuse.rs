@@ -149,6 +149,24 @@ fn a_journal_that_is_none_is_refused_and_left_as_it_is() {
     }
 }
 
+/// Well-formed, of the same term, and of another run: its records were taken for this run's own.
+#[test]
+fn a_segment_of_another_run_is_refused_and_left_as_it_is() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let (run, other) = (interrupted(&folder), interrupted(&elsewhere));
+    let place = |run: &Run| run.output().join("journal").join(segment(1));
+    std::fs::copy(place(&other), place(&run)).expect("copied");
+    let before = tree(&run);
+    let output = run.run_command().output().expect("starts");
+    let said = words(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for says in ["segment 1", "did not claim term 1", "move it away"] {
+        assert!(said.contains(says), "{says} is not in {said}");
+    }
+    assert_eq!(tree(&run), before);
+}
+
 fn segment(seq: u64) -> String {
     format!("{seq:020}")
 }

@@ -3,7 +3,7 @@
 use std::process::Output;
 use std::time::Duration;
 
-use distillery_tests::harness::{EngineKind, Run, Target, sim_recipe};
+use distillery_tests::harness::{EngineKind, Run, Target, signal, sim_recipe};
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -192,6 +192,65 @@ fn a_stopped_run_resumes() {
     let status = run.wait(PATIENCE).expect("it ends");
     assert_eq!(status.code(), Some(75), "{}", run.log_tail());
     run.start().expect("starts");
+    run.finish(PATIENCE).expect("it finishes");
+}
+
+/// Ctrl-C in a command that only looks on once stopped the run that it looked at.
+#[test]
+fn whoever_looks_on_and_leaves_changes_nothing_of_the_run() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder).with("SIM_TASK_MS", 1000);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    let seen = folder.path().join("seen");
+    let mut attached = run.run_command();
+    attached.stderr(std::fs::File::create(&seen).expect("writable"));
+    let mut attached = attached.spawn().expect("starts");
+    let says = |words: &'static str| {
+        let said = std::fs::read_to_string(&seen).unwrap_or_default();
+        said.contains(words).then_some(())
+    };
+    run.await_some(|| says("attached"), "attachment", PATIENCE)
+        .expect("it is attached");
+    std::thread::sleep(Duration::from_millis(300));
+    let before = journal(&run);
+    signal(attached.id(), "INT").expect("it lives");
+    let status = attached.wait().expect("it ends");
+    assert_eq!(status.code(), Some(75));
+    for words in ["detached; the run goes on", "`coordinator stop "] {
+        assert!(says(words).is_some(), "{words}");
+    }
+    run.finish(PATIENCE).expect("it goes on to its end");
+    let after = journal(&run);
+    assert_eq!(after[..before.len()], before, "what was written stays");
+    let text = after.concat();
+    for stopped in ["stopped", "paused", "cancelled"] {
+        assert!(!text.contains(stopped), "{stopped} in {text}");
+    }
+    assert_eq!(text.matches("term_claimed").count(), 1);
+}
+
+/// Every segment of the run's journal, in order.
+fn journal(run: &Run) -> Vec<String> {
+    let entries = std::fs::read_dir(run.output().join("journal")).expect("there");
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    let read = |path| std::fs::read_to_string(path).expect("text");
+    paths.into_iter().map(read).collect()
+}
+
+#[test]
+fn garbage_of_a_run_that_somebody_has_is_listed_and_left() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder).with("SIM_TASK_MS", 1000);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    heard(&run, &["gc", &uri(&run)]);
+    let refused = ask(&run, &["gc", &uri(&run), "--delete", "--older-than", "0"]);
+    assert!(!refused.status.success());
+    let said = [refused.stdout, refused.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("nothing is deleted while it does"), "{said}");
     run.finish(PATIENCE).expect("it finishes");
 }
 

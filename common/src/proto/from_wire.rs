@@ -39,6 +39,14 @@ pub enum Malformed {
         /// Members of the group.
         world: u32,
     },
+    /// A number beyond any that is reached.
+    #[error("{value} is too large for the {what}")]
+    TooLarge {
+        /// Which number.
+        what: &'static str,
+        /// It.
+        value: u64,
+    },
     /// A step beyond the last one, or a last one that nobody could reach.
     #[error("step {step} of {total} is none")]
     Step {
@@ -51,6 +59,8 @@ pub enum Malformed {
 
 /// More steps than any stage has: what is reckoned with steps cannot overflow.
 const MAX_STEPS: u64 = 1 << 48;
+/// More attempts than any task has, so that a next one can always be counted.
+const MAX_ATTEMPTS: u32 = 1 << 24;
 
 /// A task's name.
 pub fn task_id(task: wire::TaskId) -> Result<TaskId, Malformed> {
@@ -63,12 +73,24 @@ pub fn task_id(task: wire::TaskId) -> Result<TaskId, Malformed> {
 /// A lease.
 pub fn lease(lease: Option<wire::Lease>) -> Result<Lease, Malformed> {
     let lease = lease.ok_or(Malformed::Missing("lease"))?;
+    not_above(
+        MAX_ATTEMPTS.into(),
+        "number of an attempt",
+        lease.attempt.into(),
+    )?;
     Ok(Lease {
         term: Term(lease.term),
         task: task_id(lease.task.ok_or(Malformed::Missing("task in its lease"))?)?,
         attempt: lease.attempt,
         incarnation: Incarnation(lease.incarnation),
     })
+}
+
+fn not_above(most: u64, what: &'static str, value: u64) -> Result<(), Malformed> {
+    if value > most {
+        return Err(Malformed::TooLarge { what, value });
+    }
+    Ok(())
 }
 
 /// A SHA-256.
@@ -132,6 +154,8 @@ pub fn commit_summary(commit: Option<wire::CommitSummary>) -> Result<CommitSumma
 
 /// How far an attempt is.
 pub fn task_progress(progress: wire::TaskProgress) -> Result<task::Progress, Malformed> {
+    not_above(MAX_STEPS, "units of a task", progress.done)?;
+    not_above(MAX_STEPS, "units of a task", progress.total)?;
     Ok(task::Progress {
         lease: lease(progress.lease)?,
         done: progress.done,
@@ -327,6 +351,24 @@ mod tests {
             checkpoint_committed(to_wire::checkpoint_committed(&original)),
             Ok(original)
         );
+    }
+
+    /// What is reckoned with these numbers once ended the coordinator.
+    #[test]
+    fn numbers_of_a_task_that_nobody_reaches_are_refused() {
+        let mut many = to_wire::lease(&some_lease());
+        many.attempt = u32::MAX;
+        let refused = lease(Some(many)).expect_err("nobody tries so often");
+        assert!(refused.to_string().contains("attempt"), "{refused}");
+        for (done, total) in [(u64::MAX, 1), (1, u64::MAX)] {
+            let progress = to_wire::task_progress(&task::Progress {
+                lease: some_lease(),
+                done,
+                total,
+            });
+            let refused = task_progress(progress).expect_err("no task has so many units");
+            assert!(refused.to_string().contains("units"), "{refused}");
+        }
     }
 
     #[test]

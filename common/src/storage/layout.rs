@@ -147,6 +147,12 @@ pub fn journal_segment(seq: u64) -> Key {
     journal().key(&format!("{seq:020}"))
 }
 
+/// Reads the number back from the key of a segment.
+pub fn parse_journal_segment(key: &Key) -> Option<u64> {
+    let seq = key.as_str().strip_prefix("journal/")?.parse().ok()?;
+    (journal_segment(seq) == *key).then_some(seq)
+}
+
 /// What all segments before `seq` come to.
 pub fn journal_snapshot(seq: u64) -> Key {
     journal().key(&format!("{SNAPSHOT}{seq:020}"))
@@ -423,6 +429,8 @@ mod tests {
         assert_eq!(journal_segment(7).as_str(), "journal/00000000000000000007");
         assert_eq!(parse_journal_snapshot(&journal_snapshot(7)), Some(7));
         assert_eq!(parse_journal_snapshot(&journal_segment(7)), None);
+        assert_eq!(parse_journal_segment(&journal_segment(7)), Some(7));
+        assert_eq!(parse_journal_segment(&journal_snapshot(7)), None);
         for folder in [shard.clone(), task("evaluate", 7), checkpoint.clone()] {
             assert_eq!(parse_committed_folder(folder.as_str()), Some(folder));
         }

@@ -5,20 +5,29 @@ use std::time::Duration;
 use anyhow::Context as _;
 
 use crate::console;
-use crate::service::client::{Client, Request};
+use crate::service::client::Client;
 
 /// Between two looks at a run.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Shows a run that another process has, until that is gone. Ctrl-C stops the run as it would there.
-pub(super) async fn follow(mut client: Client) -> anyhow::Result<()> {
-    let mut interrupted = false;
+/// Why this process no longer follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    /// The other process is gone.
+    Ended,
+    /// Somebody pressed Ctrl-C here.
+    Detached,
+}
+
+/// Shows a run that another process has, until that is gone or Ctrl-C is pressed here. It only looks on: what this
+/// process is told is not meant for the run.
+pub(super) async fn follow(mut client: Client) -> anyhow::Result<Left> {
     let mut shown = String::new();
     loop {
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {
                 let Ok(status) = client.status().await else {
-                    return Ok(());
+                    return Ok(Left::Ended);
                 };
                 let line = status.summary();
                 if line != shown {
@@ -26,9 +35,9 @@ pub(super) async fn follow(mut client: Client) -> anyhow::Result<()> {
                     shown = line;
                 }
             }
-            _ = tokio::signal::ctrl_c() => {
-                client.ask(Request::Stop { now: interrupted }).await.context("the coordinator does not answer")?;
-                interrupted = true;
+            heard = tokio::signal::ctrl_c() => {
+                heard.context("Ctrl-C cannot be listened for")?;
+                return Ok(Left::Detached);
             }
         }
     }

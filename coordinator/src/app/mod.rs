@@ -88,7 +88,13 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
                 "a coordinator at {} has this run; attached",
                 durable.endpoint
             ));
-            attach::follow(client).await?;
+            if attach::follow(client).await? == attach::Left::Detached {
+                console::note(format_args!(
+                    "detached; the run goes on. `coordinator stop {}` stops it",
+                    store.uri()
+                ));
+                return Ok(ExitCode::from(TRY_AGAIN));
+            }
             return end_elsewhere(&recipe, &store, &prepared.record, config.json).await;
         }
     }

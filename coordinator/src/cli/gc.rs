@@ -9,8 +9,8 @@ use serde_json::json;
 use distillery_common::storage::{Store, layout};
 
 use super::Context;
-use crate::console;
 use crate::garbage::{self, Found, Why};
+use crate::{app, console};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -34,6 +34,9 @@ async fn collect(arguments: &Arguments, context: Context) -> anyhow::Result<Exit
         .find(&layout::run_record())
         .await?
         .with_context(|| format!("there is no run at {}", store.uri()))?;
+    if arguments.delete {
+        refuse_if_live(&arguments.run).await?;
+    }
     let found = garbage::find(&store, u64::from(arguments.older_than) * 3600).await?;
     let kept = if arguments.delete {
         garbage::delete(&store, &found.garbage).await?
@@ -42,6 +45,17 @@ async fn collect(arguments: &Arguments, context: Context) -> anyhow::Result<Exit
     };
     show(&found, arguments.delete, kept, context)?;
     Ok(ExitCode::from(u8::from(!found.unreadable.is_empty())))
+}
+
+/// While a coordinator has the run its workers may commit what looks abandoned: only whoever has the term may delete.
+async fn refuse_if_live(uri: &str) -> anyhow::Result<()> {
+    let found = app::find(uri).await?;
+    anyhow::ensure!(
+        found.client.is_none(),
+        "a coordinator at {} has the run at {uri}; nothing is deleted while it does: `coordinator stop {uri}` first",
+        found.durable.endpoint
+    );
+    Ok(())
 }
 
 fn show(found: &Found, deleted: bool, kept: usize, context: Context) -> std::io::Result<()> {

@@ -1,10 +1,11 @@
 //! What the machine wants read from or written to the store. Each errand runs on its own and reports back once.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::Semaphore;
 
@@ -77,20 +78,17 @@ impl Errands {
         handle: Handle,
     ) {
         let shared = Arc::clone(&self.shared);
-        let errand = async move {
-            let finding = shared.inspect(stage, granted_below).await;
-            Event::Inspected { stage, finding }
-        };
-        self.spawn(after_ms, handle, errand.boxed());
+        let errand = async move { shared.inspect(stage, granted_below).await };
+        let event = move |finding| Event::Inspected { stage, finding };
+        self.spawn(after_ms, handle, errand, event);
     }
 
     pub(super) fn verify_commit(&self, task: TaskId, after_ms: u64, handle: Handle) {
         let shared = Arc::clone(&self.shared);
-        let errand = async move {
-            let commit = shared.read_commit(&task).await;
-            Event::CommitVerified { task, commit }
-        };
-        self.spawn(after_ms, handle, errand.boxed());
+        let name = task.clone();
+        let errand = async move { shared.read_commit(&name).await };
+        let event = move |commit| Event::CommitVerified { task, commit };
+        self.spawn(after_ms, handle, errand, event);
     }
 
     pub(super) fn verify_checkpoint(
@@ -100,11 +98,10 @@ impl Errands {
         handle: Handle,
     ) {
         let shared = Arc::clone(&self.shared);
-        let errand = async move {
-            let result = shared.verify_checkpoint(&checkpoint).await;
-            Event::CheckpointVerified { checkpoint, result }
-        };
-        self.spawn(after_ms, handle, errand.boxed());
+        let reported = checkpoint.clone();
+        let errand = async move { shared.verify_checkpoint(&reported).await };
+        let event = move |result| Event::CheckpointVerified { checkpoint, result };
+        self.spawn(after_ms, handle, errand, event);
     }
 
     pub(super) fn seal(
@@ -115,11 +112,9 @@ impl Errands {
         handle: Handle,
     ) {
         let shared = Arc::clone(&self.shared);
-        let errand = async move {
-            let result = shared.seal(stage, &commits).await;
-            Event::Sealed { stage, result }
-        };
-        self.spawn(after_ms, handle, errand.boxed());
+        let errand = async move { shared.seal(stage, &commits).await };
+        let event = move |result| Event::Sealed { stage, result };
+        self.spawn(after_ms, handle, errand, event);
     }
 
     /// Writes a part of a commit index; one that cannot be written is done without.
@@ -161,20 +156,39 @@ impl Errands {
         });
     }
 
-    /// Errands end by themselves: each makes a bounded number of requests, then reports or finds the driver gone.
-    fn spawn(&self, after_ms: u64, handle: Handle, errand: BoxFuture<'static, Event>) {
+    /// Errands end by themselves: each makes a bounded number of requests, then reports or finds the driver gone. One
+    /// that panics reports that, since the machine waits for its event without a deadline.
+    fn spawn<T: Send + 'static>(
+        &self,
+        after_ms: u64,
+        handle: Handle,
+        errand: impl Future<Output = Result<T, Trouble>> + Send + 'static,
+        event: impl FnOnce(Result<T, Trouble>) -> Event + Send + 'static,
+    ) {
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
             if after_ms > 0 {
                 tokio::time::sleep(Duration::from_millis(after_ms)).await;
             }
             let permit = shared.permits.acquire().await;
-            let event = errand.await;
+            // Nothing that an errand has in hand is looked at after a panic.
+            let done = AssertUnwindSafe(errand).catch_unwind().await;
+            let result = done.unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
             drop(permit);
             // The driver may have ended meanwhile; then nobody needs the answer.
-            let _ = handle.event(event).await;
+            let _ = handle.event(event(result)).await;
         });
     }
+}
+
+/// A panic as the trouble that it is: a bug, which another try would meet again.
+fn panicked(panic: &(dyn Any + Send)) -> Trouble {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    Trouble::Permanent(format!(
+        "the coordinator met a bug of its own: {}",
+        text.unwrap_or("a panic without words")
+    ))
 }
 
 impl Shared {
@@ -480,3 +494,6 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,6 +10,8 @@ mod snapshot;
 mod spent;
 mod stored;
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use uuid::Uuid;
@@ -55,6 +57,22 @@ pub enum Error {
         /// Which.
         seq: u64,
     },
+    /// There was more than there is.
+    #[error(
+        "a snapshot says what {snapshot} journal segments come to, of which {found} are there: the last ones are lost; restore them, or start the run elsewhere"
+    )]
+    LostTail {
+        /// How many there were at least.
+        snapshot: u64,
+        /// How many there are.
+        found: u64,
+    },
+    /// Something else lies among the segments.
+    #[error("{key} is no segment of a journal; move it away")]
+    Stray {
+        /// Where.
+        key: String,
+    },
     /// Others claimed the run over and over.
     #[error("{CLAIMS} other coordinators claimed this run at the same time")]
     Contended,
@@ -68,9 +86,12 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Storage(error) => error.is_transient(),
-            Self::Fenced { .. } | Self::Malformed { .. } | Self::Gap { .. } | Self::Contended => {
-                false
-            }
+            Self::Fenced { .. }
+            | Self::Malformed { .. }
+            | Self::Gap { .. }
+            | Self::LostTail { .. }
+            | Self::Stray { .. }
+            | Self::Contended => false,
         }
     }
 }
@@ -82,21 +103,56 @@ pub struct Folded {
     pub durable: Durable,
     /// What the coordinators had spent.
     pub account: Account,
+    /// Who claimed the last term; unknown where a snapshot of before it was recorded begins.
+    pub writer: Option<String>,
     /// The number of the next segment; zero when nothing was ever written.
     pub next: u64,
 }
 
 impl Folded {
-    /// Takes one more segment in.
-    fn add(&mut self, term: Term, spent: Option<Spent>, records: &[Record]) {
-        self.next += 1;
-        // A coordinator that has been fenced cannot append; this guards against foreign tools.
-        if term >= self.durable.term {
-            self.account.add(term, spent, records);
-            for record in records {
-                self.durable.apply(record);
-            }
+    /// Takes one more segment in, if it is the next one of this journal.
+    fn add(&mut self, segment: &Segment) -> Result<(), Error> {
+        let seq = self.next;
+        self.belongs(segment).map_err(|what| Error::Malformed {
+            seq,
+            reason: format!(
+                "{what}; it is of another run or was copied here: move it away and restore the one that belongs there"
+            ),
+        })?;
+        if segment.term > self.durable.term {
+            self.writer = Some(segment.writer.clone());
         }
+        self.next += 1;
+        self.account
+            .add(segment.term, segment.spent, &segment.records);
+        for record in &segment.records {
+            self.durable.apply(record);
+        }
+        Ok(())
+    }
+
+    /// A term begins with its claim and has one writer, and a coordinator that has been fenced cannot append: what is
+    /// otherwise was put there by hand.
+    fn belongs(&self, segment: &Segment) -> Result<(), String> {
+        let (term, last) = (segment.term, self.durable.term);
+        if term < last {
+            return Err(format!("it has term {term} and comes after term {last}"));
+        }
+        let claims = matches!(
+            segment.records.first(),
+            Some(Record::TermClaimed { term: claimed, .. }) if *claimed == term
+        );
+        if term > last && !claims {
+            return Err(format!(
+                "it does not begin with the claim of its term {term}"
+            ));
+        }
+        let is_anothers = |writer: &String| *writer != segment.writer;
+        if term == last && self.writer.as_ref().is_some_and(is_anothers) {
+            let writer = &segment.writer;
+            return Err(format!("its writer {writer} did not claim term {term}"));
+        }
+        Ok(())
     }
 }
 
@@ -140,13 +196,8 @@ pub async fn read(store: &Store) -> Result<Folded, Error> {
         .buffered(READS_IN_FLIGHT)
         .try_collect()
         .await?;
-    for Segment {
-        term,
-        spent,
-        records,
-    } in segments
-    {
-        folded.add(term, spent, &records);
+    for segment in segments {
+        folded.add(&segment)?;
     }
     Ok(folded)
 }
@@ -159,13 +210,11 @@ pub async fn records(store: &Store) -> Result<Vec<Record>, Error> {
         .buffered(READS_IN_FLIGHT)
         .try_collect()
         .await?;
-    let mut term = Term(0);
+    let mut folded = Folded::default();
     let mut records = Vec::new();
     for segment in segments {
-        if segment.term >= term {
-            term = segment.term;
-            records.extend(segment.records);
-        }
+        folded.add(&segment)?;
+        records.extend(segment.records);
     }
     Ok(records)
 }
@@ -173,24 +222,52 @@ pub async fn records(store: &Store) -> Result<Vec<Record>, Error> {
 /// How many segments there are, and which snapshots.
 async fn listed(store: &Store) -> Result<(u64, Vec<u64>), Error> {
     let listed = store.list(&layout::journal()).await?;
-    let snapshot = |entry: &storage::Entry| layout::parse_journal_snapshot(&entry.key);
-    let snapshots: Vec<_> = listed.iter().filter_map(snapshot).collect();
-    let count = (listed.len() - snapshots.len()) as u64;
-    let segments = listed.iter().filter(|entry| snapshot(entry).is_none());
-    for (seq, entry) in (0..count).zip(segments) {
-        if entry.key != layout::journal_segment(seq) {
-            return Err(Error::Gap { seq });
+    let (mut segments, mut snapshots) = (BTreeSet::new(), Vec::new());
+    for entry in listed {
+        if let Some(seq) = layout::parse_journal_segment(&entry.key) {
+            segments.insert(seq);
+        } else if let Some(seq) = layout::parse_journal_snapshot(&entry.key) {
+            snapshots.push(seq);
+        } else {
+            let key = entry.key.to_string();
+            return Err(Error::Stray { key });
         }
     }
-    Ok((count, snapshots))
+    snapshots.sort_unstable();
+    Ok((count(store, &segments).await?, snapshots))
 }
 
-/// The newest snapshot that is whole and not ahead of the segments; nothing where there is none.
+/// How many segments there are, of which `listed` were seen. Whoever lists a folder while segments are created may see
+/// one and miss the one before it: only one that cannot be read either is missing.
+async fn count(store: &Store, listed: &BTreeSet<u64>) -> Result<u64, Error> {
+    let mut next = 0;
+    for &seen in listed {
+        while next < seen {
+            // The first hole ends this, however far away `seen` is.
+            read_segment(store, next).await?;
+            next += 1;
+        }
+        next = seen.saturating_add(1);
+    }
+    Ok(next)
+}
+
+/// The newest snapshot that is whole; nothing where there is none. One that is ahead of the segments was written after
+/// they were listed, or they are lost.
 async fn newest_snapshot(store: &Store, snapshots: &[u64], count: u64) -> Result<Folded, Error> {
-    for &seq in snapshots.iter().rev().filter(|&&seq| seq <= count) {
+    for &seq in snapshots.iter().rev() {
         let key = layout::journal_snapshot(seq);
         match snapshot::parse(&store.get(&key).await?) {
-            Ok(folded) if folded.next == seq => return Ok(folded),
+            Ok(folded) if folded.next == seq => {
+                let last = layout::journal_segment(seq.saturating_sub(1));
+                if seq > count && store.find(&last).await?.is_none() {
+                    return Err(Error::LostTail {
+                        snapshot: seq,
+                        found: count,
+                    });
+                }
+                return Ok(folded);
+            }
             Ok(_) => tracing::warn!(%key, "a snapshot of another place is passed over"),
             Err(reason) => tracing::warn!(%key, reason, "a damaged snapshot is passed over"),
         }
@@ -205,7 +282,8 @@ pub fn parse(segment: &[u8]) -> Result<(Term, Vec<Record>), String> {
 }
 
 async fn read_segment(store: &Store, seq: u64) -> Result<stored::Segment, Error> {
-    let bytes = store.get(&layout::journal_segment(seq)).await?;
+    let found = store.find(&layout::journal_segment(seq)).await?;
+    let bytes = found.ok_or(Error::Gap { seq })?;
     stored::parse(&bytes).map_err(|reason| Error::Malformed { seq, reason })
 }
 
@@ -289,7 +367,12 @@ impl Journal {
         let key = layout::journal_segment(seq);
         match self.store.create(&key, Bytes::from(body)).await? {
             Created::Won => {
-                self.folded.add(self.term, Some(spent), records);
+                self.folded.add(&Segment {
+                    term: self.term,
+                    writer: self.writer.clone(),
+                    spent: Some(spent),
+                    records: records.to_vec(),
+                })?;
                 self.take_snapshot().await;
                 Ok(())
             }
@@ -303,153 +386,4 @@ impl Journal {
 }
 
 #[cfg(test)]
-mod tests {
-    use distillery_common::ids::{Generation, Incarnation};
-    use distillery_common::task::FailureClass;
-
-    use super::*;
-
-    const SPENT: Spent = Spent {
-        elapsed: std::time::Duration::from_millis(1500),
-        peak_bytes: Some(20 << 20),
-    };
-
-    fn started(stage: &str) -> Record {
-        Record::StageStarted {
-            stage: stage.into(),
-        }
-    }
-
-    async fn claim(store: &Store, writer: u128) -> Journal {
-        Journal::claim(store, "a:1", Uuid::from_u128(writer), SPENT)
-            .await
-            .expect("a run can always be claimed")
-    }
-
-    #[tokio::test]
-    async fn what_was_appended_is_read_back_in_order() {
-        let store = Store::in_memory();
-        let mut journal = claim(&store, 1).await;
-        assert_eq!(journal.durable().term, Term(1));
-        journal
-            .append(&[started("x"), started("y")], SPENT)
-            .await
-            .expect("nobody else is there");
-        journal.append(&[], SPENT).await.expect("nothing to do");
-        let read = read(&store).await.expect("readable");
-        assert_eq!(read, journal.folded);
-        assert_eq!(read.next, 2);
-        let records = records(&store).await.expect("readable");
-        assert_eq!(records[1..], [started("x"), started("y")]);
-    }
-
-    #[tokio::test]
-    async fn only_the_higher_term_writes() {
-        let store = Store::in_memory();
-        let mut old = claim(&store, 1).await;
-        let mut new = claim(&store, 2).await;
-        assert_eq!((old.term(), new.term()), (Term(1), Term(2)));
-        let fenced = old
-            .append(&[started("x")], SPENT)
-            .await
-            .expect_err("fenced");
-        assert!(matches!(fenced, Error::Fenced { by: Term(2) }), "{fenced}");
-        new.append(&[started("y")], SPENT)
-            .await
-            .expect("it has the run");
-        let again = old
-            .append(&[started("x")], SPENT)
-            .await
-            .expect_err("still fenced");
-        assert!(matches!(again, Error::Fenced { .. }), "{again}");
-        let records = records(&store).await.expect("readable");
-        assert_eq!(records.last(), Some(&started("y")));
-        assert!(!records.contains(&started("x")));
-    }
-
-    #[tokio::test]
-    async fn whoever_was_replaced_can_see_it_without_writing() {
-        let store = Store::in_memory();
-        let mut old = claim(&store, 1).await;
-        let look = old.lookout();
-        assert_eq!(look.successor().await.expect("readable"), None);
-        old.append(&[started("x")], SPENT).await.expect("it has it");
-        let own = look.successor().await.expect("readable");
-        assert_eq!(own, None, "what it wrote itself meanwhile is no successor");
-        let look = old.lookout();
-        let new = claim(&store, 2).await;
-        assert_eq!(look.successor().await.expect("readable"), Some(new.term()));
-        assert_eq!(new.lookout().successor().await.expect("readable"), None);
-    }
-
-    #[tokio::test]
-    async fn claims_at_the_same_moment_get_different_terms() {
-        let store = Store::in_memory();
-        let claims = (1..=8).map(|n| {
-            let store = store.clone();
-            async move { claim(&store, n).await.term() }
-        });
-        let mut terms = futures::future::join_all(claims).await;
-        terms.sort();
-        assert_eq!(terms, (1..=8).map(Term).collect::<Vec<_>>());
-    }
-
-    #[tokio::test]
-    async fn a_snapshot_spares_reading_from_the_beginning_and_changes_nothing() {
-        let store = Store::in_memory();
-        let mut journal = claim(&store, 1).await;
-        for n in 1..SNAPSHOT_EVERY + 10 {
-            let stage = format!("s{}", n % 7);
-            let records = match n % 3 {
-                0 => vec![started(&stage)],
-                1 => vec![Record::GenerationFormed {
-                    generation: Generation(n),
-                    stage,
-                    members: vec![Incarnation(n), Incarnation(n + 1)],
-                    base_step: n,
-                    base: Some(format!("base-{n}")),
-                }],
-                _ => vec![Record::TaskFailedCounted {
-                    stage,
-                    index: n,
-                    class: FailureClass::Io,
-                    message: "slow disk".into(),
-                }],
-            };
-            journal.append(&records, SPENT).await.expect("ours");
-        }
-        let from_snapshot = read(&store).await.expect("readable");
-        assert_eq!(from_snapshot, journal.folded);
-        let from_the_beginning = records(&store).await.expect("readable");
-        let replayed = Durable::replay(&from_the_beginning);
-        assert_eq!(from_snapshot.durable, replayed, "I7");
-        let key = layout::journal_snapshot(SNAPSHOT_EVERY);
-        let bytes = store.get(&key).await.expect("it is there");
-        let parsed = snapshot::parse(&bytes).expect("whole");
-        assert_eq!(snapshot::write(&parsed), bytes, "the bytes are canonical");
-
-        let segment = layout::journal_segment(3);
-        store.delete(&segment).await.expect("deleted");
-        let gap = read(&store).await.expect_err("a hole is a hole");
-        assert!(matches!(gap, Error::Gap { seq: 3 }), "{gap}");
-    }
-
-    #[tokio::test]
-    async fn a_damaged_snapshot_is_passed_over() {
-        let store = Store::in_memory();
-        let mut journal = claim(&store, 1).await;
-        journal.append(&[started("x")], SPENT).await.expect("ours");
-        let mut ahead = journal.folded.clone();
-        ahead.durable.endpoint = "a lie".into();
-        for (seq, bytes) in [
-            (0, Bytes::from_static(b"{}")),
-            (1, snapshot::write(&ahead)),
-            (9, snapshot::write(&ahead)),
-        ] {
-            let key = layout::journal_snapshot(seq);
-            store.create(&key, bytes).await.expect("created");
-        }
-        let read = read(&store).await.expect("readable");
-        assert_eq!(read, journal.folded);
-    }
-}
+mod tests;

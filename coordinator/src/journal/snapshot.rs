@@ -33,6 +33,9 @@ struct Stored {
     paused: Option<String>,
     outcome: Option<StoredOutcome>,
     account: StoredAccount,
+    /// None in snapshots of before it was recorded.
+    #[serde(default)]
+    writer: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -87,6 +90,7 @@ pub(super) fn write(folded: &Folded) -> Bytes {
         paused: durable.paused.clone(),
         outcome: durable.outcome.clone().map(outcome_to_stored),
         account: account_to_stored(&folded.account),
+        writer: folded.writer.clone(),
     };
     checked::write(serde_json::to_vec(&stored).expect("text and numbers become JSON"))
 }
@@ -112,6 +116,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Folded, String> {
             outcome: stored.outcome.map(outcome_from_stored),
         },
         account: account_from_stored(stored.account),
+        writer: stored.writer,
         next: stored.next,
     })
 }

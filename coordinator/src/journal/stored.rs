@@ -15,6 +15,8 @@ const FORMAT_VERSION: u32 = 1;
 /// A segment as it is used.
 pub(super) struct Segment {
     pub(super) term: Term,
+    /// Names the process that wrote it.
+    pub(super) writer: String,
     /// None in journals of before it was recorded.
     pub(super) spent: Option<Spent>,
     pub(super) records: Vec<Record>,
@@ -25,7 +27,8 @@ pub(super) struct Segment {
 struct StoredSegment {
     format_version: u32,
     term: u64,
-    /// Makes the bytes of two writers differ, so that a store can tell them apart.
+    /// Makes the bytes of two writers differ, so that a store can tell them apart, and says which claim of a term a
+    /// segment belongs to.
     writer: String,
     #[serde(default)]
     spent: Option<StoredSpent>,
@@ -145,6 +148,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Segment, String> {
     }
     Ok(Segment {
         term: Term(segment.term),
+        writer: segment.writer,
         spent: segment.spent.map(|spent| Spent {
             elapsed: Duration::from_millis(spent.elapsed_ms),
             peak_bytes: spent.peak_bytes,

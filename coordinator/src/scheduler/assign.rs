@@ -31,6 +31,10 @@ impl Machine {
             self.fleet
                 .update(incarnation, |worker| worker.starting = hello.starting);
         } else {
+            if self.fleet.is_empty() {
+                // Nobody was looked for, so that no look is overdue.
+                self.swept = now;
+            }
             let worker = Worker {
                 name: hello.name.clone(),
                 host: hello.host.clone(),
@@ -59,6 +63,9 @@ impl Machine {
         }
         if self.is_stopping() {
             self.drain(incarnation, true, "the run is stopping", out);
+        } else if self.fleet.get(incarnation).is_some_and(|w| w.draining) {
+            // It may not have heard so: the message may have been lost with the last stream.
+            self.drain(incarnation, true, "asked to leave", out);
         }
     }
 
@@ -95,7 +102,7 @@ impl Machine {
             {
                 continue;
             }
-            if lease.incarnation == holder && self.adoptable(&lease.task) {
+            if self.adoptable(lease, holder) {
                 if let Some(board) = self.board(&lease.task) {
                     board.lease(lease.clone(), now);
                 }
@@ -112,10 +119,16 @@ impl Machine {
         }
     }
 
-    fn adoptable(&mut self, task: &TaskId) -> bool {
+    /// Whether `lease` may be one that an earlier life gave `holder`, of a task that is open. Those of this life are
+    /// known.
+    fn adoptable(&self, lease: &Lease, holder: Incarnation) -> bool {
+        let task = &lease.task;
         let Some(at) = self.plan.position(&task.stage) else {
             return false;
         };
+        if lease.incarnation != holder || lease.term >= self.term {
+            return false;
+        }
         match &self.stages[at] {
             State::Inspecting { .. } => true,
             State::Tasks(board) => board.is_open(task.index),
@@ -215,7 +228,7 @@ impl Machine {
         now: Duration,
         out: &mut Vec<Action>,
     ) -> bool {
-        let Some(who) = self.heard(connection, now, out) else {
+        let Some((who, was_suspect)) = self.heard(connection, now, out) else {
             return false;
         };
         match message {
@@ -232,7 +245,7 @@ impl Machine {
                     self.group_progress(who, progress, now, out);
                 }
                 self.send(who, ToWorker::BeatAck { seq }, out);
-                return changed;
+                return changed || was_suspect;
             }
             FromWorker::TaskCommitted { seq, lease } => {
                 self.task_committed(who, seq, &lease, now, out);
@@ -242,7 +255,7 @@ impl Machine {
                 lease,
                 failure,
             } => {
-                self.task_failed(&lease, failure, now, out);
+                self.task_failed(who, &lease, failure, now, out);
                 self.send(who, ToWorker::ReportAck { seq }, out);
             }
             FromWorker::GroupReady {
@@ -283,27 +296,28 @@ impl Machine {
         true
     }
 
-    /// The worker that speaks on `connection`, which is no longer suspect; streams that do not count are ended.
+    /// The worker that speaks on `connection`, which is no longer suspect, and whether it had been; streams that do not
+    /// count are ended.
     fn heard(
         &mut self,
         connection: ConnectionId,
         now: Duration,
         out: &mut Vec<Action>,
-    ) -> Option<Incarnation> {
+    ) -> Option<(Incarnation, bool)> {
         let Some(who) = self.fleet.at(connection) else {
             out.push(Action::Close(connection));
             return None;
         };
-        if self.fleet.heard(who, now)
-            && let Some(worker) = self.fleet.get(who)
-        {
+        let was_suspect = self.fleet.heard(who, now);
+        if was_suspect && let Some(worker) = self.fleet.get(who) {
             let worker = worker.name.clone();
             out.push(Action::Explain(Decision::Cleared { worker }));
         }
-        Some(who)
+        Some((who, was_suspect))
     }
 
-    /// Whoever reports a COMMIT is believed once it was read; the lease no longer matters.
+    /// Whoever reports a COMMIT is believed once it was read; the lease no longer matters. It ends if its holder says
+    /// so, and goes on while somebody else does.
     fn task_committed(
         &mut self,
         who: Incarnation,
@@ -323,7 +337,7 @@ impl Machine {
             return;
         };
         let since = board.attempt(lease).map(|attempt| attempt.since);
-        if let Some(since) = since {
+        if let Some(since) = since.filter(|_| lease.incarnation == who) {
             board.lived(now.saturating_sub(since));
         }
         if index >= board.count || board.committed.contains_key(&index) {

@@ -52,22 +52,35 @@ impl Machine {
                     self.abort(at, &reason, true, now, out);
                 }
             }
-            Ok(()) => {
-                if let Some(at) = self.plan.position(&checkpoint.group.stage) {
-                    let found = Checkpoint {
-                        step: checkpoint.step,
-                        generation: checkpoint.group.generation,
-                        key: checkpoint.key.clone(),
-                        digest: checkpoint.digest,
-                        is_final: checkpoint.is_final,
-                    };
-                    self.accept(at, &found, now, out);
-                }
-            }
+            Ok(()) => self.take_in(&checkpoint, now, out),
         }
         let key = (checkpoint.group, checkpoint.step);
         let verification = self.checkpoints.remove(&key).unwrap_or_default();
         self.acknowledge(verification, out);
+    }
+
+    /// Takes in a reported checkpoint that is whole. Which one is the last follows from the plan, whatever was reported.
+    fn take_in(&mut self, reported: &CheckpointCommitted, now: Duration, out: &mut Vec<Action>) {
+        let Some(at) = self.plan.position(&reported.group.stage) else {
+            return;
+        };
+        let steps = match &self.plan.stages[at].work {
+            Work::Training(training) => training.steps,
+            Work::Tasks(_) => 0,
+        };
+        if reported.step > steps {
+            let what = format!("checkpoint {}, whose stage has {steps} steps", reported.key);
+            out.push(Action::Explain(Decision::Ignored { what }));
+            return;
+        }
+        let found = Checkpoint {
+            step: reported.step,
+            generation: reported.group.generation,
+            key: reported.key.clone(),
+            digest: reported.digest,
+            is_final: reported.step == steps,
+        };
+        self.accept(at, &found, now, out);
     }
 
     /// Takes a whole checkpoint into the record, if it lies on the lineage; the final one seals its stage.

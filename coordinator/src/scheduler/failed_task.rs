@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use distillery_common::ids::Incarnation;
 use distillery_common::task::{Failure, FailureClass, Lease, Remedy, TaskId};
 
 use super::action::Action;
@@ -12,14 +13,20 @@ use super::task::Board;
 use crate::plan::Work;
 
 impl Machine {
-    /// The holder of `lease` could not do its task.
+    /// `who` says that `lease` could not be done; nobody but its holder can know.
     pub(super) fn task_failed(
         &mut self,
+        who: Incarnation,
         lease: &Lease,
         failure: Failure,
         now: Duration,
         out: &mut Vec<Action>,
     ) {
+        if lease.incarnation != who {
+            let what = format!("a failure of {lease}, told by {who}");
+            out.push(Action::Explain(Decision::Ignored { what }));
+            return;
+        }
         let is_live = self
             .board(&lease.task)
             .is_some_and(|board| board.attempt(lease).is_some());

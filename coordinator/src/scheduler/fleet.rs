@@ -164,6 +164,28 @@ impl Fleet {
         }
     }
 
+    /// Counts the time without a stream of `incarnation` from `now` on.
+    pub(super) fn disconnect_again(&mut self, incarnation: Incarnation, now: Duration) {
+        if let Some(worker) = self.workers.get_mut(&incarnation)
+            && let Link::Down(at) = worker.link
+        {
+            worker.link = Link::Down(now);
+            self.down.remove(&(at, incarnation));
+            self.down.insert((now, incarnation));
+        }
+    }
+
+    /// Takes `late` from everybody's silence: for so long we did not listen, because this process stood still or its
+    /// store did. Whoever is silent is lost later for it, which does no harm.
+    pub(super) fn forgive(&mut self, late: Duration, now: Duration) {
+        if late.is_zero() {
+            return;
+        }
+        for worker in self.workers.values_mut() {
+            worker.heard = now.min(worker.heard + late);
+        }
+    }
+
     /// Removes a registration for good.
     pub(super) fn remove(&mut self, incarnation: Incarnation) -> Option<Worker> {
         let worker = self.workers.remove(&incarnation)?;

@@ -256,13 +256,21 @@ impl Machine {
     fn tick(&mut self, now: Duration, out: &mut Vec<Action>) {
         self.ticked = now;
         while let Some((at, incarnation)) = self.fleet.first_down() {
-            if now < at + self.timings.reconnect {
+            let due = at + self.timings.reconnect;
+            if now < due {
                 break;
+            }
+            if now >= due + self.timings.reconnect {
+                // We come too late to say that it did not come back: its hello may lie unread.
+                self.fleet.disconnect_again(incarnation, now);
+                continue;
             }
             self.lose_worker(incarnation, "its stream ended", true, now, out);
         }
-        if now >= self.swept + self.timings.sweep {
+        let due = self.swept + self.timings.sweep;
+        if now >= due {
             self.swept = now;
+            self.fleet.forgive(now - due, now);
             self.sweep(now, out);
         }
         for at in 0..self.stages.len() {

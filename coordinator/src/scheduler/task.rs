@@ -111,9 +111,11 @@ impl Board {
         (self.committed.len() + self.quarantined.len()) as u64
     }
 
-    /// The number that the next attempt at `index` has.
+    /// The number that the next attempt at `index` has. The last one may be what a worker of an earlier life says.
     pub(super) fn next_attempt(&self, index: u64) -> u32 {
-        self.attempts.get(&index).map_or(1, |last| last + 1)
+        self.attempts
+            .get(&index)
+            .map_or(1, |last| last.saturating_add(1))
     }
 
     /// Notes that `lease` is held since `now`.
@@ -178,11 +180,13 @@ impl Board {
         }
     }
 
-    /// Notes that the holder of `lease` reported a COMMIT, and that it is about to be read; false when that is
-    /// under way already.
+    /// Notes that somebody reported a COMMIT by `lease`, which ends if it was its holder, and that it is about to be
+    /// read; false when that is under way already.
     pub(super) fn verify(&mut self, lease: &Lease, reporter: Incarnation, seq: u64) -> bool {
         let index = lease.task.index;
-        self.drop_lease(lease);
+        if lease.incarnation == reporter {
+            self.drop_lease(lease);
+        }
         self.unqueue(index);
         let first = !self.verifying.contains_key(&index);
         let verification = self.verifying.entry(index).or_default();

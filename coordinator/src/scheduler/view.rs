@@ -144,7 +144,9 @@ impl Machine {
             .iter()
             .filter(|(_, worker)| worker.leases.iter().any(|lease| lease.task.stage == stage))
             .filter_map(|(_, worker)| worker.progress)
-            .fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+            .fold((0, 0), |sum: (u64, u64), part| {
+                (sum.0.saturating_add(part.0), sum.1.saturating_add(part.1))
+            })
     }
 
     fn worker_views(&self, now: Duration) -> Vec<WorkerView> {

@@ -199,3 +199,20 @@ fn only_groups_that_got_no_further_count() {
         Some(Outcome::Failed { .. })
     ));
 }
+
+/// Whether a checkpoint is the last one follows from the plan: a report that said otherwise sealed a stage early, or
+/// left it open for ever.
+#[test]
+fn which_checkpoint_is_the_last_one_is_not_for_a_worker_to_say() {
+    let mut scene = Scene::new(small_plan());
+    let id = scene.reach_stepping();
+    scene.checkpoint(1, &id, 10, true);
+    let log = scene.machine.durable().stage("seg8");
+    assert_eq!(log.sealed, None);
+    assert_eq!(log.checkpoints.len(), 1);
+    scene.checkpoint(1, &id, 30, true);
+    let log = scene.machine.durable().stage("seg8");
+    assert_eq!((log.sealed, log.checkpoints.len()), (None, 1), "beyond");
+    scene.checkpoint(1, &id, 20, false);
+    assert!(scene.machine.durable().stage("seg8").sealed.is_some());
+}

@@ -1,5 +1,7 @@
 //! Who is given which task, and for how long it stays his.
 
+use distillery_common::task::Progress;
+
 use super::*;
 
 fn one_stage(count: u64) -> Plan {
@@ -325,4 +327,205 @@ fn every_thousand_commits_go_into_the_index() {
         })
         .collect();
     assert_eq!(parts, [(0, 1000, 0), (1, 1000, 1000)]);
+}
+
+/// What a beat says of `lease`.
+fn beat_about(lease: &Lease, done: u64, total: u64) -> FromWorker {
+    FromWorker::Beat {
+        seq: 1,
+        tasks: vec![Progress {
+            lease: lease.clone(),
+            done,
+            total,
+        }],
+        group: None,
+        rss_bytes: 1,
+        starting: false,
+    }
+}
+
+/// Whoever asked for the status afterwards ended the coordinator: the numbers of two workers were added.
+#[test]
+fn numbers_that_cannot_be_added_end_nothing() {
+    let mut scene = Scene::new(one_stage(2));
+    for n in [1, 2] {
+        scene.join(n);
+        let lease = scene.granted(n).pop().expect("a task");
+        scene.says(n, beat_about(&lease, u64::MAX, u64::MAX));
+    }
+    let view = scene.machine.view(scene.now);
+    assert_eq!(view.stages[0].in_flight, (u64::MAX, u64::MAX));
+}
+
+/// A made-up registration of an earlier life, with the highest attempt that a number can say: the next grant of its
+/// task ended the coordinator.
+#[test]
+fn the_highest_attempt_of_an_earlier_life_ends_nothing() {
+    let mut scene = Scene::new(one_stage(1));
+    scene.join(1);
+    scene.restart(one_stage(1), with_reattach());
+    let made_up = Incarnation::new(Term(1), 99);
+    let lease = Lease {
+        term: Term(1),
+        task: TaskId {
+            stage: "trajectories".into(),
+            index: 0,
+        },
+        attempt: u32::MAX,
+        incarnation: made_up,
+    };
+    scene.hello(2, Some(made_up), vec![lease.clone()], None);
+    scene.join(3);
+    assert_eq!(scene.granted(3).len(), 0, "its holder came back");
+    scene.fails(2, &lease, FailureClass::Preempted);
+    scene.happens(Event::Closed {
+        connection: ConnectionId(2),
+    });
+    scene.wait(ms(400));
+    let again = scene.granted(3).pop().expect("nobody holds it any more");
+    assert_eq!(again.attempt, u32::MAX);
+}
+
+#[test]
+fn a_lease_of_this_life_that_nobody_gave_is_not_adopted() {
+    let mut scene = Scene::new(one_stage(2));
+    scene.join(1);
+    scene.restart(one_stage(2), with_reattach());
+    let made_up = Incarnation::new(Term(1), 99);
+    for term in [2, 3, u64::MAX] {
+        let lease = Lease {
+            term: Term(term),
+            task: TaskId {
+                stage: "trajectories".into(),
+                index: 1,
+            },
+            attempt: 1,
+            incarnation: made_up,
+        };
+        scene.hello(2, Some(made_up), vec![lease.clone()], None);
+        let revoked =
+            |told: &ToWorker| matches!(told, ToWorker::Revoke { lease: it, .. } if *it == lease);
+        assert!(scene.was_told(2, revoked), "term {term}");
+    }
+}
+
+/// Only the holder's report ends a lease: a guest could end, fail and set aside what others worked at.
+#[test]
+fn nobody_ends_anothers_lease() {
+    let mut scene = Scene::new(one_stage(1));
+    for n in [1, 2] {
+        scene.join(n);
+    }
+    let lease = scene.granted(1).pop().expect("a task");
+    for class in [
+        FailureClass::Io,
+        FailureClass::Preempted,
+        FailureClass::BadInput,
+        FailureClass::Config,
+    ] {
+        scene.fails(2, &lease, class);
+        assert!(scene.was_told(2, |told| matches!(told, ToWorker::ReportAck { seq: 8 })));
+    }
+    scene.wait(Duration::from_secs(1));
+    assert_eq!(scene.machine.outcome(), None);
+    assert_eq!(scene.granted(2).len(), 0, "its holder works at it");
+    let log = scene.machine.durable().stage("trajectories");
+    assert!(log.failures.is_empty() && log.quarantined.is_empty());
+    scene.says(
+        2,
+        FromWorker::TaskCommitted {
+            seq: 7,
+            lease: lease.clone(),
+        },
+    );
+    assert!(scene.was_told(2, |told| matches!(told, ToWorker::ReportAck { seq: 7 })));
+    assert_eq!(scene.granted(2).len(), 0, "there is no COMMIT");
+    scene.happens(Event::Closed {
+        connection: ConnectionId(1),
+    });
+    scene.wait(ms(400));
+    let again = scene.granted(2).pop().expect("its holder is lost");
+    assert_eq!(again.attempt, lease.attempt + 1);
+}
+
+#[test]
+fn a_commit_counts_whoever_reports_it() {
+    let mut scene = Scene::new(one_stage(1));
+    for n in [1, 2] {
+        scene.join(n);
+    }
+    let lease = scene.granted(1).pop().expect("a task");
+    scene.commits(2, &lease);
+    assert_eq!(scene.machine.outcome(), Some(&Outcome::Succeeded));
+}
+
+/// It was given nothing until something else happened.
+#[test]
+fn a_suspect_that_is_heard_again_gets_work_at_once() {
+    let mut scene = Scene::new(one_stage(1));
+    for n in [1, 2] {
+        scene.join(n);
+    }
+    let lease = scene.granted(1).pop().expect("a task");
+    scene.wait(Duration::from_secs(5));
+    scene.beat(1);
+    scene.wait(Duration::from_secs(2));
+    scene.fails(1, &lease, FailureClass::Preempted);
+    let again = scene.granted(1).pop().expect("granted to the other one");
+    scene.happens(Event::Closed {
+        connection: ConnectionId(1),
+    });
+    scene.wait(ms(400));
+    assert_eq!(scene.granted(2).len(), 0, "not heard for 7 s");
+    scene.beat(2);
+    let taken = scene.granted(2).pop().expect("work, at once");
+    assert_eq!(taken.task, again.task);
+}
+
+/// The coordinator stood still (SIGSTOP, a suspended host, a store that did not answer): what was said meanwhile lay
+/// unread, and the first thing that it saw was the time.
+#[test]
+fn a_coordinator_that_stood_still_takes_nobody_for_dead() {
+    let mut scene = Scene::new(small_plan());
+    let id = scene.reach_stepping();
+    scene.join(3);
+    scene.happens(Event::Closed {
+        connection: ConnectionId(3),
+    });
+    scene.now += Duration::from_secs(90);
+    scene.happens(Event::Tick);
+    let states = |scene: &Scene| {
+        let view = scene.machine.view(scene.now);
+        let states = view.workers.iter().map(|worker| worker.state);
+        states.collect::<Vec<_>>()
+    };
+    assert_eq!(states(&scene), ["busy", "busy", "disconnected"]);
+    scene.wait(ms(200));
+    for n in [1, 2] {
+        let progress = beat_of(&id, 1);
+        scene.says(n, progress);
+    }
+    assert_eq!(states(&scene), ["busy", "busy", "disconnected"]);
+    scene.wait(ms(200));
+    assert_eq!(states(&scene), ["busy", "busy"], "it had its time again");
+    scene.wait(Duration::from_secs(16));
+    assert_eq!(states(&scene).len(), 0, "silent for 15 s that we did hear");
+}
+
+fn beat_of(id: &GroupId, step: u64) -> FromWorker {
+    FromWorker::Beat {
+        seq: 1,
+        tasks: vec![],
+        group: Some(distillery_common::group::Progress {
+            group: id.clone(),
+            phase: Phase::Stepping,
+            step,
+            total_steps: 20,
+            loss: 0.5,
+            samples_per_second: 1.0,
+            step_ms: 1.0,
+        }),
+        rss_bytes: 1,
+        starting: false,
+    }
 }

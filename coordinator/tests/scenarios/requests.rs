@@ -167,6 +167,34 @@ fn a_named_worker_is_drained_and_given_nothing_new() {
     }));
 }
 
+/// The message was lost with the stream: the worker knew nothing of it, got nothing new, and stayed for ever.
+#[test]
+fn a_worker_that_was_told_to_leave_is_told_again_on_its_next_stream() {
+    let mut scene = Scene::new(Plan {
+        stages: vec![tasks("trajectories", Kind::Trajectories, 3, &[], 0)],
+    });
+    let who = scene.join(1);
+    let lease = scene.granted(1).pop().expect("a task");
+    scene.happens(Event::DrainRequested {
+        worker: "w1".into(),
+    });
+    scene.happens(Event::Closed {
+        connection: ConnectionId(1),
+    });
+    let again = scene.hello(2, Some(who), vec![lease], None);
+    assert_eq!(again, who);
+    let drained = |told: &ToWorker| {
+        matches!(
+            told,
+            ToWorker::Drain {
+                checkpoint: true,
+                ..
+            }
+        )
+    };
+    assert!(scene.was_told(2, drained));
+}
+
 /// The launcher's message came while the last worker's stream was still in its time to reconnect, and was forgotten:
 /// the run waited for ever.
 #[test]

@@ -118,6 +118,7 @@ fn replay(seed: u64, short: bool) -> ExitCode {
 fn run_seeds(arguments: &Arguments) -> ExitCode {
     let next = AtomicU64::new(arguments.from);
     let end = arguments.from + arguments.seeds;
+    let lived = AtomicU64::new(0);
     let total = Mutex::new(Account::default());
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -129,6 +130,7 @@ fn run_seeds(arguments: &Arguments) -> ExitCode {
                     if seed >= end || (failed && !arguments.keep_going) {
                         return;
                     }
+                    lived.fetch_add(1, Ordering::Relaxed);
                     match simulate(&History::of(seed), false) {
                         Ok(account) => add(&mut total.lock().expect("no panics here"), &account),
                         Err(violation) => {
@@ -160,8 +162,9 @@ fn run_seeds(arguments: &Arguments) -> ExitCode {
         ExitCode::SUCCESS
     } else {
         println!(
-            "sim: {} seeds failed of {} (goal 0)",
+            "sim: {} seeds failed of {} that ran, of {} asked for (goal 0)",
             failures.len(),
+            lived.into_inner(),
             arguments.seeds
         );
         ExitCode::FAILURE

@@ -1,6 +1,7 @@
 //! Coordinators of a simulated fleet: the shipping driver, machine, journal, errands and service, one life after
 //! another, and sometimes two at once. Plays the person or the cluster that starts them again.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,17 +9,20 @@ use object_store::memory::InMemory;
 use tokio::task::JoinError;
 use tokio::time::sleep;
 
-use distillery_common::ids::Term;
+use distillery_common::ids::{Incarnation, Term};
 use distillery_coordinator::driver::{Clock, Dataset, Driver, Errands, Handle, Watch};
 use distillery_coordinator::journal::{self, Journal};
 use distillery_coordinator::scheduler::{Action, Event, Machine, Outcome};
 use distillery_coordinator::service::{Identity, Service};
 
+use super::history::Fault;
 use super::store;
 use super::world::{Host, Pid, Role, World};
 
 /// Segments between two snapshots: few, so that restarts read some.
 const SNAPSHOT_EVERY: u64 = 7;
+/// How long a worker without work may take to leave.
+const LEAVES: Duration = Duration::from_secs(90);
 /// How long after the last fault a run may still give up because of it.
 const AFTERMATH: Duration = Duration::from_secs(180);
 
@@ -54,6 +58,16 @@ pub(super) fn ask_to_stop(world: &Arc<World>, now: bool) {
     if let Some(handle) = newest(world) {
         tokio::spawn(async move {
             let _ = handle.event(Event::StopRequested { now }).await;
+        });
+    }
+}
+
+/// Asks the coordinator to let a worker leave, as a person does.
+pub(super) fn ask_to_drain(world: &Arc<World>, worker: usize) {
+    if let Some(handle) = newest(world) {
+        let worker = format!("w{worker}");
+        tokio::spawn(async move {
+            let _ = handle.event(Event::DrainRequested { worker }).await;
         });
     }
 }
@@ -182,6 +196,8 @@ async fn live(
         world: Arc::clone(&world),
         number,
         term,
+        leaving: BTreeMap::new(),
+        seen: Duration::ZERO,
     };
     if let Some(own) = world.state().coordinators.get_mut(number as usize) {
         own.2 = Some(Running {
@@ -206,10 +222,14 @@ struct Check {
     world: Arc<World>,
     number: u32,
     term: Term,
+    /// How long workers that were told to leave have had nothing to do.
+    leaving: BTreeMap<Incarnation, Duration>,
+    /// The last event.
+    seen: Duration,
 }
 
 impl Watch for Check {
-    fn stepped(&mut self, _: Duration, event: &Event, machine: &Machine, actions: &[Action]) {
+    fn stepped(&mut self, now: Duration, event: &Event, machine: &Machine, actions: &[Action]) {
         let number = self.number;
         self.world
             .happened(format_args!("coordinator {number}: {event:?}"));
@@ -222,10 +242,41 @@ impl Watch for Check {
             }
         }
         self.check_durable(machine, actions);
+        self.check_leaving(now, machine);
     }
 }
 
 impl Check {
+    /// Whoever was asked to leave leaves, even if the message was lost with its stream.
+    fn check_leaving(&mut self, now: Duration, machine: &Machine) {
+        let faults = &self.world.history.faults;
+        if !faults
+            .iter()
+            .any(|f| matches!(f.fault, Fault::AskToDrain { .. }))
+        {
+            return;
+        }
+        // A coordinator that stands still sees nobody leave.
+        let passed = now.saturating_sub(self.seen).min(Duration::from_secs(2));
+        self.seen = now;
+        let workers = machine.view(now).workers;
+        let idle = workers
+            .iter()
+            .filter(|w| w.state == "draining" && w.doing.is_empty());
+        let before = std::mem::take(&mut self.leaving);
+        for worker in idle {
+            let time = before.get(&worker.incarnation);
+            let time = time.map_or(Duration::ZERO, |time| *time + passed);
+            self.world.require("drain", time < LEAVES, || {
+                format!(
+                    "{} was told to leave, has nothing to do and stays",
+                    worker.name
+                )
+            });
+            self.leaving.insert(worker.incarnation, time);
+        }
+    }
+
     /// I7: what the machine holds for durable is the fold of what is in the store and what it is about to write.
     fn check_durable(&self, machine: &Machine, actions: &[Action]) {
         let (highest, mut fold) = {

@@ -134,6 +134,8 @@ pub enum Fault {
     CrashEngine { worker: usize, killed: bool },
     /// A worker is told to leave, with or without time to finish.
     DrainWorker { worker: usize, now: bool },
+    /// Somebody asks the coordinator to let a worker leave.
+    AskToDrain { worker: usize },
     /// A worker's stream breaks: one side sees it at once, the other `lag_ms` later.
     CutStream {
         worker: usize,
@@ -183,7 +185,7 @@ pub enum Fault {
 }
 
 /// Kinds of faults, for the account.
-pub const KINDS: [&str; 21] = [
+pub const KINDS: [&str; 22] = [
     "kill worker",
     "pause worker",
     "pause host",
@@ -205,6 +207,7 @@ pub const KINDS: [&str; 21] = [
     "store slow",
     "store full",
     "pause run",
+    "ask a worker to leave",
 ];
 
 impl Fault {
@@ -232,6 +235,7 @@ impl Fault {
             Self::Stop { .. } => 14,
             Self::ClockJump { .. } => 15,
             Self::PauseRun { .. } => 20,
+            Self::AskToDrain { .. } => 21,
             Self::Store { trouble, .. } => match trouble {
                 Trouble::ErrorBefore | Trouble::ErrorAfter => 16,
                 Trouble::LostReply | Trouble::Conflict => 17,
@@ -259,6 +263,7 @@ impl Fault {
             Self::KillWorker { .. }
             | Self::CrashEngine { .. }
             | Self::DrainWorker { .. }
+            | Self::AskToDrain { .. }
             | Self::KillCoordinator { .. }
             | Self::Rival
             | Self::Stop { .. } => 0,
@@ -374,6 +379,8 @@ const KINDS_DRAWN: [&[u64]; 16] = [
     &[24],
     &[25, 26, 27, 28, 29],
 ];
+/// A kind that only odd seeds draw, so that the histories of even ones stay what they were.
+const ASK_TO_DRAIN: &[u64] = &[30];
 
 impl Draw {
     /// From every kind.
@@ -392,6 +399,7 @@ impl Draw {
     fn choose_kinds(&mut self) {
         let chosen: Vec<u64> = KINDS_DRAWN
             .iter()
+            .chain([&ASK_TO_DRAIN])
             .filter(|_| self.chance.below(u64::MAX - 1, 3) == 0)
             .map(|kind| kind[0])
             .collect();
@@ -494,6 +502,7 @@ impl Draw {
                 ms: self.span(),
             },
             24 => self.fault_of_all(),
+            30 => Fault::AskToDrain { worker },
             _ => Fault::Store {
                 client: match self.below(3) {
                     0 => Client::Coordinators,

@@ -150,6 +150,7 @@ fn strike(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault) {
         | Fault::Rival
         | Fault::PartitionCoordinator { .. }
         | Fault::PauseRun { .. }
+        | Fault::AskToDrain { .. }
         | Fault::Stop { .. } => strike_coordinator(world, objects, fault),
         Fault::CutStream { .. }
         | Fault::Partition { .. }
@@ -166,6 +167,7 @@ fn strike_coordinator(world: &Arc<World>, objects: &Arc<InMemory>, fault: Fault)
         (Fault::Rival, _) => coordinator::start(world, objects),
         (Fault::Stop { now }, _) => coordinator::ask_to_stop(world, now),
         (Fault::PauseRun { ms }, _) => coordinator::pause_run(world, ms),
+        (Fault::AskToDrain { worker }, _) => coordinator::ask_to_drain(world, worker),
         (Fault::KillCoordinator { silent }, Some(pid)) => world.kill(pid, silent),
         (Fault::PauseCoordinator { ms }, Some(pid)) => world.pause(pid, ms),
         (

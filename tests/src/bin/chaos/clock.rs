@@ -22,7 +22,7 @@ fn library() -> Option<String> {
 /// Coordinators and workers whose clocks differ and jump.
 pub(crate) fn shift(context: &Context, score: &mut Score) -> anyhow::Result<()> {
     let Some(library) = library() else {
-        score.note("SKIPPED: no libfaketime (Debian: apt-get install faketime)");
+        score.skipped("no libfaketime (Debian: apt-get install faketime)");
         return Ok(());
     };
     let mut setting = Setting::small(&context.base, &[]);

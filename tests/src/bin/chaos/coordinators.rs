@@ -71,7 +71,7 @@ pub(crate) fn kills(context: &Context, score: &mut Score) -> anyhow::Result<()> 
 
 /// From the start of each life but the first to its first grant.
 fn measure(site: &Site, score: &mut Score) {
-    let (mut late, mut short) = (0, 0);
+    let (mut late, mut short) = (Vec::new(), 0);
     for (number, life) in site.lives.iter().enumerate().skip(1) {
         let said = site.said(number);
         let has_tasks = said.iter().any(|said| {
@@ -86,17 +86,23 @@ fn measure(site: &Site, score: &mut Score) {
             Some(first) => {
                 let took = first.at - life.started;
                 score.took("grants again after a restart", took);
-                late += u32::from(took > GOAL);
+                late.extend((took > GOAL).then_some((number, took)));
             }
             None if has_tasks || said.is_empty() => {
                 let lived = said.last().map_or(0.0, |last| last.at - life.started);
-                late += u32::from(lived > GOAL);
+                late.extend((lived > GOAL).then_some((number, lived)));
                 short += 1;
             }
             None => {}
         }
     }
     score.note(format!(
-        "{late} lives granted nothing within {GOAL} s; {short} were killed before they could"
+        "{} lives granted nothing within {GOAL} s; {short} were killed before they could",
+        late.len()
     ));
+    for (number, took) in late {
+        score.violated(format!(
+            "life {number} of a coordinator granted nothing for {took:.2} s after its start; it has {GOAL} s"
+        ));
+    }
 }

@@ -55,7 +55,7 @@ pub(crate) fn fill(context: &Context, score: &mut Score) -> anyhow::Result<()> {
         let mut stream = context.stream(number);
         number += 1;
         let Some(mount) = Mount::new()? else {
-            score.note("SKIPPED: a file system cannot be mounted here (it takes root)");
+            score.skipped("a file system cannot be mounted here (it takes root)");
             return Ok(());
         };
         setting.output = None;

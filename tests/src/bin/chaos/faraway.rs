@@ -113,9 +113,7 @@ pub(crate) fn network(context: &Context, score: &mut Score) -> anyhow::Result<()
     while !context.is_over(score.faults) {
         let mut stream = context.stream(number);
         let Some(hosts) = Hosts::new(number)? else {
-            score.note(
-                "SKIPPED: no network namespaces here (they take root, iproute2 and iptables)",
-            );
+            score.skipped("no network namespaces here (they take root, iproute2 and iptables)");
             return Ok(());
         };
         number += 1;
@@ -212,7 +210,7 @@ impl Drop for Server {
 /// A bucket whose server is away, slow, busy, or loses replies after it did what it was asked.
 pub(crate) fn store(context: &Context, score: &mut Score) -> anyhow::Result<()> {
     let Ok(program) = std::env::var("DISTILLERY_MOTO") else {
-        score.note("SKIPPED: DISTILLERY_MOTO is not set (make servers)");
+        score.skipped("DISTILLERY_MOTO is not set (make servers)");
         return Ok(());
     };
     let mut setting = Setting::small(&context.base, &[]);

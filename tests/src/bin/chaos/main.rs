@@ -204,6 +204,7 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     watch_for_an_end()?;
     let base = arguments.folder.clone().unwrap_or_else(memory);
+    let by_name = arguments.campaign.is_some();
     let mut table = Table::default();
     match arguments.campaign {
         Some(campaign) => {
@@ -213,7 +214,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         None => mix(&arguments, &base, &mut table),
     }
-    Ok(table.tell())
+    Ok(table.tell(by_name))
 }
 
 fn context(

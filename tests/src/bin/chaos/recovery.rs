@@ -84,14 +84,7 @@ fn kills(context: &Context, score: &mut Score, setting: &Setting) -> anyhow::Res
     if redone > 1 {
         score.violated(format!("{redone} applied steps were lost"));
     }
-    if let Some(p95) = score
-        .quantile("training again", 0.95)
-        .filter(|&p95| p95 > P95)
-    {
-        score.violated(format!(
-            "half a second late or more: p95 {p95:.3} s (goal {P95} s)"
-        ));
-    }
+    score.require_within("training again", 0.95, P95);
     Ok(())
 }
 

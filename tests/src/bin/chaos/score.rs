@@ -1,6 +1,7 @@
 //! What a campaign found, and the table of all of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::process::ExitCode;
 
 /// Violations that are printed in full.
@@ -13,6 +14,8 @@ pub(crate) struct Score {
     pub(crate) runs: u64,
     violations: Vec<String>,
     notes: Vec<String>,
+    /// This host cannot do it.
+    is_skipped: bool,
     /// Seconds, by what was measured.
     times: BTreeMap<&'static str, Vec<f64>>,
 }
@@ -28,17 +31,29 @@ impl Score {
         self.notes.push(what.to_string());
     }
 
+    /// The campaign cannot be done here: nothing was hurt.
+    pub(crate) fn skipped(&mut self, why: impl Display) {
+        self.is_skipped = true;
+        self.note(format_args!("SKIPPED: {why}"));
+    }
+
     /// Something took so long.
     pub(crate) fn took(&mut self, what: &'static str, seconds: f64) {
         self.times.entry(what).or_default().push(seconds);
     }
 
-    /// The value below which that share of the times of `what` lies; none when there are none.
-    pub(crate) fn quantile(&self, what: &str, share: f64) -> Option<f64> {
-        let mut sorted = self.times.get(what)?.clone();
-        sorted.sort_by(f64::total_cmp);
-        let index = (sorted.len() as f64 * share).ceil() as usize;
-        sorted.get(index.saturating_sub(1)).copied()
+    /// Violated unless `share` of what was measured took no longer than `goal` seconds.
+    pub(crate) fn require_within(&mut self, what: &'static str, share: f64, goal: f64) {
+        let Some(seconds) = self.times.get(what) else {
+            return;
+        };
+        let (took, of) = (quantile(seconds, share), seconds.len());
+        if took > goal {
+            let percent = share * 100.0;
+            self.violated(format_args!(
+                "{what}: p{percent:.0} is {took:.3} s of {of}, and may be {goal} s at most"
+            ));
+        }
     }
 
     /// Takes in another one of the same campaign.
@@ -47,6 +62,7 @@ impl Score {
         self.runs += other.runs;
         self.violations.extend(other.violations);
         self.notes.extend(other.notes);
+        self.is_skipped |= other.is_skipped;
         for (what, seconds) in other.times {
             self.times.entry(what).or_default().extend(seconds);
         }
@@ -58,6 +74,8 @@ impl Score {
 pub(crate) struct Table {
     faults: u64,
     violations: usize,
+    /// Campaigns that this host cannot do.
+    skipped: BTreeSet<String>,
     began: bool,
 }
 
@@ -73,6 +91,9 @@ impl Table {
         }
         self.faults += score.faults;
         self.violations += score.violations.len();
+        if score.is_skipped {
+            self.skipped.insert(name.to_owned());
+        }
         println!(
             "{name:<18} {:>7} {:>5} {:>10}",
             score.faults,
@@ -90,36 +111,85 @@ impl Table {
         }
     }
 
-    /// Prints the last line; the exit code says whether nothing was violated.
-    pub(crate) fn tell(&self) -> ExitCode {
-        let Self {
-            faults, violations, ..
-        } = self;
-        println!("chaos: {faults} faults, {violations} violations (goal 0)");
-        if *violations == 0 {
+    /// Prints the last line; the exit code says whether nothing was violated, and, of a campaign that somebody asked
+    /// for by name, whether it did anything at all.
+    pub(crate) fn tell(&self, by_name: bool) -> ExitCode {
+        println!("{}", self.last_line());
+        if self.is_good(by_name) {
             ExitCode::SUCCESS
         } else {
             ExitCode::FAILURE
         }
     }
+
+    fn last_line(&self) -> String {
+        let Self {
+            faults, violations, ..
+        } = self;
+        let mut line = format!("chaos: {faults} faults, {violations} violations (goal 0)");
+        if !self.skipped.is_empty() {
+            let names: Vec<_> = self.skipped.iter().map(String::as_str).collect();
+            line.push_str("; skipped: ");
+            line.push_str(&names.join(", "));
+        }
+        line
+    }
+
+    fn is_good(&self, by_name: bool) -> bool {
+        let did_something = self.skipped.is_empty() && self.faults > 0;
+        self.violations == 0 && (did_something || !by_name)
+    }
+}
+
+/// The smallest of `seconds` that `share` of them do not exceed.
+fn quantile(seconds: &[f64], share: f64) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let last = sorted.len().saturating_sub(1);
+    let index = (sorted.len() as f64 * share).ceil() as usize;
+    sorted
+        .get(index.saturating_sub(1).min(last))
+        .copied()
+        .unwrap_or(f64::NAN)
 }
 
 fn spread(seconds: &[f64]) -> String {
-    let mut sorted = seconds.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let at = |share: f64| {
-        let last = sorted.len().saturating_sub(1);
-        let index = (sorted.len() as f64 * share).ceil() as usize;
-        sorted
-            .get(index.saturating_sub(1).min(last))
-            .copied()
-            .unwrap_or(f64::NAN)
-    };
     format!(
         "p50 {:.3} s, p99 {:.3} s, max {:.3} s of {}",
-        at(0.5),
-        at(0.99),
-        at(1.0),
-        sorted.len()
+        quantile(seconds, 0.5),
+        quantile(seconds, 0.99),
+        quantile(seconds, 1.0),
+        seconds.len()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_goal_that_is_missed_is_a_violation() {
+        let mut score = Score::default();
+        for seconds in [0.1, 0.2, 0.3, 2.5] {
+            score.took("grants", seconds);
+        }
+        score.require_within("grants", 0.5, 0.5);
+        score.require_within("never measured", 0.5, 0.5);
+        assert!(score.violations.is_empty(), "{:?}", score.violations);
+        score.require_within("grants", 0.99, 2.0);
+        let expected = "grants: p99 is 2.500 s of 4, and may be 2 s at most";
+        assert_eq!(score.violations, [expected]);
+    }
+
+    #[test]
+    fn a_campaign_that_was_asked_for_and_hurt_nothing_is_no_success() {
+        let mut skipped = Score::default();
+        skipped.skipped("no root");
+        let mut table = Table::default();
+        assert!(!table.is_good(true), "no faults");
+        table.add("clock", &skipped);
+        assert!(table.is_good(false) && !table.is_good(true));
+        let expected = "chaos: 0 faults, 0 violations (goal 0); skipped: clock";
+        assert_eq!(table.last_line(), expected);
+    }
 }

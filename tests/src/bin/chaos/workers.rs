@@ -11,6 +11,10 @@ use super::{Context, Score};
 
 /// How long a killed worker's task is looked for among the grants.
 const LOOK: Duration = Duration::from_secs(10);
+/// Longest that the task of a killed worker may wait for another one, mostly and nearly always, in seconds.
+const GOALS: [(f64, f64); 2] = [(0.5, 0.5), (0.99, 2.0)];
+/// What is measured of it.
+const AGAIN: &str = "the task granted again";
 /// Workers that stand still at the same time.
 const STILL: usize = 3;
 
@@ -49,7 +53,7 @@ pub(crate) fn kills(context: &Context, score: &mut Score) -> anyhow::Result<()> 
             match granted_again(&site, &victim, killed)? {
                 Some(took) => {
                     score.faults += 1;
-                    score.took("the task granted again", took);
+                    score.took(AGAIN, took);
                 }
                 None => idle += 1,
             }
@@ -58,6 +62,9 @@ pub(crate) fn kills(context: &Context, score: &mut Score) -> anyhow::Result<()> 
         if let Some(complaint) = site.audit(Some(&undisturbed.output()))? {
             score.violated(format!("{complaint}kept in {}", site.keep().display()));
         }
+    }
+    for (share, goal) in GOALS {
+        score.require_within(AGAIN, share, goal);
     }
     score.note(format!("{idle} more kills met a worker without a task"));
     Ok(())

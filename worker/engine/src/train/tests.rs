@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use distillery_common::group::GroupId;
-use distillery_common::ids::{Generation};
+use distillery_common::ids::Generation;
 use distillery_common::latents::loader::Order;
 use distillery_common::recipe::{Batch, Loss, Optimizer, RateSchedule};
 use distillery_common::seed::{Purpose, Stream, normal};
