@@ -46,6 +46,16 @@ chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audite
 	set -a; . $(target)/test-servers.env; set +a; \
 	$(target)/release/chaos --minutes $(MINUTES) --seed $(SEED)
 
+elastic: libtorch ## Let engines die, join and leave in N random histories (SEED): one and the same student.
+	cargo build $(cargo_flags) --workspace --bins
+	$(target)/release/chaos --campaign elastic --number $(N) --seed $(SEED)
+
+RECOVERIES ?= 200
+bench-recovery: libtorch ## Kill engines of groups of 16 stand-ins and of 4 real ones, RECOVERIES times each, and time the next step.
+	cargo build $(cargo_flags) --workspace --bins
+	$(target)/release/chaos --campaign recovery --number $(RECOVERIES) --seed $(SEED)
+	$(target)/release/chaos --campaign real-recovery --number $(RECOVERIES) --seed $(SEED)
+
 compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows, and say which is ahead.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin compare
 	$(target)/release/coordinator run configs/compare.yaml

@@ -266,6 +266,7 @@ fn read_message(message: wire::WorkerMessage) -> Result<FromWorker, Malformed> {
             },
             rss_bytes: beat.rss_bytes,
             starting: beat.engine_starting,
+            leaving: beat.leaving,
         }),
         Message::Report(report) => read_report(report),
         Message::Goodbye(goodbye) => Ok(FromWorker::Goodbye {

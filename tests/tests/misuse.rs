@@ -380,6 +380,7 @@ fn beat(stage: &str, generation: u64) -> wire::WorkerMessage {
         }),
         rss_bytes: u64::MAX,
         engine_starting: true,
+        leaving: true,
     }))
 }
 

@@ -339,6 +339,8 @@ impl Agent {
             reason: reason.to_owned(),
             deadline: now() + self.config.drain_grace,
         });
+        // Before anything is given back: it must not be given to this worker again.
+        self.beat(now());
         match &self.seat {
             Seat::Taken {
                 engine,

@@ -66,6 +66,7 @@ fn distill(recipe: &Recipe, stage: &recipe::Stage, parent: Option<usize>) -> Sta
             checkpoint_every: recipe.checkpoint.every_steps,
             keep_last: recipe.checkpoint.keep_last.max(1),
             global_batch: stage.batch.global,
+            reproducible: stage.batch.virtual_ranks.is_some(),
             min_world: recipe.cluster.min_workers.clamp(1, max_world),
             max_world,
             parent,

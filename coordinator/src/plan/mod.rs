@@ -90,6 +90,8 @@ pub struct Training {
     pub global_batch: u64,
     /// Fewest members.
     pub min_world: u32,
+    /// Whether its bits do not depend on how many.
+    pub reproducible: bool,
     /// Most members.
     pub max_world: u32,
     /// Position of the stage whose final checkpoint this one starts from.

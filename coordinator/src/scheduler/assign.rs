@@ -238,8 +238,12 @@ impl Machine {
                 group,
                 rss_bytes,
                 starting,
+                leaving,
             } => {
                 let progress = tasks.first().map(|task| (task.done, task.total));
+                if leaving {
+                    self.fleet.update(who, |worker| worker.draining = true);
+                }
                 let changed = self.fleet.note(who, rss_bytes, progress, starting);
                 if let Some(progress) = group {
                     self.group_progress(who, progress, now, out);
@@ -393,7 +397,8 @@ impl Machine {
             && let Some(at) = self.live_group(id)
         {
             let reason = format!("worker {} left: {cause}", worker.name);
-            self.abort(at, &reason, counts && !self.is_stopping(), now, out);
+            let counts = counts && !self.is_stopping() && self.loss_counts(at);
+            self.abort(at, &reason, counts, now, out);
         }
     }
 

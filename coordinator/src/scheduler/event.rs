@@ -127,6 +127,8 @@ pub enum FromWorker {
         rss_bytes: u64,
         /// As in [`Hello`].
         starting: bool,
+        /// It is about to leave of its own accord, and takes nothing new.
+        leaving: bool,
     },
     /// A COMMIT of a task is in the store.
     TaskCommitted {

@@ -186,7 +186,7 @@ impl Machine {
             world,
             base_step,
         }));
-        if let Some(was) = was.filter(|&was| was != world) {
+        if let Some(was) = was.filter(|&was| was != world && !training.reproducible) {
             let group = id.clone();
             out.push(Action::Explain(Decision::Resized { group, world, was }));
         }
@@ -273,6 +273,13 @@ impl Machine {
         }
     }
 
+    /// Notes that a group loses a member that was killed or cut off from outside, and gives back whether that counts by
+    /// now. Hosts come and go; but a group that is short of memory looks the same, and must not be tried for ever.
+    pub(super) fn loss_counts(&mut self, at: usize) -> bool {
+        self.losses[at] += 1;
+        self.losses[at] > self.timings.free_failures
+    }
+
     /// Steps that the group of a stage is known to have applied.
     fn reached(&self, at: usize) -> u64 {
         match self.stages[at].group() {
@@ -292,6 +299,9 @@ impl Machine {
         let stored = log.newest(&[]).map_or(0, |newest| newest.step);
         let before = self.furthest[at].max(stored);
         self.furthest[at] = before.max(reached);
+        if reached > before {
+            self.losses[at] = 0;
+        }
         reached > before
     }
 

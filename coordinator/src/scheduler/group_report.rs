@@ -152,7 +152,8 @@ impl Machine {
             Remedy::RetryFree if self.is_stopping() => self.abort(at, &reason, false, now, out),
             Remedy::RetryFree => {
                 use distillery_common::task::FailureClass::HostLost;
-                self.abort(at, &reason, failure.class == HostLost, now, out);
+                let counts = failure.class == HostLost && self.loss_counts(at);
+                self.abort(at, &reason, counts, now, out);
             }
             Remedy::RetryCounted => self.abort(at, &reason, true, now, out),
             Remedy::Quarantine | Remedy::FailRun => {

@@ -60,7 +60,8 @@ pub struct Timings {
     pub retry_cap: Duration,
     /// Counted failures of a task that end the run.
     pub counted_failures: u32,
-    /// Failures of a task that do not count until there are more of them.
+    /// Failures of a task, and losses of members by the groups of a stage, that do not count until there are more of
+    /// them.
     pub free_failures: u32,
     /// Counted groups in a row, without a new checkpoint or a step beyond all before, that end the run.
     pub fruitless_generations: u32,
@@ -122,6 +123,8 @@ pub struct Machine {
     pub(super) checkpoints: BTreeMap<(GroupId, u64), Verification>,
     /// For each stage the most steps that a group of this life was known to have applied when it was given up.
     pub(super) furthest: Vec<u64>,
+    /// For each stage the members that groups have lost in this life since one came further than all before it.
+    pub(super) losses: Vec<u32>,
     /// Registrations given in this life.
     pub(super) registrations: u32,
     /// When silent workers were last looked for.
@@ -146,6 +149,7 @@ impl Machine {
         Self {
             term: durable.term,
             furthest: vec![0; plan.stages.len()],
+            losses: vec![0; plan.stages.len()],
             run: match (&durable.outcome, &durable.paused) {
                 (Some(outcome), _) => run::State::Finished(outcome.clone()),
                 (None, Some(_)) => run::State::Paused,

@@ -29,6 +29,7 @@ fn engine(scene: &mut Scene, n: u64, starting: bool) {
         group: None,
         rss_bytes: 1,
         starting,
+        leaving: false,
     };
     scene.says(n, beat);
 }
@@ -49,6 +50,7 @@ fn progress(scene: &mut Scene, n: u64, group: &GroupId, step: u64) {
         group: Some(said),
         rss_bytes: 1,
         starting: false,
+        leaving: false,
     };
     scene.says(n, beat);
 }
@@ -215,4 +217,50 @@ fn which_checkpoint_is_the_last_one_is_not_for_a_worker_to_say() {
     assert_eq!((log.sealed, log.checkpoints.len()), (None, 1), "beyond");
     scene.checkpoint(1, &id, 20, false);
     assert!(scene.machine.durable().stage("seg8").sealed.is_some());
+}
+
+/// A worker that leaves was taken into eighteen groups in ten milliseconds, each of which it declined.
+#[test]
+fn a_worker_that_is_about_to_leave_joins_no_group() {
+    let (mut scene, group) = stepping();
+    let leaving = FromWorker::Beat {
+        seq: 4,
+        tasks: vec![],
+        group: None,
+        rss_bytes: 1,
+        starting: false,
+        leaving: true,
+    };
+    scene.says(3, leaving);
+    assert_eq!(scene.machine.durable().generation, group.generation);
+    let failure = Failure {
+        class: FailureClass::Preempted,
+        message: "the worker is leaving".into(),
+    };
+    scene.says(
+        3,
+        FromWorker::GroupFailed {
+            seq: 5,
+            group,
+            rank: 2,
+            failure,
+        },
+    );
+    assert_eq!(members(&scene, &[1, 2, 3]), [1, 2]);
+}
+
+/// Engines that are killed before their group has applied a step are no fault of the stage, unless there is no end to it.
+#[test]
+fn lost_members_count_once_there_are_many() {
+    let (mut scene, mut group) = stepping();
+    let fruitless = |scene: &Scene| scene.machine.durable().stage("seg8").fruitless;
+    let free = Timings::default().free_failures;
+    for _ in 0..free {
+        engine_dies(&mut scene, 3, &group, 2, FailureClass::HostLost);
+        engine(&mut scene, 3, false);
+        assert_eq!(fruitless(&scene), 0);
+        group = scene.exchange(&[1, 2, 3]);
+    }
+    engine_dies(&mut scene, 3, &group, 2, FailureClass::HostLost);
+    assert_eq!(fruitless(&scene), 1);
 }

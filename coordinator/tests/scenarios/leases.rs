@@ -341,6 +341,7 @@ fn beat_about(lease: &Lease, done: u64, total: u64) -> FromWorker {
         group: None,
         rss_bytes: 1,
         starting: false,
+        leaving: false,
     }
 }
 
@@ -527,5 +528,6 @@ fn beat_of(id: &GroupId, step: u64) -> FromWorker {
         }),
         rss_bytes: 1,
         starting: false,
+        leaving: false,
     }
 }

@@ -50,6 +50,7 @@ fn training(
             checkpoint_every: 10,
             keep_last: 1,
             global_batch: 8,
+            reproducible: false,
             min_world: world.0,
             max_world: world.1,
             parent,
@@ -252,6 +253,7 @@ impl Scene {
                 group: None,
                 rss_bytes: 1,
                 starting: false,
+                leaving: false,
             },
         );
     }
@@ -758,6 +760,7 @@ fn a_group_that_stands_still_is_given_up() {
         }),
         rss_bytes: 1,
         starting: false,
+        leaving: false,
     };
     scene.says(1, progress(1));
     scene.says(1, progress(9));
@@ -1206,6 +1209,7 @@ fn a_member_that_did_not_hear_where_its_peers_listen_is_told_again() {
         }),
         rss_bytes: 1,
         starting: false,
+        leaving: false,
     };
     let peers = |told: &ToWorker| matches!(told, ToWorker::GroupPeers { .. });
     scene.says(11, waits(Phase::Syncing));

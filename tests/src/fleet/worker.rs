@@ -359,6 +359,7 @@ impl Worker {
             group: self.member.as_ref().map(|member| self.progress(member)),
             rss_bytes: 1 << 30,
             engine_starting: false,
+            leaving: false,
         };
         self.tally.beats.fetch_add(1, Ordering::Relaxed);
         stream.beats.push_back((self.seq, moment));

@@ -161,6 +161,7 @@ fn training(name: &str, steps: u64, after: &[usize], parent: Option<usize>) -> S
             checkpoint_every: 5,
             keep_last: 1,
             global_batch: BATCH,
+            reproducible: false,
             min_world: 2,
             max_world: 3,
             parent,

@@ -93,6 +93,14 @@ pub type Said = ReceiverStream<wire::WorkerMessage>;
 pub type Heard =
     Pin<Box<dyn Stream<Item = Result<wire::CoordinatorMessage, tonic::Status>> + Send>>;
 
+/// How a worker is, apart from its work.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Condition {
+    pub(super) rss_bytes: u64,
+    pub(super) engine_starting: bool,
+    pub(super) leaving: bool,
+}
+
 /// The sending half of a stream.
 #[derive(Debug, Clone)]
 pub(super) struct Outgoing(mpsc::Sender<wire::WorkerMessage>);
@@ -104,15 +112,15 @@ impl Outgoing {
         seq: u64,
         tasks: &[task::Progress],
         group: Option<&group::Progress>,
-        rss_bytes: u64,
-        engine_starting: bool,
+        condition: Condition,
     ) {
         self.push(wire::worker_message::Message::Beat(wire::Beat {
             seq,
             tasks: tasks.iter().map(to_wire::task_progress).collect(),
             group: group.map(to_wire::group_progress),
-            rss_bytes,
-            engine_starting,
+            rss_bytes: condition.rss_bytes,
+            engine_starting: condition.engine_starting,
+            leaving: condition.leaving,
         }));
     }
 

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use distillery_common::security::GroupSecret;
 use tokio::time::Instant;
 
-use super::client::{self, Closed, FromCoordinator, Hello, Welcome};
+use super::client::{self, Closed, Condition, FromCoordinator, Hello, Welcome};
 use super::{Agent, Ended, Session, now};
 
 impl Agent {
@@ -131,8 +131,11 @@ impl Agent {
     }
 
     pub(super) fn beat(&mut self, now: Instant) {
-        let rss_bytes = self.resident_bytes();
-        let engine_starting = self.engine_starting();
+        let condition = Condition {
+            rss_bytes: self.resident_bytes(),
+            engine_starting: self.engine_starting(),
+            leaving: self.departure.is_some(),
+        };
         let due = now + self.beat_every.mul_f64(0.9 + 0.2 * self.jitter());
         let Session::Up(outgoing, at) = &mut self.session else {
             return;
@@ -144,7 +147,7 @@ impl Agent {
             .member()
             .and_then(|member| member.progress.as_ref());
         let tasks = self.held.progress();
-        outgoing.beat(self.beats, &tasks, group, rss_bytes, engine_starting);
+        outgoing.beat(self.beats, &tasks, group, condition);
         self.held.beat_sent(self.beats, now);
     }
 

@@ -120,6 +120,7 @@ pub(crate) fn group(world: u32) -> Plan {
                 checkpoint_every: 1000,
                 keep_last: 1,
                 global_batch: u64::from(world),
+                reproducible: false,
                 min_world: world,
                 max_world: world,
                 parent: None,
