@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use distillery_tests::mutants::{LIST, parse};
 use distillery_tests::simulation::{
-    Account, Client, Direction, Fault, History, KINDS, Peer, Strike, Trouble, Violation, named,
-    simulate, sweep,
+    Account, Client, Fault, History, KINDS, Strike, Trouble, Violation, named, simulate, sweep,
 };
 
 const SEEDS: u64 = 1_000;

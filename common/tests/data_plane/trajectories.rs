@@ -270,6 +270,7 @@ async fn the_loader_gives_every_rank_its_share_in_order() {
         stage: 1,
         rows: dataset.rows(),
         global_batch: 10,
+        virtual_ranks: None,
     };
     for world in 1..=3 {
         let mut seen = vec![Vec::new(); 20];
@@ -315,6 +316,7 @@ async fn a_hole_in_the_dataset_reaches_the_trainer_as_an_error() {
         stage: 0,
         rows: dataset.rows(),
         global_batch: 72,
+        virtual_ranks: None,
     };
     let spec = Spec {
         order,

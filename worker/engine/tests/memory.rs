@@ -42,6 +42,7 @@ fn rows(folder: &Folder, teacher: &TeacherModel, rows: i64) -> Rows {
     let config = &folder.text.encoder.config;
     let context = [rows, config.positions, config.width];
     Rows {
+        numbers: (0..rows as u64).collect(),
         z: latents(),
         eps_w: latents(),
         t: Tensor::arange(rows, (Kind::Int64, Device::Cpu)) + 50,
@@ -61,11 +62,12 @@ fn measured(folder: &Folder, stage: &Stage, count: i64, baseline: u64) -> u64 {
     plan.batch = Batch {
         global: count as u64,
         micro: None,
+        virtual_ranks: None,
     };
     let mut trainer = Trainer::new(plan, student.parameters());
     let schedule = teacher.schedule.to_device(Device::Cpu);
     let objective = objective(stage, schedule, teacher.prediction).expect("it is sound");
-    let rows = [rows(folder, &teacher, count)];
+    let rows = [vec![rows(folder, &teacher, count)]];
     let _meter = Meter::start();
     let mut snapshot = trainer.empty_snapshot();
     for _ in 0..2 {

@@ -149,6 +149,11 @@ impl Campaign {
         }
     }
 
+    /// Whether it is about what the engine computes. A mix does without: it is about the control plane.
+    fn needs_the_engine(self) -> bool {
+        matches!(self, Self::Elastic | Self::RealRecovery)
+    }
+
     /// Faults when nobody says how many, alone and in a short mix.
     fn numbers(self) -> (u64, u64) {
         match self {
@@ -240,6 +245,9 @@ fn mix(arguments: &Arguments, base: &std::path::Path, table: &mut Table) {
     let length = Duration::from_secs(arguments.minutes * 60);
     for round in 0.. {
         for &campaign in Campaign::value_variants() {
+            if campaign.needs_the_engine() {
+                continue;
+            }
             let left = length.saturating_sub(watch.elapsed());
             if left.is_zero() || interrupted() {
                 return;
