@@ -5,6 +5,7 @@
 //! in seconds, and two of them can be compared. It knows no network and learns nothing.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -40,13 +41,13 @@ pub fn software() -> Software {
 }
 
 /// Works for the worker behind `socket` until told to leave. When the socket closes the process ends by itself.
-pub fn serve(socket: &Path, device: &str, pace: Pace) -> anyhow::Result<()> {
+pub fn serve(socket: &Path, device: &str, advertise: IpAddr, pace: Pace) -> anyhow::Result<()> {
     let (link, commands) = Link::connect(socket)?;
     let mut inbox = Inbox::new(commands);
     let Some(Command::Setup(setup)) = inbox.next() else {
         anyhow::bail!("the worker's first message is not a setup");
     };
-    let mut bench = Bench::open(link, inbox, setup, pace)?;
+    let mut bench = Bench::open(link, inbox, setup, advertise, pace)?;
     bench.link.send(Event::Ready {
         device: device.to_owned(),
         device_name: "stand-in".into(),
@@ -87,13 +88,20 @@ struct Bench {
     record: RunRecord,
     recipe: Recipe,
     runtime: tokio::runtime::Runtime,
+    advertise: IpAddr,
     pace: Pace,
     /// The stage that was trained last, and its state.
     kept: Option<(String, training::Trained)>,
 }
 
 impl Bench {
-    fn open(link: Link, inbox: Inbox, setup: Setup, pace: Pace) -> anyhow::Result<Self> {
+    fn open(
+        link: Link,
+        inbox: Inbox,
+        setup: Setup,
+        advertise: IpAddr,
+        pace: Pace,
+    ) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -112,6 +120,7 @@ impl Bench {
             record,
             recipe,
             runtime,
+            advertise,
             pace,
             kept: None,
         })

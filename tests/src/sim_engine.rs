@@ -1,5 +1,6 @@
 //! `sim-engine`: takes the engine's place in tests of the control plane.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
@@ -20,6 +21,9 @@ struct Arguments {
     /// What the engine would compute on.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// This host's address for the engines of other hosts.
+    #[arg(long, default_value = "127.0.0.1")]
+    advertise: IpAddr,
     /// Milliseconds that a task takes at least.
     #[arg(long, env = "SIM_TASK_MS", default_value_t = 0)]
     task_ms: u64,
@@ -46,5 +50,5 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     let socket = arguments.socket.context("--socket is missing")?;
-    sim::serve(&socket, &arguments.device, pace)
+    sim::serve(&socket, &arguments.device, arguments.advertise, pace)
 }

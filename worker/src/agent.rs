@@ -10,6 +10,7 @@
 //! be away for [`GIVE_UP`]: tasks go on until their leases end, a training group goes on stepping, reports wait.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -165,6 +166,8 @@ pub struct Agent {
     term: Term,
     /// Known from the first join string on.
     group_secret: GroupSecret,
+    /// This host's address for the engines of other hosts; known from the first join string on.
+    advertise: Option<IpAddr>,
     run: Option<(String, Store)>,
     beat_every: Duration,
     beats: u64,
@@ -198,6 +201,7 @@ impl Agent {
             incarnation: None,
             term: Term::default(),
             group_secret: GroupSecret([0; 32]),
+            advertise: None,
             run: None,
             beat_every: Duration::from_secs(2),
             beats: 0,

@@ -1,5 +1,6 @@
 //! Builds the agents, feeds them signals, and waits for them.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -32,6 +33,8 @@ pub struct Config {
     pub engine: PathBuf,
     /// Threads of each CPU engine.
     pub threads: Option<u32>,
+    /// This host's address for the engines of other hosts; the one that faces the coordinator when none.
+    pub advertise: Option<IpAddr>,
     /// Time to finish the work in hand when told to leave.
     pub drain_grace: Duration,
     /// Whether to end when the standard input closes.

@@ -1,5 +1,6 @@
 //! The command line: raw arguments become a checked [`Config`].
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -50,6 +51,9 @@ struct JoinArguments {
     /// Threads of each CPU engine; the recipe's when not given.
     #[arg(long)]
     threads: Option<u32>,
+    /// This host's address for the engines of other hosts; the one that faces the coordinator when not given.
+    #[arg(long, env = "DISTILLERY_ADVERTISE", value_name = "ADDRESS")]
+    advertise: Option<IpAddr>,
     /// Seconds to finish the work in hand after a signal.
     #[arg(long, default_value_t = 25, value_name = "SECONDS")]
     drain_grace: u64,
@@ -122,6 +126,7 @@ fn check(arguments: JoinArguments) -> anyhow::Result<Config> {
         devices: devices(&arguments.devices)?,
         engine,
         threads: arguments.threads,
+        advertise: arguments.advertise,
         drain_grace: Duration::from_secs(arguments.drain_grace),
         parent_stdin: arguments.parent_stdin,
     })

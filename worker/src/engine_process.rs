@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::net::IpAddr;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -61,6 +62,8 @@ pub struct Program {
     pub device: Device,
     /// Threads of a CPU engine; the recipe's when none.
     pub threads: Option<u32>,
+    /// This host's address for the engines of other hosts; the engine's own choice when none.
+    pub advertise: Option<IpAddr>,
 }
 
 /// What comes out of an engine.
@@ -215,6 +218,9 @@ fn spawn(program: &Program, socket: &Path) -> std::io::Result<Child> {
         .process_group(0)
         .env_remove("DISTILLERY_JOIN")
         .kill_on_drop(true);
+    if let Some(address) = program.advertise {
+        process.arg("--advertise").arg(address.to_string());
+    }
     if program.device == Device::Cpu {
         process.envs(steady_arithmetic());
     }

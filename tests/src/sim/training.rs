@@ -169,7 +169,7 @@ impl Work {
             number.ok_or_else(|| fault(FailureClass::Config, format!("no stage {name}")))?;
         let stage = bench.recipe.stages[number].clone();
         let io = |error: std::io::Error| fault(FailureClass::Io, error);
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(io)?;
+        let listener = TcpListener::bind((bench.advertise, 0)).map_err(io)?;
         let address = listener.local_addr().map_err(io)?;
         bench.link.send(Event::GroupReady {
             group: membership.group.clone(),

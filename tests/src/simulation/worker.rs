@@ -1,6 +1,7 @@
 //! Workers of a simulated fleet: the shipping agent, with the simulation for its outside, one process after another.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,6 +64,7 @@ fn config(worker: usize) -> Config {
         devices: vec![Device::Cpu],
         engine: PathBuf::from("engine"),
         threads: None,
+        advertise: None,
         drain_grace: DRAIN,
         parent_stdin: false,
     }
@@ -104,6 +106,10 @@ impl Outside for Surroundings {
             outputs,
         );
         Ok(handle)
+    }
+
+    fn facing(&self, _: &str) -> io::Result<IpAddr> {
+        Ok(Ipv4Addr::LOCALHOST.into())
     }
 
     fn resident_bytes(&self, _: Option<u32>) -> u64 {

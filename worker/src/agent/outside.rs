@@ -4,6 +4,7 @@
 //! time. Nothing here knows what the agent wants with what it reaches, and nothing here decides.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 
 use distillery_common::proto::engine_link::Setup;
 use distillery_common::security::Join;
@@ -30,6 +31,9 @@ pub trait Outside: Send + Sync {
         setup: Setup,
         outputs: mpsc::Sender<(u64, Output)>,
     ) -> io::Result<Engine>;
+
+    /// The address of this host that faces `address` (`host:port`): what others on the way there can reach it by.
+    fn facing(&self, address: &str) -> io::Result<IpAddr>;
 
     /// Memory of this process and of the engine with this process id.
     fn resident_bytes(&self, engine: Option<u32>) -> u64;
@@ -60,6 +64,26 @@ impl Outside for Host {
         outputs: mpsc::Sender<(u64, Output)>,
     ) -> io::Result<Engine> {
         Engine::start(id, program, setup, outputs)
+    }
+
+    fn facing(&self, address: &str) -> io::Result<IpAddr> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for peer in address.to_socket_addrs()? {
+            let any: IpAddr = match peer {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            // Connecting a datagram socket sends nothing: it asks the system for the way.
+            let found = UdpSocket::bind((any, 0)).and_then(|socket| {
+                socket.connect(peer)?;
+                socket.local_addr()
+            });
+            match found {
+                Ok(own) => return Ok(own.ip()),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
     }
 
     fn resident_bytes(&self, engine: Option<u32>) -> u64 {

@@ -27,6 +27,11 @@ impl Agent {
             Err(error) => return Err(error).context("the join string cannot be used"),
         };
         self.group_secret = GroupSecret::derive(join.token(), join.run_id());
+        self.advertise = match self.config.advertise {
+            Some(address) => Some(address),
+            // A host that finds no way to the coordinator finds none to its peers either, and says so when it dials.
+            None => self.outside.facing(join.address()).ok(),
+        };
         let hello = Hello {
             name: self.name.clone(),
             host: self.config.host.clone(),

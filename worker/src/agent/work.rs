@@ -146,6 +146,7 @@ impl Agent {
             path: self.config.engine.clone(),
             device: self.device,
             threads: self.config.threads,
+            advertise: self.advertise,
         };
         let setup = Setup {
             run_uri: run_uri.clone(),
