@@ -62,6 +62,17 @@ impl Group {
         }
     }
 
+    /// Takes `late` from what the members are waited for: for so long nobody listened to them.
+    pub(super) fn forgive(&mut self, late: Duration, now: Duration) {
+        match self {
+            Self::Gathering { .. } => {}
+            Self::Reattaching { deadline, .. } | Self::Exchanging { deadline, .. } => {
+                *deadline += late;
+            }
+            Self::Stepping { advanced, .. } => *advanced = now.min(*advanced + late),
+        }
+    }
+
     /// The formation and its members in rank order, if there is one.
     pub(super) fn formed(&self) -> Option<(&GroupId, &[Incarnation])> {
         match self {

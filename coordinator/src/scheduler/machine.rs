@@ -274,7 +274,12 @@ impl Machine {
         let due = self.swept + self.timings.sweep;
         if now >= due {
             self.swept = now;
-            self.fleet.forgive(now - due, now);
+            let late = now - due;
+            self.fleet.forgive(late, now);
+            let groups = self.stages.iter_mut();
+            groups
+                .filter_map(stage::State::group_mut)
+                .for_each(|group| group.forgive(late, now));
             self.sweep(now, out);
         }
         for at in 0..self.stages.len() {

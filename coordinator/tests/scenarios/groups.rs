@@ -264,3 +264,25 @@ fn lost_members_count_once_there_are_many() {
     engine_dies(&mut scene, 3, &group, 2, FailureClass::HostLost);
     assert_eq!(fruitless(&scene), 1);
 }
+
+/// The first thing that a coordinator handles after it stood still may be the time. It has not listened, so nobody was silent.
+#[test]
+fn a_coordinator_that_stood_still_gives_up_no_group_for_it() {
+    let (mut scene, group) = stepping();
+    for step in 1..=10 {
+        scene.wait(ms(1_000));
+        progress(&mut scene, 1, &group, step);
+    }
+    for n in 1..=3 {
+        scene.beat(n);
+    }
+    scene.now += Duration::from_secs(3600);
+    scene.happens(Event::Tick);
+    assert!(!scene.was_told(1, |m| matches!(m, ToWorker::GroupAbort { .. })));
+    // Time that is listened to counts as ever.
+    for _ in 0..35 {
+        scene.wait(ms(2_000));
+        (1..=3).for_each(|n| scene.beat(n));
+    }
+    assert!(scene.was_told(1, |m| matches!(m, ToWorker::GroupAbort { .. })));
+}
