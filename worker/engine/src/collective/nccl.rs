@@ -20,7 +20,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::nccl_sys::{Communicator, Driver, Library};
 use super::tree::{self, Partial, cover};
-use super::{Abort, Collective, Error, NcclFault, check_partials, check_text, leaves_of, part};
+use super::{
+    Abort, Collective, Ended, Error, NcclFault, check_partials, check_text, leaves_of, part,
+};
 
 /// What the root makes and every rank needs to join: 128 bytes, written as hexadecimal digits.
 #[derive(Clone, PartialEq, Eq)]
@@ -104,6 +106,8 @@ pub struct Nccl {
     world: u32,
     device: Device,
     deadline: Duration,
+    /// Ends a wait that the communicator's own abort cannot end yet.
+    ended: Ended,
     /// Says whether the device has done its work; none where the library works on host memory.
     driver: Option<Driver>,
     shared: Arc<Shared>,
@@ -203,8 +207,8 @@ impl Patience {
 }
 
 impl Nccl {
-    /// Joins the communicator of `id` with `device`; returns once all `world` ranks have, or fails at the deadline,
-    /// which holds for every later operation too.
+    /// Joins the communicator of `id` with `device`; returns once all `world` ranks have, or fails at the deadline or
+    /// when `ended` is set, both of which hold for every later operation too.
     pub fn join(
         library: &Nvidia,
         id: &UniqueId,
@@ -212,6 +216,7 @@ impl Nccl {
         world: u32,
         device: Device,
         deadline: Duration,
+        ended: &Ended,
     ) -> Result<Self, Error> {
         assert!(rank < world, "a rank lies in its world");
         library.check_serves(device)?;
@@ -229,6 +234,7 @@ impl Nccl {
             world,
             device,
             deadline,
+            ended: ended.clone(),
             driver,
             shared: Arc::new(Shared(Mutex::new(Some(communicator)))),
         };
@@ -259,6 +265,10 @@ impl Nccl {
     fn settle(&self) -> Result<(), Error> {
         let mut patience = Patience::new(self.deadline);
         loop {
+            if self.ended.is_set() {
+                self.shared.abort();
+                return Err(Error::Aborted);
+            }
             let settled = self.shared.call(Communicator::is_settled);
             let idle = settled.and_then(|settled| match self.driver {
                 Some(driver) if settled => driver.is_idle(),

@@ -151,7 +151,8 @@ impl Seat {
             .collect::<Result<_, Error>>()?;
         if let Some((library, id)) = self.nccl(&cards)? {
             let (device, deadline) = (self.device, invitation.deadline);
-            let nccl = Nccl::join(&library, &id, rank, world, device, deadline)?;
+            let ended = &invitation.ended;
+            let nccl = Nccl::join(&library, &id, rank, world, device, deadline, ended)?;
             return Ok(Box::new(nccl));
         }
         let addresses: Vec<String> = cards.into_iter().map(|card| card.address).collect();

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::fixed::{LEAVES, reduce};
 use super::{PATIENT, bits, on_ring, skipped, values};
 use crate::collective::nccl::{Nccl, Nvidia, UniqueId};
-use crate::collective::{Collective, Error, NcclFault, part};
+use crate::collective::{Collective, Ended, Error, NcclFault, part};
 
 /// The library that Cargo built beside this test.
 pub(super) fn library_file() -> String {
@@ -38,7 +38,18 @@ fn on_nccl<T: Send>(world: u32, deadline: Duration, body: impl Fn(Nccl) -> T + S
             .map(|rank| {
                 scope.spawn(move || {
                     let device = Device::Cpu;
-                    body(Nccl::join(&library, id, rank, world, device, deadline).unwrap())
+                    body(
+                        Nccl::join(
+                            &library,
+                            id,
+                            rank,
+                            world,
+                            device,
+                            deadline,
+                            &Ended::default(),
+                        )
+                        .unwrap(),
+                    )
                 })
             })
             .collect();
@@ -182,7 +193,16 @@ fn a_communicator_that_does_not_fill_up_is_given_up() {
     let library = library();
     let id = UniqueId::new(&library).unwrap();
     let deadline = Duration::from_millis(200);
-    let error = Nccl::join(&library, &id, 0, 2, Device::Cpu, deadline).unwrap_err();
+    let error = Nccl::join(
+        &library,
+        &id,
+        0,
+        2,
+        Device::Cpu,
+        deadline,
+        &Ended::default(),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("did not all join"), "{error}");
 }
 
@@ -224,7 +244,8 @@ fn a_process_that_dies_is_noticed() {
     let library = library();
     if let Ok(id) = std::env::var(CHILD) {
         let id: UniqueId = id.parse().unwrap();
-        let mut nccl = Nccl::join(&library, &id, 1, 2, Device::Cpu, PATIENT).unwrap();
+        let mut nccl =
+            Nccl::join(&library, &id, 1, 2, Device::Cpu, PATIENT, &Ended::default()).unwrap();
         let mut flat = Tensor::from_slice(&[2f32]);
         nccl.all_reduce_sum(&mut flat).unwrap();
         assert_eq!(flat.double_value(&[0]), 3.0);
@@ -236,7 +257,8 @@ fn a_process_that_dies_is_noticed() {
         .env(CHILD, id.to_string())
         .spawn()
         .unwrap();
-    let mut nccl = Nccl::join(&library, &id, 0, 2, Device::Cpu, PATIENT).unwrap();
+    let mut nccl =
+        Nccl::join(&library, &id, 0, 2, Device::Cpu, PATIENT, &Ended::default()).unwrap();
     let mut flat = Tensor::from_slice(&[1f32]);
     nccl.all_reduce_sum(&mut flat).unwrap();
     assert_eq!(flat.double_value(&[0]), 3.0);
@@ -262,7 +284,16 @@ fn a_missing_library_is_a_clear_error() {
 fn a_library_serves_its_own_memory_only() {
     let library = library();
     let id = UniqueId::new(&library).unwrap();
-    let error = Nccl::join(&library, &id, 0, 1, Device::Cuda(0), PATIENT).unwrap_err();
+    let error = Nccl::join(
+        &library,
+        &id,
+        0,
+        1,
+        Device::Cuda(0),
+        PATIENT,
+        &Ended::default(),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("host memory"), "{error}");
 }
 
@@ -288,7 +319,7 @@ fn nccl_sums_over_one_rank_on_a_gpu() {
     let device = Device::Cuda(0);
     assert!(library.check_serves(Device::Cpu).is_err());
     let id = UniqueId::new(&library).unwrap();
-    let mut nccl = Nccl::join(&library, &id, 0, 1, device, PATIENT).unwrap();
+    let mut nccl = Nccl::join(&library, &id, 0, 1, device, PATIENT, &Ended::default()).unwrap();
     let mut flat = Tensor::from_slice(&values(0, 10_000)).to_device(device);
     nccl.all_reduce_sum(&mut flat).unwrap();
     nccl.broadcast(&mut flat, 0).unwrap();
@@ -303,4 +334,21 @@ fn nccl_sums_over_one_rank_on_a_gpu() {
         nccl.all_reduce_sum(&mut flat),
         Err(Error::Aborted)
     ));
+}
+
+/// An abort while the others are awaited ends the wait, long before the deadline.
+#[test]
+fn a_communicator_that_is_given_up_while_it_forms_is_no_longer_waited_for() {
+    let library = library();
+    let id = UniqueId::new(&library).unwrap();
+    let ended = Ended::default();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(50));
+            ended.set();
+        });
+        let hour = Duration::from_secs(3600);
+        let error = Nccl::join(&library, &id, 0, 2, Device::Cpu, hour, &ended).unwrap_err();
+        assert!(matches!(error, Error::Aborted), "{error}");
+    });
 }
