@@ -244,3 +244,61 @@ fn a_broken_checkpoint_is_refused_on_one_screen_and_nothing_is_written() {
         assert!(!out.exists(), "{arguments:?} left {}", out.display());
     }
 }
+
+/// Four engines write a checkpoint in shares; one, two and three go on from it, to the student of those that never shared.
+#[test]
+fn a_checkpoint_in_shares_is_read_by_any_number_of_engines() {
+    let recipe = |workers: u32, sharded: bool| {
+        include_str!("../recipes/elastic.yaml")
+            .replace("steps: 40", "steps: 12")
+            .replace("  - {name: seg4, segments: 4, steps: 30}\n", "")
+            .replace(
+                "checkpoint: {every_steps: 10}",
+                &format!("checkpoint: {{every_steps: 4, sharded: {sharded}}}"),
+            )
+            .replace(
+                "{launcher: external, workers: {min: 1, max: 4}}",
+                &format!("{{launcher: local, workers: {{min: {workers}, max: {workers}}}}}"),
+            )
+    };
+    let start = |folder: &tempfile::TempDir, workers, sharded| {
+        let run = Run::new(folder.path(), &recipe(workers, sharded), EngineKind::Real);
+        run.expect("the programs are built")
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut whole = start(&folder, 2, false);
+    whole.finish(PATIENCE).expect("it finishes");
+    let expected = whole.made().expect("a student");
+    for workers in 1..=3 {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut run = start(&folder, 4, true);
+        run.start().expect("it starts");
+        let checkpoint = run.output().join("checkpoints/seg8/0000000004-g1");
+        run.await_path(&checkpoint.join("COMMIT"), PATIENCE)
+            .expect("a checkpoint");
+        run.kill(Target::All, 0).expect("it can be killed");
+        run.wait(PATIENCE).expect("it is dead");
+        run.no_orphans(PATIENCE).expect("all are");
+        let wrote = |rank: u32| {
+            let name = format!("r{rank:04}-s");
+            let files = std::fs::read_dir(&checkpoint).expect("a folder").flatten();
+            files
+                .filter(|file| file.file_name().to_string_lossy().starts_with(&name))
+                .count()
+        };
+        assert!(
+            (0..4).all(|rank| wrote(rank) > 0),
+            "each rank wrote its share"
+        );
+        let repository = repository().display().to_string();
+        let text = recipe(workers, true).replace("{repository}", &repository);
+        std::fs::write(folder.path().join("recipe.yaml"), text).expect("a recipe");
+        run.start().expect("it starts again");
+        run.finish(PATIENCE).expect("it finishes");
+        assert_eq!(
+            run.made().expect("a student"),
+            expected,
+            "{workers} engines"
+        );
+    }
+}

@@ -196,7 +196,8 @@ impl Agent {
             session: Session::Down(start),
             session_id: 0,
             client: None,
-            reconnect: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
+            // At most as long that a coordinator which was killed again and again has its workers back within two seconds.
+            reconnect: Backoff::new(Duration::from_millis(100), Duration::from_millis(1500)),
             heard: start,
             incarnation: None,
             term: Term::default(),

@@ -58,6 +58,7 @@ impl Recipe {
                     "last": self.checkpoint.keep_last,
                     "every_stage": self.checkpoint.keep_every_stage,
                 },
+                "sharded": self.checkpoint.sharded,
             },
             "preview": {
                 "steps": self.preview.steps,

@@ -278,6 +278,8 @@ pub struct Checkpoint {
     pub keep_last: u32,
     /// Whether the final checkpoint of each stage stays after the next stage has ended.
     pub keep_every_stage: bool,
+    /// Whether every member of a group writes a share of each checkpoint.
+    pub sharded: bool,
 }
 
 /// What sample grids show.

@@ -255,6 +255,11 @@ pub fn checkpoint_share(checkpoint: &Prefix, rank: u32, part: u32) -> Key {
     checkpoint.key(&format!("r{rank:04}-s{part:04}.safetensors"))
 }
 
+/// What `rank` says of its share of a checkpoint, for the rank that puts the COMMIT.
+pub fn checkpoint_account(checkpoint: &Prefix, rank: u32) -> Key {
+    checkpoint.key(&format!("r{rank:04}.json"))
+}
+
 /// The training curves up to a checkpoint.
 pub fn checkpoint_metrics(checkpoint: &Prefix) -> Key {
     checkpoint.key("metrics.jsonl")

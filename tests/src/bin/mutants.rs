@@ -126,11 +126,11 @@ impl Bench {
         let seeds = arguments.seeds.to_string();
         let mut ways = vec![
             vec!["--named"],
-            vec!["--seeds", &seeds],
             vec!["--every-store-operation"],
+            vec!["--seeds", &seeds],
         ];
         if arguments.shrink {
-            ways[1].push("--shrink");
+            ways[2].push("--shrink");
         }
         for way in ways {
             let lived = Command::new(&simulate).args(&way).output()?;

@@ -293,6 +293,7 @@ fn checkpoint(v: View<'_>) -> Checkpoint {
         every_steps: v.get("every_steps").whole(),
         keep_last: v.get("keep").get("last").small(),
         keep_every_stage: v.get("keep").get("every_stage").flag(),
+        sharded: v.get("sharded").flag(),
     }
 }
 

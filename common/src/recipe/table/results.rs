@@ -14,6 +14,12 @@ pub(super) static CHECKPOINT: Section = Section {
             "steps between checkpoints; the last step always has one",
         ),
         field("keep", Kind::Section(&KEEP), Open, "what stays"),
+        field(
+            "sharded",
+            Bool,
+            Yaml("false"),
+            "whether every engine writes a share of each checkpoint, for states that are large",
+        ),
     ],
 };
 

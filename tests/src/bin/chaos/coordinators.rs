@@ -69,21 +69,35 @@ pub(crate) fn kills(context: &Context, score: &mut Score) -> anyhow::Result<()> 
     Ok(())
 }
 
+/// Whether a stage of tasks is said to have begun with some of them open.
+fn open_tasks(message: &str) -> bool {
+    let counts = || {
+        let (stage, rest) = message
+            .strip_prefix("stage ")?
+            .split_once(" started with ")?;
+        let mut counts = rest
+            .split_whitespace()
+            .filter_map(|word| word.parse::<u64>().ok());
+        let (done, total) = (counts.next()?, counts.next()?);
+        Some(["trajectories", "reference", "evaluate"].contains(&stage) && done < total)
+    };
+    counts().unwrap_or(false)
+}
+
 /// From the start of each life but the first to its first grant.
 fn measure(site: &Site, score: &mut Score) {
     let (mut late, mut short) = (Vec::new(), 0);
     for (number, life) in site.lives.iter().enumerate().skip(1) {
         let said = site.said(number);
-        let has_tasks = said.iter().any(|said| {
-            let tasks = ["trajectories", "reference", "evaluate"];
-            let rest = said.message.strip_prefix("stage ").unwrap_or_default();
-            tasks.iter().any(|stage| rest.starts_with(stage)) && rest.contains("started")
-        });
+        // A life that begins while a group trains has nothing to grant until that is done.
+        let has_tasks = said
+            .iter()
+            .any(|said| said.at - life.started <= GOAL && open_tasks(&said.message));
         let first = said
             .iter()
             .find(|said| said.message.starts_with("granted "));
         match first {
-            Some(first) => {
+            Some(first) if has_tasks => {
                 let took = first.at - life.started;
                 score.took("grants again after a restart", took);
                 late.extend((took > GOAL).then_some((number, took)));
@@ -93,7 +107,7 @@ fn measure(site: &Site, score: &mut Score) {
                 late.extend((lived > GOAL).then_some((number, lived)));
                 short += 1;
             }
-            None => {}
+            Some(_) | None => {}
         }
     }
     score.note(format!(

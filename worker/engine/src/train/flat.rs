@@ -54,6 +54,12 @@ impl Layout {
         &self.places
     }
 
+    /// The elements of consecutive places.
+    pub fn span(&self, places: &std::ops::Range<usize>) -> std::ops::Range<usize> {
+        let start = |at: usize| self.places.get(at).map_or(self.len, |place| place.offset);
+        start(places.start)..start(places.end).max(start(places.start))
+    }
+
     /// Elements of the whole buffer.
     pub fn len(&self) -> usize {
         self.len

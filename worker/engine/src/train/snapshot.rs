@@ -1,5 +1,7 @@
 //! A trainer's whole state in host memory, to be written elsewhere while training goes on.
 
+use std::ops::Range;
+
 use tch::{Device, Tensor};
 
 use super::flat::{Layout, Place};
@@ -17,7 +19,7 @@ pub struct Position {
     pub skipped_in_a_row: u32,
 }
 
-/// State of a trainer, f32: masters, moments and, when kept, their average.
+/// State of a trainer, f32: masters, moments and, when kept, their average; all of it, or a share.
 ///
 /// Reusable: taking the next snapshot into the same buffers allocates nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,7 +27,16 @@ pub struct Snapshot {
     layout: Layout,
     /// Where the trainer stood.
     pub position: Position,
-    parts: Vec<(Part, Vec<f32>)>,
+    parts: Vec<Held>,
+}
+
+/// What a snapshot holds of one part.
+#[derive(Debug, Clone, PartialEq)]
+struct Held {
+    part: Part,
+    /// Which of the layout's places.
+    places: Range<usize>,
+    values: Vec<f32>,
 }
 
 /// One flat buffer of a trainer.
@@ -78,41 +89,59 @@ pub enum Error {
 }
 
 impl Snapshot {
-    /// Empty buffers for the state of a trainer with this layout.
-    pub(super) fn new(layout: Layout, with_ema: bool) -> Self {
+    /// Empty buffers for the state of a trainer with this layout; of each part the places that `share` gives.
+    pub(super) fn new(
+        layout: Layout,
+        with_ema: bool,
+        share: &dyn Fn(Part) -> Range<usize>,
+    ) -> Self {
         let mut parts = vec![Part::Student, Part::AdamM, Part::AdamV];
         parts.extend(with_ema.then_some(Part::Ema));
-        let zeros = vec![0.0; layout.len()];
+        let held = |part| {
+            let places = share(part);
+            let values = vec![0.0; layout.span(&places).len()];
+            Held {
+                part,
+                places,
+                values,
+            }
+        };
         Self {
-            layout,
             position: Position::default(),
-            parts: parts
-                .into_iter()
-                .map(|part| (part, zeros.clone()))
-                .collect(),
+            parts: parts.into_iter().map(held).collect(),
+            layout,
         }
     }
 
-    /// Every tensor: its part, its place in the student, its values.
+    /// Every tensor of the state: its part, its place in the student, its values; none of those that are not held.
     pub fn entries(&self) -> impl Iterator<Item = (Part, &Place, &[f32])> {
-        self.parts.iter().flat_map(|(part, values)| {
-            let places = self.layout.places().iter();
-            places.map(|place| (*part, place, &values[place.range()]))
+        self.parts.iter().flat_map(|held| {
+            let first = self.layout.span(&held.places).start;
+            let places = self.layout.places().iter().enumerate();
+            places.map(move |(at, place)| {
+                let values = match held.places.contains(&at) {
+                    true => &held.values[place.offset - first..][..place.len],
+                    false => &[],
+                };
+                (held.part, place, values)
+            })
         })
     }
 
-    /// The values of one part, or none when it is not kept.
+    /// The values of one part, or none when it is not kept, or not as a whole.
     pub fn part(&self, part: Part) -> Option<&[f32]> {
-        let found = self.parts.iter().find(|(kept, _)| *kept == part)?;
-        Some(&found.1)
+        let found = self.parts.iter().find(|held| held.part == part)?;
+        (found.values.len() == self.layout.len()).then_some(&found.values)
     }
 
-    /// Copies `tensor` `[len]` into a part that is kept.
+    /// Copies what is held of a part that is kept from `tensor` `[len]`.
     pub(super) fn take(&mut self, part: Part, tensor: &Tensor) {
-        for (kept, values) in &mut self.parts {
-            if *kept == part {
-                let host = tensor.to_device(Device::Cpu);
-                host.copy_data(values, host.numel());
+        for held in &mut self.parts {
+            if held.part == part && !held.values.is_empty() {
+                let span = self.layout.span(&held.places);
+                let piece = tensor.narrow(0, span.start as i64, span.len() as i64);
+                let host = piece.to_device(Device::Cpu);
+                host.copy_data(&mut held.values, host.numel());
             }
         }
     }

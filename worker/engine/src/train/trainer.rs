@@ -341,10 +341,21 @@ impl Trainer {
 
     /// Empty buffers that fit this trainer's state.
     pub fn empty_snapshot(&self) -> Snapshot {
-        Snapshot::new(self.parameters.layout().clone(), self.ema.is_some())
+        let all = 0..self.layout().places().len();
+        self.empty_share(&|_| all.clone())
     }
 
-    /// Copies the whole state into `into`, made by [`Self::empty_snapshot`]: the only stall of a checkpoint.
+    /// The same for a part of the state: the places of the layout that `share` names for each of its parts.
+    pub fn empty_share(&self, share: &dyn Fn(Part) -> Range<usize>) -> Snapshot {
+        Snapshot::new(self.layout().clone(), self.ema.is_some(), share)
+    }
+
+    /// Whether a moving average is kept.
+    pub fn has_average(&self) -> bool {
+        self.ema.is_some()
+    }
+
+    /// Copies the state into `into`, made by [`Self::empty_snapshot`] or for a share: the only stall of a checkpoint.
     pub fn snapshot(&self, into: &mut Snapshot) {
         into.position = self.position;
         for (part, tensor) in self.state() {
@@ -363,7 +374,7 @@ impl Trainer {
     }
 
     /// Where each tensor lies in every part.
-    pub(super) fn layout(&self) -> &Layout {
+    pub fn layout(&self) -> &Layout {
         self.parameters.layout()
     }
 

@@ -159,6 +159,7 @@ impl StageWork {
             every_steps: bench.recipe.checkpoint.every_steps,
             global_batch: self.recipe.batch.global,
             training: self.training.clone(),
+            sharded: bench.recipe.checkpoint.sharded,
         };
         let mut watch = InboxWatch {
             inbox: &mut bench.inbox,

@@ -4,25 +4,27 @@
 //! which read that copy a few MiB at a time. One is in flight at a time: when the next is due meanwhile it is left out and
 //! counted, never queued.
 
+mod upload;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use distillery_common::checkpoint::{self, Dtype, Kind, StateSource, TensorSpec, Training};
+use distillery_common::checkpoint::{Share, Training};
 use distillery_common::curves::{StepRecord, finite, to_jsonl};
-use distillery_common::group::{CheckpointCommitted, Membership, Phase, Progress};
-use distillery_common::ids::Digest;
+use distillery_common::group::{Membership, Phase, Progress};
 use distillery_common::storage::Store;
 use distillery_common::task::{Failure, FailureClass};
 use distillery_common::telemetry::{Stopwatch, peak_memory};
 use tokio::task::JoinHandle;
 
+use self::upload::{Saved, Upload, places_of};
+pub use self::upload::{kind_of_part, part_of_kind};
 use super::rows::StoredRows;
 use crate::io::Io;
-use crate::link::{CommitOutcome, CommitRequest, Committed, Event, Link};
-use crate::train::snapshot::{Part, Position, Snapshot};
-use crate::train::{self, Control, Sink, StepReport, Trainer};
+use crate::link::{Event, Link};
+use crate::train::snapshot::{Position, Snapshot};
+use crate::train::{Control, Sink, StepReport, Trainer};
 
 /// Steps between two reports of progress to the worker.
 const PROGRESS_EVERY: u64 = 5;
@@ -41,6 +43,8 @@ pub struct Place {
     pub global_batch: u64,
     /// What the state belongs to.
     pub training: Training,
+    /// Whether every rank writes a share of each checkpoint.
+    pub sharded: bool,
 }
 
 /// How the device thread asks, between two steps, whether to go on.
@@ -52,7 +56,7 @@ pub trait Watch {
     fn wanted_checkpoint(&mut self) -> Option<bool>;
 }
 
-/// Rank 0 saves; every rank keeps the curves and reports progress.
+/// Rank 0 saves, or every rank its share; every rank keeps the curves and reports progress.
 pub struct Saver<'a> {
     io: &'a Io,
     store: Store,
@@ -72,12 +76,6 @@ pub struct Saver<'a> {
     stepped: bool,
     /// Checkpoints left out because one was in flight.
     pub left_out: u64,
-}
-
-/// What a finished upload gives back.
-struct Saved {
-    buffer: Snapshot,
-    outcome: Result<(), Failure>,
 }
 
 impl<'a> Saver<'a> {
@@ -109,7 +107,7 @@ impl<'a> Saver<'a> {
         }
     }
 
-    /// Commits the trainer's state now and waits for it; on ranks other than 0 nothing.
+    /// Saves the trainer's state now, or this rank's share of it, and waits for that.
     pub fn save_now(&mut self, trainer: &Trainer) -> Result<(), Failure> {
         self.settle(true)?;
         let step = trainer.position().step;
@@ -139,10 +137,20 @@ impl<'a> Saver<'a> {
         self.watch.wanted_checkpoint()
     }
 
-    fn begin(&mut self, trainer: &Trainer) {
-        if self.place.membership.rank != 0 {
-            return;
+    /// This rank's share of a checkpoint: all of it on rank 0, or as much as everybody's.
+    fn share(&self) -> Option<Share> {
+        let Membership { rank, world, .. } = self.place.membership;
+        match (self.place.sharded, rank) {
+            (true, _) => Some(Share { rank, world }),
+            (false, 0) => Some(Share::WHOLE),
+            (false, _) => None,
         }
+    }
+
+    fn begin(&mut self, trainer: &Trainer) {
+        let Some(share) = self.share() else {
+            return;
+        };
         let recorded = self.curves.last().map_or(0, |record| record.step);
         assert_eq!(
             recorded,
@@ -150,26 +158,30 @@ impl<'a> Saver<'a> {
             "every applied step is on record"
         );
         let stopwatch = Stopwatch::start();
-        let mut buffer = self
-            .buffer
-            .take()
-            .unwrap_or_else(|| trainer.empty_snapshot());
+        let mut buffer = self.buffer.take().unwrap_or_else(|| {
+            let own = places_of(trainer, share);
+            trainer.empty_share(&|part| {
+                let found = own.iter().find(|(of, _)| *of == part);
+                found.map_or(0..0, |(_, places)| places.clone())
+            })
+        });
         trainer.snapshot(&mut buffer);
         let step = trainer.position().step;
         self.saved_step = Some(step);
         if let Some(last) = self.curves.last_mut() {
             last.peak_bytes = peak_memory();
         }
-        let upload = upload(
-            self.store.clone(),
-            self.link.clone(),
-            self.place.membership.clone(),
-            self.place.training.clone(),
+        let upload = Upload {
+            store: self.store.clone(),
+            link: self.link.clone(),
+            membership: self.place.membership.clone(),
+            training: self.place.training.clone(),
+            share,
             buffer,
-            to_jsonl(&self.curves).into(),
-            step == self.place.steps,
-        );
-        self.in_flight = Some(self.io.spawn(upload));
+            curves: to_jsonl(&self.curves).into(),
+            is_final: step == self.place.steps,
+        };
+        self.in_flight = Some(self.io.spawn(upload.run()));
         self.stall = Some(stopwatch.elapsed());
     }
 
@@ -275,137 +287,6 @@ pub fn position(curves: &[StepRecord]) -> Position {
         applied: step - skipped,
         skipped,
         skipped_in_a_row: curves.iter().rev().take_while(|r| r.skipped).count() as u32,
-    }
-}
-
-async fn upload(
-    store: Store,
-    link: Link,
-    membership: Membership,
-    training: Training,
-    buffer: Snapshot,
-    curves: Bytes,
-    is_final: bool,
-) -> Saved {
-    let outcome = write_and_commit(
-        &store,
-        &link,
-        &membership,
-        training,
-        &buffer,
-        curves,
-        is_final,
-    )
-    .await;
-    Saved { buffer, outcome }
-}
-
-async fn write_and_commit(
-    store: &Store,
-    link: &Link,
-    membership: &Membership,
-    training: Training,
-    buffer: &Snapshot,
-    curves: Bytes,
-    is_final: bool,
-) -> Result<(), Failure> {
-    let group = &membership.group;
-    let step = buffer.position.step;
-    let manifest = checkpoint::write(
-        store,
-        &group.stage,
-        step,
-        group.generation,
-        training,
-        &State::of(buffer),
-        curves,
-    )
-    .await
-    .map_err(|error| Failure {
-        class: FailureClass::Io,
-        message: format!("saving step {step} of {}: {error}", group.stage),
-    })?;
-    let body = manifest.to_bytes();
-    let key = manifest.commit_key();
-    let request = CommitRequest {
-        what: Committed::Checkpoint(CheckpointCommitted {
-            group: group.clone(),
-            step,
-            key: key.as_str().to_owned(),
-            digest: Digest::of(&body),
-            bytes: manifest.total_bytes(),
-            is_final,
-        }),
-        key,
-        body,
-        rows: 0,
-        bytes: manifest.total_bytes(),
-    };
-    match link.commit_async(request).await {
-        CommitOutcome::Won => Ok(()),
-        CommitOutcome::Lost | CommitOutcome::Expired => Err(Failure {
-            class: FailureClass::Stale,
-            message: format!("{group} had ended before step {step} was committed"),
-        }),
-        CommitOutcome::Failed(message) => Err(Failure {
-            class: FailureClass::Io,
-            message: format!("committing step {step} of {group}: {message}"),
-        }),
-    }
-}
-
-/// A trainer's snapshot as checkpoints see it: its tensors' parts, places and values.
-struct State<'a>(Vec<(Part, &'a train::flat::Place, &'a [f32])>);
-
-impl<'a> State<'a> {
-    fn of(snapshot: &'a Snapshot) -> Self {
-        Self(snapshot.entries().collect())
-    }
-}
-
-const PARTS: [(Part, Kind); 4] = [
-    (Part::Student, Kind::Student),
-    (Part::Ema, Kind::Ema),
-    (Part::AdamM, Kind::AdamM),
-    (Part::AdamV, Kind::AdamV),
-];
-
-/// The kind of state that a part of a snapshot is stored as.
-pub fn kind_of_part(part: Part) -> Kind {
-    let (_, kind) = PARTS
-        .iter()
-        .find(|(p, _)| *p == part)
-        .expect("every part has a kind");
-    *kind
-}
-
-/// The part of a trainer that state of `kind` belongs to.
-pub fn part_of_kind(kind: Kind) -> Part {
-    let (part, _) = PARTS
-        .iter()
-        .find(|(_, k)| *k == kind)
-        .expect("every kind has a part");
-    *part
-}
-
-impl StateSource for State<'_> {
-    fn tensors(&self) -> Vec<TensorSpec> {
-        self.0
-            .iter()
-            .map(|(part, place, _)| TensorSpec {
-                kind: kind_of_part(*part),
-                name: place.name.clone(),
-                dtype: Dtype::F32,
-                shape: place.shape.iter().map(|&n| n as u64).collect(),
-            })
-            .collect()
-    }
-
-    fn copy(&self, index: usize, start: usize, out: &mut [u8]) {
-        let (_, _, values) = self.0[index];
-        for (bytes, value) in out.chunks_exact_mut(4).zip(&values[start / 4..]) {
-            bytes.copy_from_slice(&value.to_le_bytes());
-        }
     }
 }
 
