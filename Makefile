@@ -10,7 +10,7 @@ cargo_flags := --release --locked
 .PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory lint libtorch servers
 
 help: ## Show this list.
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: libtorch ## Distil the bundled teacher on this machine's CPU, from recipe to report.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine

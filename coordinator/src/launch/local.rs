@@ -123,6 +123,18 @@ async fn keep(
                     () = tokio::time::sleep(REST) => {}
                     _ = stopped.changed() => {}
                 }
+                let is_stopped = *stopped.borrow();
+                if !is_stopped && kept.fetch_sub(1, Ordering::SeqCst) > 1 {
+                    tracing::info!(worker = name, "a worker left, as it was asked to");
+                    return;
+                }
+                if !is_stopped {
+                    kept.fetch_add(1, Ordering::SeqCst);
+                    tracing::warn!(
+                        worker = name,
+                        "the last worker left; it is started again, or nobody would work"
+                    );
+                }
             }
             Ended::Died(how) => {
                 deaths += 1;

@@ -163,7 +163,7 @@ impl Machine {
         let generation = Generation(self.durable.generation.0 + 1);
         let base = self.durable.stage(&stage).newest(&[]).cloned();
         let base_step = base.as_ref().map_or(0, |base| base.step);
-        let was = self.world_before(at, training, base.as_ref());
+        let was = self.world_before(at, training);
         let base_key = base.map(|base| base.key);
         let parent = training.parent.and_then(|parent| self.final_key(parent));
         self.journal(
@@ -209,25 +209,20 @@ impl Machine {
         });
     }
 
-    /// Members of the group that made the state which a group starts from: `base`, or else the parent's student. The
-    /// order of sums depends on their number, so bits do.
-    fn world_before(
-        &self,
-        at: usize,
-        training: &Training,
-        base: Option<&Checkpoint>,
-    ) -> Option<u32> {
-        let made_by = |at: usize, checkpoint: &Checkpoint| {
-            let log = self.durable.stage(&self.plan.stages[at].name);
-            let is_maker = |formed: &&Formed| formed.generation == checkpoint.generation;
-            let maker = log.generations.iter().find(is_maker)?;
-            u32::try_from(maker.members.len()).ok()
-        };
-        match (base, training.parent) {
-            (Some(base), _) => made_by(at, base),
-            (None, Some(parent)) => made_by(parent, &self.final_checkpoint(parent)?),
-            (None, None) => None,
+    /// Members of the group that made the state which a group starts from: the one before it, or that of the parent's
+    /// student. The order of sums depends on their number, so bits do.
+    fn world_before(&self, at: usize, training: &Training) -> Option<u32> {
+        let log = self.durable.stage(&self.plan.stages[at].name);
+        // Its members may hold a state that is in no checkpoint.
+        if let Some(last) = log.generations.last() {
+            return u32::try_from(last.members.len()).ok();
         }
+        let parent = training.parent?;
+        let checkpoint = self.final_checkpoint(parent)?;
+        let log = self.durable.stage(&self.plan.stages[parent].name);
+        let is_maker = |formed: &&Formed| formed.generation == checkpoint.generation;
+        let maker = log.generations.iter().find(is_maker)?;
+        u32::try_from(maker.members.len()).ok()
     }
 
     fn final_checkpoint(&self, at: usize) -> Option<Checkpoint> {
@@ -307,8 +302,8 @@ impl Machine {
     /// is not reached twice.
     fn went_further(&mut self, at: usize, reached: u64) -> bool {
         let log = self.durable.stage(&self.plan.stages[at].name);
-        let stored = log.newest(&[]).map_or(0, |newest| newest.step);
-        let before = self.furthest[at].max(stored);
+        let base = log.generations.last().map_or(0, |formed| formed.base_step);
+        let before = self.furthest[at].max(base);
         self.furthest[at] = before.max(reached);
         if reached > before {
             self.losses[at] = 0;

@@ -42,6 +42,10 @@ pub(super) struct Ledger {
 #[derive(Debug, Default)]
 struct Agent {
     greeted: Option<Instant>,
+    /// The highest term of a coordinator that has welcomed it.
+    term: u64,
+    /// The last welcome was of a lower one: whoever sent it was replaced.
+    misled: bool,
     beats: BTreeMap<u64, Instant>,
     renewed: Option<Instant>,
     reports: BTreeMap<u64, wire::report::Report>,
@@ -70,13 +74,27 @@ impl Ledger {
 
     /// The agent opened a stream at that time.
     pub(super) fn greeted(&mut self, pid: Pid, at: Instant) {
-        self.agent(pid).greeted = Some(at);
+        let agent = self.agent(pid);
+        agent.greeted = Some(at);
+        agent.misled = false;
     }
 
     /// The agent said something.
-    pub(super) fn said(&mut self, pid: Pid, message: &wire::WorkerMessage, now: Instant) {
+    pub(super) fn said(
+        &mut self,
+        pid: Pid,
+        message: &wire::WorkerMessage,
+        now: Instant,
+    ) -> Result<(), Broken> {
         use wire::worker_message::Message;
         let agent = self.agent(pid);
+        let is_work = matches!(message.message, Some(Message::Beat(_) | Message::Report(_)));
+        ensure("I11", !(agent.misled && is_work), || {
+            format!(
+                "{pid:?} works for a coordinator of a lower term than {}",
+                agent.term
+            )
+        })?;
         match &message.message {
             Some(Message::Beat(beat)) => {
                 agent.beats.insert(beat.seq, now);
@@ -87,6 +105,7 @@ impl Ledger {
             }
             Some(Message::Hello(_) | Message::Goodbye(_)) | None => {}
         }
+        Ok(())
     }
 
     /// A coordinator is about to say something: what it says must be true already.
@@ -165,6 +184,10 @@ impl Ledger {
     pub(super) fn heard(&mut self, pid: Pid, message: &wire::CoordinatorMessage) {
         use wire::coordinator_message::Message;
         let agent = self.agent(pid);
+        if let Some(Message::Welcome(welcome)) = &message.message {
+            agent.misled = welcome.term < agent.term;
+            agent.term = agent.term.max(welcome.term);
+        }
         let sent = match &message.message {
             Some(Message::BeatAck(ack)) => agent.beats.get(&ack.seq).copied(),
             Some(Message::Welcome(_)) => agent.greeted,

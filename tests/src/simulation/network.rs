@@ -187,10 +187,13 @@ async fn carry_up(
             return;
         }
         if let Some(message) = &message {
-            world
+            let said = world
                 .state()
                 .ledger
                 .said(connection.agent, message, moment());
+            if let Err((invariant, seen)) = said {
+                world.broken(invariant, seen);
+            }
         }
         tokio::select! {
             biased;
