@@ -314,6 +314,7 @@ fn launch(
                 worker: config.worker.clone(),
                 engine: Some(config.engine.clone()),
                 count: recipe.cluster.max_workers,
+                fewest: recipe.cluster.min_workers,
                 threads: recipe.compute.threads,
                 join: join.reveal(),
                 logs: access.logs(),

@@ -48,6 +48,8 @@ pub struct Workers {
     pub engine: Option<PathBuf>,
     /// How many.
     pub count: u32,
+    /// The fewest with which the run goes on: one more that leaves is replaced.
+    pub fewest: u32,
     /// Threads of each engine; the worker decides when none.
     pub threads: Option<u32>,
     /// What admits them, with the token: for the environment only.
@@ -123,17 +125,12 @@ async fn keep(
                     () = tokio::time::sleep(REST) => {}
                     _ = stopped.changed() => {}
                 }
-                let is_stopped = *stopped.borrow();
-                if !is_stopped && kept.fetch_sub(1, Ordering::SeqCst) > 1 {
-                    tracing::info!(worker = name, "a worker left, as it was asked to");
+                let fewest = workers.fewest.max(1);
+                let spare = |kept: u32| (kept > fewest).then(|| kept - 1);
+                let spared = kept.fetch_update(Ordering::SeqCst, Ordering::SeqCst, spare);
+                if !*stopped.borrow() && spared.is_ok() {
+                    tracing::info!(worker = name, "a worker left, and the run does without it");
                     return;
-                }
-                if !is_stopped {
-                    kept.fetch_add(1, Ordering::SeqCst);
-                    tracing::warn!(
-                        worker = name,
-                        "the last worker left; it is started again, or nobody would work"
-                    );
                 }
             }
             Ended::Died(how) => {
