@@ -107,12 +107,16 @@ fn take_part(
     membership: &Membership,
     current: &Current,
 ) -> Result<Outcome, Broken> {
+    // Before the wait: an abort that comes together with the addresses must be seen too.
+    let ended = current.enter(&membership.group);
     stage.tell(bench, membership, Phase::Exchanging, membership.base_step);
     let peers = match wait_for_peers(&mut bench.inbox, membership) {
         Ok(peers) => peers,
-        Err(outcome) => return Ok(outcome),
+        Err(outcome) => {
+            current.leave();
+            return Ok(outcome);
+        }
     };
-    let ended = current.enter(&membership.group);
     let ring = seat.connect(&Invitation {
         group: &membership.group,
         rank: membership.rank,

@@ -88,7 +88,15 @@ impl Upload {
             message: format!("saving step {step} of {}: {error}", group.stage),
         })?;
         let Some(manifest) = manifest else {
-            return Ok(());
+            // A stage does not end without its last checkpoint: another group writes it.
+            let is_lost = self.is_final && self.share.rank == 0;
+            return match is_lost {
+                true => Err(Failure {
+                    class: FailureClass::Io,
+                    message: format!("the last checkpoint of {} lacks a share", group.stage),
+                }),
+                false => Ok(()),
+            };
         };
         let body = manifest.to_bytes();
         let key = manifest.commit_key();
