@@ -6,9 +6,9 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    Compute, Dtype, Evaluate, Export, ExportFormat, Holdout, Launcher, Loss, Method, Metric,
-    Optimizer, RateSchedule, Recipe, Sampler, Stage, Student, StudentKind, TeacherStep, Tls,
-    TrajectoryMode,
+    Cluster, Compute, Dtype, Evaluate, Export, ExportFormat, Holdout, Launcher, Loss, Method,
+    Metric, Optimizer, RateSchedule, Recipe, Sampler, Stage, Student, StudentKind, TeacherStep,
+    Tls, TrajectoryMode,
 };
 use crate::ids::Digest;
 
@@ -67,18 +67,7 @@ impl Recipe {
             },
             "evaluate": self.evaluate.as_ref().map_or(json!(false), evaluate),
             "export": self.export.as_ref().map_or(json!(false), export),
-            "cluster": {
-                "launcher": match self.cluster.launcher {
-                    Launcher::Local => "local",
-                    Launcher::External => "external",
-                },
-                "workers": { "min": self.cluster.min_workers, "max": self.cluster.max_workers },
-                "listen": self.cluster.listen,
-                "tls": match self.cluster.tls {
-                    Tls::On => "on",
-                    Tls::Off => "off",
-                },
-            },
+            "cluster": cluster(&self.cluster),
         })
     }
 
@@ -118,6 +107,26 @@ impl Recipe {
         fields.insert("contents".into(), Value::Object(contents.collect()));
         Digest::of(canonical(&stored).as_bytes())
     }
+}
+
+fn cluster(cluster: &Cluster) -> Value {
+    let mut stored = json!({
+        "launcher": match &cluster.launcher {
+            Launcher::Local => "local",
+            Launcher::External => "external",
+            Launcher::Kubernetes => "kubernetes",
+        },
+        "workers": { "min": cluster.min_workers, "max": cluster.max_workers },
+        "listen": cluster.listen,
+        "tls": match cluster.tls {
+            Tls::On => "on",
+            Tls::Off => "off",
+        },
+    });
+    if let Some(kubernetes) = &cluster.kubernetes {
+        stored["kubernetes"] = kubernetes.to_stored();
+    }
+    stored
 }
 
 /// Takes out of a `compute` section what changes no bit.

@@ -3,6 +3,7 @@
 //! The checker and the JSON Schema both read this table, so they cannot say different things. What relates
 //! two keys to each other is in `check::cross`. This module must never know where a value came from.
 
+mod kubernetes;
 mod learning;
 mod results;
 
@@ -71,8 +72,21 @@ pub(super) enum Kind {
     ShareOrPath,
     /// A preset's name, or a list of module names.
     Targets,
+    /// A name as Kubernetes allows one: a DNS label or several, in lower case.
+    DnsName,
+    /// Keys of the user's own choice, each with a text.
+    Map(MapOf),
     /// Known, refused.
     NotBuilt,
+}
+
+/// What a map of the user's own keys holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MapOf {
+    /// Labels of Kubernetes.
+    Labels,
+    /// Amounts of resources of Kubernetes.
+    Quantities,
 }
 
 /// One of the words a value may be.
@@ -111,6 +125,7 @@ const fn later(name: &'static str) -> Word {
     Word { name, built: false }
 }
 
+use kubernetes::KUBERNETES;
 use learning::{BATCH, COMPUTE, LOSS, OPTIMIZER, STAGE, STUDENT};
 use results::{CHECKPOINT, EVALUATE, EXPORT, PREVIEW};
 
@@ -380,7 +395,7 @@ static CLUSTER: Section = Section {
                 word("local"),
                 word("external"),
                 later("slurm"),
-                later("kubernetes"),
+                word("kubernetes"),
             ]),
             Yaml("local"),
             "who starts workers",
@@ -389,8 +404,8 @@ static CLUSTER: Section = Section {
         field(
             "listen",
             Text,
-            Yaml("127.0.0.1:0"),
-            "address of the gRPC service, host:port",
+            Open,
+            "address of the gRPC service, host:port; 127.0.0.1:0 for this host alone, 0.0.0.0:7070 for kubernetes",
         ),
         not_built("http"),
         field(
@@ -400,6 +415,12 @@ static CLUSTER: Section = Section {
             "auto = on unless only this host can connect",
         ),
         field("token", Secret, Open, "the run's token; made when absent"),
+        field(
+            "kubernetes",
+            Or("none", &Kind::Section(&KUBERNETES)),
+            Yaml("none"),
+            "what workers are as pods",
+        ),
     ],
 };
 

@@ -204,3 +204,21 @@ mod handshake {
         server.abort();
     }
 }
+
+#[test]
+fn a_file_of_root_may_be_for_the_group_of_another_user() {
+    for (mode, owner, me, exposed) in [
+        (0o600, 1000, 1000, false),
+        (0o640, 1000, 1000, true),
+        (0o440, 0, 65_532, false),
+        (0o444, 0, 65_532, true),
+        (0o460, 0, 65_532, true),
+        (0o440, 0, 0, true),
+    ] {
+        assert_eq!(
+            is_exposed(mode, owner, me),
+            exposed,
+            "{mode:o} {owner} {me}"
+        );
+    }
+}

@@ -30,7 +30,7 @@ use distillery_common::storage::layout::{self, Key};
 use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
 use crate::journal::{self, Folded, Journal};
-use crate::launch::local;
+use crate::launch::{Launched, local};
 use crate::report;
 use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
@@ -113,7 +113,7 @@ async fn coordinate(
     let timings = timings(&recipe, &config.waits)?;
     let tls = recipe.cluster.tls == Tls::On;
     let listener = listen(&recipe, config.insecure).await?;
-    let endpoint = advertised(&listener)?;
+    let endpoint = advertised(&listener, &recipe)?;
     let join = access.join(&endpoint, tls)?;
     let journal = Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
     if journal.durable().paused.is_some() {
@@ -157,14 +157,16 @@ async fn coordinate(
     if !config.json {
         console::note(&prepared.plan);
     }
-    let launched = launch(&recipe, &config, &access, &join, handle.clone())?;
+    let launched = launch(&recipe, &config, &access, &join, handle.clone(), clock).await?;
     let watching = tokio::spawn(watch_signals(handle.clone()));
     let showing = tokio::spawn(progress::show(handle, term.0 > 1));
     let ended = driver.run().await;
     watching.abort();
     showing.abort();
-    if let Some(launched) = launched {
-        launched.finish().await;
+    match (launched, &ended) {
+        (Some(launched), Ok(_)) => launched.finish().await,
+        (Some(launched), Err(_)) => launched.leave().await,
+        (None, _) => {}
     }
     drop(end_service);
     serving.abort();
@@ -283,8 +285,13 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
 }
 
 /// Where workers on other hosts reach `listener`.
-fn advertised(listener: &TcpListener) -> anyhow::Result<String> {
+fn advertised(listener: &TcpListener, recipe: &Recipe) -> anyhow::Result<String> {
     let address = listener.local_addr()?;
+    if let (Launcher::Kubernetes, Some(kubernetes)) =
+        (&recipe.cluster.launcher, &recipe.cluster.kubernetes)
+    {
+        return Ok(kubernetes.endpoint(address.port()));
+    }
     if !address.ip().is_unspecified() {
         return Ok(address.to_string());
     }
@@ -293,15 +300,16 @@ fn advertised(listener: &TcpListener) -> anyhow::Result<String> {
     Ok(format!("{}:{}", host.trim(), address.port()))
 }
 
-fn launch(
+async fn launch(
     recipe: &Recipe,
     config: &Config,
     access: &Access,
     join: &Join,
     handle: Handle,
-) -> anyhow::Result<Option<local::Launched>> {
+    clock: Clock,
+) -> anyhow::Result<Option<Launched>> {
     let file = access.write_join(join)?;
-    match recipe.cluster.launcher {
+    match &recipe.cluster.launcher {
         Launcher::External => {
             console::note(format_args!(
                 "start workers with: worker join --coordinator @{}",
@@ -321,9 +329,46 @@ fn launch(
             };
             local::start(workers, handle)
                 .context("the folder for the logs of workers cannot be made")
-                .map(Some)
+                .map(|workers| Some(Launched::Local(workers)))
         }
+        Launcher::Kubernetes => launch_pods(recipe, config, join, handle, clock)
+            .await
+            .map(Some),
     }
+}
+
+#[cfg(feature = "kubernetes")]
+async fn launch_pods(
+    recipe: &Recipe,
+    config: &Config,
+    join: &Join,
+    handle: Handle,
+    clock: Clock,
+) -> anyhow::Result<Launched> {
+    use crate::launch::kubernetes;
+    let settings = recipe.cluster.kubernetes.clone();
+    let workers = kubernetes::Workers {
+        kubernetes: settings.context("cluster.kubernetes is missing")?,
+        run_id: join.run_id().to_owned(),
+        count: recipe.cluster.max_workers,
+        join: distillery_common::recipe::Secret::new(join.reveal()),
+        insecure: config.insecure && join.authority().is_none(),
+    };
+    let launched = kubernetes::start(workers, handle, clock).await?;
+    Ok(Launched::Kubernetes(launched))
+}
+
+#[cfg(not(feature = "kubernetes"))]
+async fn launch_pods(
+    _: &Recipe,
+    _: &Config,
+    _: &Join,
+    _: Handle,
+    _: Clock,
+) -> anyhow::Result<Launched> {
+    anyhow::bail!(
+        "cluster.launcher is kubernetes, and this coordinator was built without it; build it with `--features kubernetes`"
+    )
 }
 
 /// Ctrl-C once: checkpoint and stop; twice: stop now.

@@ -2,6 +2,8 @@
 //! values were replaced. What depends on several keys is decided here: defaults of one key that follow from
 //! another. This module must never know where a value stood.
 
+mod kubernetes;
+
 use std::path::PathBuf;
 
 use super::super::{
@@ -353,12 +355,19 @@ fn export(v: View<'_>, lora: bool) -> Export {
 
 fn cluster(v: View<'_>) -> Cluster {
     let min_workers = v.get("workers").get("min").small();
-    let listen = v.get("listen").text().to_owned();
+    let launcher = match v.get("launcher").text() {
+        "external" => Launcher::External,
+        "kubernetes" => Launcher::Kubernetes,
+        _ => Launcher::Local,
+    };
+    let listen = match (v.get("listen").maybe_text(), &launcher) {
+        (Some(listen), _) => listen,
+        (None, Launcher::Kubernetes) => "0.0.0.0:7070",
+        (None, Launcher::Local | Launcher::External) => "127.0.0.1:0",
+    };
+    let listen = listen.to_owned();
     Cluster {
-        launcher: match v.get("launcher").text() {
-            "external" => Launcher::External,
-            _ => Launcher::Local,
-        },
+        launcher,
         min_workers,
         max_workers: v
             .get("workers")
@@ -373,6 +382,7 @@ fn cluster(v: View<'_>) -> Cluster {
         },
         listen,
         token: v.get("token").maybe_text().map(|t| Secret::new(t.into())),
+        kubernetes: v.section("kubernetes").map(kubernetes::kubernetes),
     }
 }
 
