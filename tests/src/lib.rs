@@ -8,6 +8,8 @@ pub mod compare;
 pub mod figure;
 pub mod fleet;
 pub mod harness;
+pub mod kubernetes;
+pub mod manifests;
 pub mod mutants;
 pub mod sim;
 pub mod simulation;

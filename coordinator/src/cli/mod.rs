@@ -7,6 +7,7 @@ mod export;
 mod gc;
 mod one_shot;
 mod plan;
+mod render;
 mod report;
 mod run;
 mod sample;
@@ -60,6 +61,8 @@ enum Command {
     Plan(RecipeArguments),
     /// Prints the JSON Schema of recipes, for editors.
     Schema,
+    /// Prints what a cluster is given to run a recipe.
+    Render(render::Arguments),
     /// Shows how a run is.
     Status(status::Arguments),
     /// Stops a run, to be resumed: after a checkpoint, or at once.
@@ -117,6 +120,7 @@ pub fn main() -> ExitCode {
         Command::Check(own) => check::run(&own, context),
         Command::Plan(own) => plan::run(&own, context),
         Command::Schema => schema::run(),
+        Command::Render(own) => render::run(&own, context),
         Command::Status(own) => status::run(&own, context),
         Command::Stop(own) => control::stop(own, context),
         Command::Pause(own) => control::pause(own, context),

@@ -9,8 +9,8 @@ use futures::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::api::{
-    Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, WatchEvent,
-    WatchParams,
+    Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams,
+    Preconditions, WatchEvent, WatchParams,
 };
 use serde_json::json;
 
@@ -25,6 +25,8 @@ const CALL: Duration = Duration::from_secs(60);
 const PAGE: u32 = 500;
 /// Longest wait for a change of a pod; the Job itself is not watched.
 const LOOK: Duration = Duration::from_secs(5);
+/// Wait after a watch that was refused: the look that follows tells why, or works without.
+const AGAIN: Duration = Duration::from_secs(1);
 /// Changes come in flocks.
 const FLOCK: Duration = Duration::from_millis(200);
 
@@ -82,9 +84,10 @@ impl Error {
 pub(super) struct Cluster {
     workers: Workers,
     namespace: String,
-    jobs: Api<Job>,
-    pods: Api<Pod>,
-    secrets: Api<Secret>,
+    // Untyped: the whole types of what is read would make this program half as large again.
+    jobs: Api<DynamicObject>,
+    pods: Api<DynamicObject>,
+    secrets: Api<DynamicObject>,
 }
 
 impl Debug for Cluster {
@@ -106,9 +109,9 @@ impl Cluster {
         let namespace = namespace.unwrap_or_else(|| config.default_namespace.clone());
         let client = kube::Client::try_from(config).map_err(super::Error::Client)?;
         Ok(Self {
-            jobs: Api::namespaced(client.clone(), &namespace),
-            pods: Api::namespaced(client.clone(), &namespace),
-            secrets: Api::namespaced(client, &namespace),
+            jobs: untyped::<Job>(&client, &namespace),
+            pods: untyped::<Pod>(&client, &namespace),
+            secrets: untyped::<Secret>(&client, &namespace),
             workers,
             namespace,
         })
@@ -161,7 +164,7 @@ impl Cluster {
             .timeout(LOOK.as_secs() as u32);
         let watch = async {
             let Ok(events) = self.pods.watch(&params, version).await else {
-                return std::future::pending().await;
+                return tokio::time::sleep(AGAIN).await;
             };
             let mut events = pin!(events);
             loop {
@@ -179,7 +182,6 @@ impl Cluster {
                 }
             }
         };
-        // A watch that cannot be had leaves the look by the clock.
         let _ = tokio::time::timeout(LOOK, watch).await;
     }
 
@@ -187,6 +189,7 @@ impl Cluster {
     pub(super) async fn create(&self) -> Result<(), Error> {
         self.apply_secret(None).await?;
         let job = self.workers.job(&self.namespace);
+        let job = object("making the Job", &job)?;
         let made = call(
             "making the Job",
             self.jobs.create(&PostParams::default(), &job),
@@ -254,6 +257,22 @@ impl Cluster {
     fn selector(&self) -> String {
         format!("{RUN}={}", self.workers.run_id)
     }
+}
+
+fn untyped<K>(client: &kube::Client, namespace: &str) -> Api<DynamicObject>
+where
+    K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>,
+{
+    Api::namespaced_with(client.clone(), namespace, &ApiResource::erase::<K>(&()))
+}
+
+/// A typed object as it is sent.
+fn object<K: serde::Serialize>(what: &'static str, typed: &K) -> Result<DynamicObject, Error> {
+    let value = serde_json::to_value(typed).and_then(serde_json::from_value);
+    value.map_err(|error| Error::Call {
+        what,
+        source: Box::new(kube::Error::SerdeError(error)),
+    })
 }
 
 fn only(uid: &str) -> Preconditions {

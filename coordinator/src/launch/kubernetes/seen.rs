@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use kube::api::DynamicObject;
+use serde::Deserialize;
 
 use super::objects::{CONTAINER, SETTINGS};
 
@@ -58,20 +58,67 @@ impl SeenPod {
     }
 }
 
-/// The job `found`, made from `settings` or not.
-pub(super) fn job(found: &Job, settings: &str) -> SeenJob {
+/// The parts of a status that are read. The whole types would make this program half as large again.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Status {
+    phase: String,
+    conditions: Vec<Condition>,
+    container_statuses: Vec<Container>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+    reason: String,
+    message: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Container {
+    name: String,
+    state: State,
+}
+
+/// How a container is: at most one of these.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct State {
+    waiting: Option<Why>,
+    terminated: Option<Why>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Why {
+    exit_code: i32,
+    reason: String,
+    message: String,
+}
+
+/// What is not understood counts as not said.
+fn status(found: &DynamicObject) -> Status {
+    let status = found.data.get("status");
+    status.map_or_else(Status::default, |status| {
+        Status::deserialize(status).unwrap_or_default()
+    })
+}
+
+/// The Job `found`, made from `settings` or not.
+pub(super) fn job(found: &DynamicObject, settings: &str) -> SeenJob {
     let meta = &found.metadata;
-    let conditions = found
-        .status
-        .iter()
-        .flat_map(|s| s.conditions.iter().flatten());
-    let finished = conditions
+    let held = status(found).conditions.into_iter();
+    let finished = held
         .filter(|condition| condition.status == "True")
-        .find_map(|condition| match condition.type_.as_str() {
+        .find_map(|condition| match condition.kind.as_str() {
             "Complete" => Some(Finished::Complete),
             "Failed" => Some(Finished::Failed {
-                reason: condition.reason.clone().unwrap_or_default(),
-                message: condition.message.clone().unwrap_or_default(),
+                reason: condition.reason,
+                message: condition.message,
             }),
             _ => None,
         });
@@ -85,53 +132,46 @@ pub(super) fn job(found: &Job, settings: &str) -> SeenJob {
 }
 
 /// Whether `pod` belongs to the Job of this uid.
-pub(super) fn is_of(pod: &Pod, job: &str) -> bool {
-    let owners = pod.metadata.owner_references.iter().flatten();
-    owners.into_iter().any(|owner| owner.uid == job)
+pub(super) fn is_of(pod: &DynamicObject, job: &str) -> bool {
+    let mut owners = pod.metadata.owner_references.iter().flatten();
+    owners.any(|owner| owner.uid == job)
 }
 
 /// What matters of a pod.
-pub(super) fn pod(found: &Pod) -> SeenPod {
+pub(super) fn pod(found: &DynamicObject) -> SeenPod {
     let meta = &found.metadata;
-    let status = found.status.clone().unwrap_or_default();
-    let conditions = status.conditions.unwrap_or_default();
+    let status = status(found);
     let condition = |kind: &str, value: &str| {
-        conditions
-            .iter()
-            .find(|c| c.type_ == kind && c.status == value)
+        let mut all = status.conditions.iter();
+        all.find(|condition| condition.kind == kind && condition.status == value)
     };
-    let container = status
-        .container_statuses
-        .unwrap_or_default()
-        .into_iter()
-        .find(|container| container.name == CONTAINER);
+    let own = status.container_statuses.iter();
+    let state = own
+        .filter(|container| container.name == CONTAINER)
+        .map(|container| &container.state)
+        .next();
     let grace = meta.deletion_grace_period_seconds.unwrap_or_default();
+    let grace = Duration::from_secs(u64::try_from(grace).unwrap_or_default());
     SeenPod {
         name: meta.name.clone().unwrap_or_default(),
         uid: meta.uid.clone().unwrap_or_default(),
-        phase: status.phase.unwrap_or_default(),
-        leaving: meta
-            .deletion_timestamp
-            .as_ref()
-            .map(|_| Duration::from_secs(u64::try_from(grace).unwrap_or_default())),
-        waiting: container.as_ref().and_then(waiting),
-        unplaced: condition("PodScheduled", "False").map(|c| c.message.clone().unwrap_or_default()),
-        disrupted: condition("DisruptionTarget", "True")
-            .map(|c| c.reason.clone().unwrap_or_default()),
-        ended: container.as_ref().and_then(ended),
+        leaving: meta.deletion_timestamp.as_ref().map(|_| grace),
+        waiting: state
+            .and_then(|state| state.waiting.as_ref())
+            .map(|why| (why.reason.clone(), why.message.clone())),
+        unplaced: condition("PodScheduled", "False").map(|found| found.message.clone()),
+        disrupted: condition("DisruptionTarget", "True").map(|found| found.reason.clone()),
+        ended: state.and_then(|state| state.terminated.as_ref()).map(ended),
+        phase: status.phase,
     }
 }
 
-fn waiting(container: &ContainerStatus) -> Option<(String, String)> {
-    let waiting = container.state.as_ref()?.waiting.as_ref()?;
-    Some((
-        waiting.reason.clone().unwrap_or_default(),
-        waiting.message.clone().unwrap_or_default(),
-    ))
-}
-
-fn ended(container: &ContainerStatus) -> Option<(i32, String)> {
-    let ended = container.state.as_ref()?.terminated.as_ref()?;
-    let words = ended.message.clone().or_else(|| ended.reason.clone());
-    Some((ended.exit_code, words.unwrap_or_default()))
+/// Exit code and last words; a container without any has a reason, such as `OOMKilled`.
+fn ended(why: &Why) -> (i32, String) {
+    let words = if why.message.is_empty() {
+        &why.reason
+    } else {
+        &why.message
+    };
+    (why.exit_code, words.trim_end().to_owned())
 }
