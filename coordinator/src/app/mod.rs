@@ -287,9 +287,8 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
 /// Where workers on other hosts reach `listener`.
 fn advertised(listener: &TcpListener, recipe: &Recipe) -> anyhow::Result<String> {
     let address = listener.local_addr()?;
-    if let (Launcher::Kubernetes, Some(kubernetes)) =
-        (&recipe.cluster.launcher, &recipe.cluster.kubernetes)
-    {
+    // Whoever starts them: pods know the coordinator's Service, and no pod by its name.
+    if let Some(kubernetes) = &recipe.cluster.kubernetes {
         return Ok(kubernetes.endpoint(address.port()));
     }
     if !address.ip().is_unspecified() {

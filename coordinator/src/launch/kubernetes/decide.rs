@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::cluster;
+use super::objects::{TRY_AGAIN, USAGE};
 use super::seen::{Finished, Seen, SeenJob, SeenPod};
 
 /// Beyond its grace, so long a pod may take to go before it is released.
@@ -18,10 +19,6 @@ const LOST_NODE: Duration = Duration::from_secs(10);
 const ABOUT_TO_END: Duration = Duration::from_secs(30);
 /// Workers that may fail for each pod, with none heard in between, before no more are waited for.
 const FAILURES: usize = 5;
-/// Exit code of a worker that was started wrongly; another start would not help.
-const USAGE: i32 = 64;
-/// Exit code of a worker that wants to be started again.
-const TRY_AGAIN: i32 = 75;
 /// Why the node controller made a pod leave: its node is not ready or cannot be reached.
 const BY_NODE: &str = "DeletionByTaintManager";
 /// Why a container that never ran does not.
@@ -53,7 +50,7 @@ pub(super) enum Act {
 /// What earlier looks leave behind.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    /// Whether a Job was seen that this process does not have from an earlier one.
+    /// Whether the Job that an earlier coordinator may have left has been judged.
     settled: bool,
     given_up: bool,
     complete_since: Option<Duration>,

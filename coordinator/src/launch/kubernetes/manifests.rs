@@ -29,8 +29,8 @@ use serde_json::Value;
 use distillery_common::recipe::{Kubernetes, Launcher, Recipe};
 
 use super::objects::{
-    self, APP, COMPONENT, Names, claim_mounts, claim_volumes, container_security, env_from,
-    literal, pod_security, scratch,
+    self, APP, Names, claim_mounts, claim_volumes, container_security, env_from, literal,
+    pod_security, scratch,
 };
 
 /// Name of the coordinator's objects.

@@ -37,10 +37,10 @@ const JOIN: (&str, &str) = ("/etc/distillery/join", "join");
 pub(super) const USER: i64 = 65_532;
 /// Pods that may fail for one index. Workers come and go for weeks; `decide` says when it is hopeless.
 const FAILURES_PER_INDEX: i32 = 1000;
-/// Exit code of a worker that was started wrongly.
-const USAGE: i32 = 64;
+/// Exit code of a worker that was started wrongly; another start would not help.
+pub(super) const USAGE: i32 = 64;
 /// Exit code of a worker that wants to be started again.
-const TRY_AGAIN: i32 = 75;
+pub(super) const TRY_AGAIN: i32 = 75;
 /// Seconds of a pod's grace that the worker leaves to the container's end.
 const MARGIN: u32 = 5;
 
