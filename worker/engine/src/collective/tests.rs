@@ -33,7 +33,11 @@ fn listeners(world: u32) -> (Vec<Listener>, Vec<String>) {
 }
 
 /// Runs `body` on each rank of a formed ring and returns what each made of it.
-fn on_ring<T: Send>(world: u32, deadline: Duration, body: impl Fn(TcpRing) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_ring<T: Send>(
+    world: u32,
+    deadline: Duration,
+    body: impl Fn(TcpRing) -> T + Sync,
+) -> Vec<T> {
     let (listeners, peers) = listeners(world);
     let (peers, body) = (&peers, &body);
     thread::scope(|scope| {
