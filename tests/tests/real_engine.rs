@@ -274,9 +274,8 @@ fn a_stopped_run_that_saves_in_shares_goes_on_where_it_stood() {
     whole.finish(PATIENCE).expect("it finishes");
     let folder = tempfile::tempdir().expect("a folder");
     let mut run = start(&folder, true);
-    let trains = || run.log_tail().contains("seg8 g1 trains").then_some(());
-    run.await_some("a step", PATIENCE, trains)
-        .expect("it trains");
+    let trains = || run.log_tail().contains("seg8: training ").then_some(());
+    run.await_some(trains, "step", PATIENCE).expect("it trains");
     let coordinator = run.processes_of(Target::Coordinator)[0];
     signal(coordinator, "INT").expect("it lives");
     let ended = run.wait(PATIENCE).expect("it stops");
