@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use distillery_common::ids::Incarnation;
 use distillery_common::proto::from_wire::{self, Malformed};
@@ -94,7 +94,10 @@ pub async fn serve(
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
         .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .add_service(InterceptedService::new(server, Admit(RequireToken::new(token))))
+        .add_service(InterceptedService::new(
+            server,
+            Admit(RequireToken::new(token)),
+        ))
         .serve_with_incoming_shutdown(incoming, shutdown)
         .await;
     // It has noticed already that nobody takes guests any more.
@@ -248,7 +251,20 @@ async fn listen<S>(mut inbound: S, connection: ConnectionId, handle: Handle)
 where
     S: Stream<Item = Result<wire::WorkerMessage, Status>> + Send + Unpin,
 {
-    while let Some(Ok(message)) = inbound.next().await {
+    loop {
+        let message = match inbound.next().await {
+            Some(Ok(message)) => message,
+            Some(Err(status)) if is_of_a_message(&status) => {
+                tracing::warn!(
+                    ?connection,
+                    reason = status.message(),
+                    "a worker sent what cannot be read"
+                );
+                break;
+            }
+            // The stream is over.
+            Some(Err(_)) | None => break,
+        };
         match read_message(message) {
             Ok(message) => {
                 if handle.said(connection, message).await.is_err() {
@@ -263,6 +279,11 @@ where
     }
     // The driver may have ended meanwhile; then nobody needs to know.
     let _ = handle.closed(connection).await;
+}
+
+/// Whether a message, rather than what carries it, is at fault: too large, or not of the protocol.
+fn is_of_a_message(status: &Status) -> bool {
+    matches!(status.code(), Code::OutOfRange | Code::Internal)
 }
 
 fn refuse(malformed: Malformed) -> Status {

@@ -27,19 +27,19 @@ const ALPN_H2: &[u8] = b"h2";
 /// The certificates of one run.
 #[derive(Clone)]
 pub struct Authority {
-    certificate_der: Vec<u8>,
-    certificate_pem: String,
-    server: Proof,
-    member: Proof,
+    pub(super) certificate_der: Vec<u8>,
+    pub(super) certificate_pem: String,
+    pub(super) server: Proof,
+    pub(super) member: Proof,
 }
 
 /// A certificate with its key.
 #[derive(Clone)]
-struct Proof {
-    certificate_der: Vec<u8>,
-    certificate_pem: String,
+pub(super) struct Proof {
+    pub(super) certificate_der: Vec<u8>,
+    pub(super) certificate_pem: String,
     key_der: Vec<u8>,
-    key_pem: String,
+    pub(super) key_pem: String,
 }
 
 /// What a certificate is for.
@@ -58,7 +58,8 @@ impl Authority {
         let authority = rcgen::CertifiedIssuer::self_signed(params, key)?;
         let prove = |name, names: &[&str], purpose, info| {
             let key = signing_key(token, run_id, info)?;
-            let certificate = contents(run_id, name, names, purpose)?.signed_by(&key, &authority)?;
+            let certificate =
+                contents(run_id, name, names, purpose)?.signed_by(&key, &authority)?;
             Ok::<_, Error>(Proof {
                 certificate_der: certificate.der().to_vec(),
                 certificate_pem: certificate.pem(),

@@ -176,7 +176,9 @@ async fn greet(
 /// Why a handshake failed, in words for whoever reads the log.
 fn why(error: &io::Error) -> String {
     use rustls::Error as Tls;
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>());
+    let inner = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<Tls>());
     match inner {
         Some(Tls::InvalidMessage(_)) => "it speaks no TLS, or broken TLS".to_owned(),
         Some(Tls::NoCertificatesPresented) => "it shows no certificate of this run".to_owned(),
@@ -184,7 +186,9 @@ fn why(error: &io::Error) -> String {
             format!("its certificate is not valid for this run ({fault})")
         }
         Some(Tls::AlertReceived(alert)) => {
-            format!("it does not take this run's certificate ({alert:?}); it may have another run's join string")
+            format!(
+                "it does not take this run's certificate ({alert:?}); it may have another run's join string"
+            )
         }
         Some(other) => format!("the TLS handshake failed: {other}"),
         None => "it left during the TLS handshake".to_owned(),

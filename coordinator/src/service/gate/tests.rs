@@ -58,7 +58,10 @@ fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
     book.look();
     assert!(book.make_room());
     assert!(friends.try_recv().is_err(), "the friend may stay");
-    crowd[0].1.try_recv().expect("the first of the crowd has to go");
+    crowd[0]
+        .1
+        .try_recv()
+        .expect("the first of the crowd has to go");
     assert!(crowd[1].1.try_recv().is_err());
     assert_eq!(book.count(), (3, 0));
 }
@@ -80,6 +83,12 @@ fn an_address_that_fails_too_often_waits_for_the_next_window_and_no_other_does()
         let neighbour = format!("[2001:db8::{host}]:1");
         drop(book.enter(address(&neighbour)).expect("comes in"));
     }
-    assert!(book.enter(address("[2001:db8::77]:1")).is_none(), "one network");
-    assert!(book.enter(address("[2001:db8:0:1::1]:1")).is_some(), "another");
+    assert!(
+        book.enter(address("[2001:db8::77]:1")).is_none(),
+        "one network"
+    );
+    assert!(
+        book.enter(address("[2001:db8:0:1::1]:1")).is_some(),
+        "another"
+    );
 }

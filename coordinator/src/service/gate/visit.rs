@@ -180,7 +180,9 @@ impl Visit {
         let mut pages = self.book.pages();
         let members = self.book.limits.members;
         if pages.members >= members {
-            let _ = self.failure.set("there is no place for another member".to_owned());
+            let _ = self
+                .failure
+                .set("there is no place for another member".to_owned());
             return Err(Full { members });
         }
         if !self.member.swap(true, Ordering::SeqCst) {
@@ -212,7 +214,10 @@ impl Drop for Visit {
         if pages.failures.len() < ADDRESSES || pages.failures.contains_key(&self.address) {
             *pages.failures.entry(self.address).or_default() += 1;
         }
-        let reason = self.failure.get().map_or("it left without showing the token", String::as_str);
+        let reason = self
+            .failure
+            .get()
+            .map_or("it left without showing the token", String::as_str);
         pages.refusals.note(self.address, reason);
     }
 }
