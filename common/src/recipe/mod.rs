@@ -365,7 +365,7 @@ pub struct Cluster {
     pub max_workers: u32,
     /// Address of the gRPC service.
     pub listen: String,
-    /// Whether workers must use TLS; `auto` = unless only 127.0.0.1 is bound.
+    /// Whether workers must use TLS; `auto` = on.
     pub tls: Tls,
     /// The run's token; made and kept in a 0600 file beside the run when none is given.
     pub token: Option<Secret>,

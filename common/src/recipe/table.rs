@@ -397,7 +397,7 @@ static CLUSTER: Section = Section {
             "tls",
             Kind::Word(&[word("auto"), word("on"), word("off")]),
             Yaml("auto"),
-            "auto = on unless only this host can connect",
+            "auto = on; off wants 127.0.0.1, or --insecure",
         ),
         field("token", Secret, Open, "the run's token; made when absent"),
     ],

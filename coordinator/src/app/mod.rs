@@ -279,6 +279,12 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
         is_loopback || recipe.cluster.tls == Tls::On || insecure,
         "cluster.listen {address} can be reached from other hosts and cluster.tls is off, so the token could be read on the way; turn tls on, or say --insecure"
     );
+    if !is_loopback && recipe.cluster.tls == Tls::Off {
+        console::note(format_args!(
+            "WARNING: --insecure: the token of this run, and everything that workers say, crosses the network in plain \
+             text; whoever reads it on the way has the run"
+        ));
+    }
     Ok(listener)
 }
 

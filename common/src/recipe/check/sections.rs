@@ -353,7 +353,6 @@ fn export(v: View<'_>, lora: bool) -> Export {
 
 fn cluster(v: View<'_>) -> Cluster {
     let min_workers = v.get("workers").get("min").small();
-    let listen = v.get("listen").text().to_owned();
     Cluster {
         launcher: match v.get("launcher").text() {
             "external" => Launcher::External,
@@ -366,20 +365,10 @@ fn cluster(v: View<'_>) -> Cluster {
             .maybe_small()
             .unwrap_or(min_workers),
         tls: match v.get("tls").text() {
-            "on" => Tls::On,
             "off" => Tls::Off,
-            _ if is_loopback(&listen) => Tls::Off,
             _ => Tls::On,
         },
-        listen,
+        listen: v.get("listen").text().to_owned(),
         token: v.get("token").maybe_text().map(|t| Secret::new(t.into())),
-    }
-}
-
-/// Whether only this host can connect to `listen`.
-fn is_loopback(listen: &str) -> bool {
-    match listen.parse::<std::net::SocketAddr>() {
-        Ok(address) => address.ip().is_loopback(),
-        Err(_) => listen.starts_with("localhost:"),
     }
 }

@@ -54,7 +54,7 @@ fn a_few_lines_are_a_recipe() {
     assert_eq!(recipe.output, "file:///runs/small");
     assert_eq!(recipe.stages[0].skip, 25);
     assert_eq!(recipe.stages[0].optimizer.warmup, 1);
-    assert_eq!(recipe.cluster.tls, Tls::Off);
+    assert_eq!(recipe.cluster.tls, Tls::On);
     assert!(recipe.evaluate.is_none() && recipe.export.is_some());
     let StudentKind::Lora { targets, .. } = &recipe.stages[0].student.kind else {
         panic!("adapters are the default");
