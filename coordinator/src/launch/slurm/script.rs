@@ -51,10 +51,17 @@ fn quoted(text: impl std::fmt::Display) -> String {
     format!("'{}'", text.to_string().replace('\'', r"'\''"))
 }
 
-/// A path as an option of sbatch, in which `%` means something.
-fn pattern(path: &std::path::Path) -> String {
-    let path = path.display().to_string().replace('%', "%%");
-    format!("\"{}\"", path.replace('\\', r"\\").replace('"', "\\\""))
+/// Where the output of a job goes, as an option of sbatch and as a line of the script. A path that sbatch
+/// would read in its own way is left to the shell.
+fn output(logs: &std::path::Path) -> (String, &'static str) {
+    let path = logs.display().to_string();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@,".contains(c);
+    if path.chars().all(is_plain) {
+        (format!("--output={path}/%A_%a.log"), "")
+    } else {
+        let line = "exec >>\"$logs/$job.log\" 2>&1\n";
+        ("--output=/dev/null".into(), line)
+    }
 }
 
 /// `#SBATCH` lines, in which nobody finds a value that is not there.
@@ -160,15 +167,13 @@ const SRUN: &str = "srun --kill-on-bad-exit=0 --no-kill --wait=0 ${SLURM_CPUS_PE
 
 /// One worker on one host: to be submitted as an array.
 pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
+    let (output, redirect) = output(&worker.logs);
     let options = Options::new(&worker.name, WORKER_NOTICE_S)
         .with("--nodes=1")
         .with("--ntasks=1")
         .place(slurm)
         .worker(slurm, worker.threads)
-        .with(format!(
-            "--output={}",
-            pattern(&worker.logs.join("%A_%a.log"))
-        ));
+        .with(output);
     format!(
         "\
 #!/bin/bash
@@ -180,7 +185,7 @@ job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}_${{SLURM_ARRAY_TASK_ID:-0}}
 restarts=${{SLURM_RESTART_COUNT:-0}}
 logs={logs}
 join={join}
-echo \"$restarts\" >\"$logs/$job.started\"
+{redirect}echo \"$restarts\" >\"$logs/$job.started\"
 rm -f \"$logs/$job.ended\"
 echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
 
@@ -388,7 +393,8 @@ mod tests {
             "#SBATCH --gres=gpu:2\n",
             "#SBATCH --cpus-per-task=8\n",
             "#SBATCH --exclude=n7\n",
-            "#SBATCH --output=\"/x/50%% logs/%A_%a.log\"\n",
+            "#SBATCH --output=/dev/null\n",
+            "\nexec >>\"$logs/$job.log\" 2>&1\n",
             "\nmodule load x\n",
         ] {
             assert!(script.contains(line), "{line}: {script}");
