@@ -17,7 +17,7 @@ mod table;
 
 pub use digest::canonical;
 pub use fault::{Code, Fault, Faults};
-pub use load::{load, parse};
+pub use load::{load, load_for_elsewhere, parse};
 pub use raw::{Origin, Span};
 pub use schema::json_schema;
 

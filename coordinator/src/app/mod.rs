@@ -335,6 +335,8 @@ fn launch(
                     engine: program(&section.engine, &config.engine),
                     join: file,
                     logs: access.logs().join("slurm"),
+                    log: None,
+                    count: None,
                     threads: recipe.compute.threads,
                 },
                 slurm: (**section).clone(),

@@ -398,6 +398,8 @@ impl Resolver<'_> {
         given: Option<&Entry>,
         neighbour: Option<&Resolved>,
     ) {
+        // An empty key is one that was taken back.
+        let given = given.filter(|entry| entry.node.value != Value::Null);
         let (Some(entry), Some((key, word))) = (given, field.only) else {
             return;
         };

@@ -399,6 +399,13 @@ fn a_stored_recipe_is_the_same_recipe() {
             "optimizer.lr=3.0e-5",
             "trajectories.uri=s3://b/t",
         ],
+        &["cluster.launcher=slurm"],
+        &[
+            "cluster.launcher=slurm",
+            "cluster.slurm={partition: gpu, time: 90, gres: gpu:2, cpus: 4, worker: bin/worker}",
+            "cluster.slurm.extra=[--exclude=n7]",
+            "cluster.slurm.setup=[module load cuda, \"export A=${B:-c}\"]",
+        ],
     ] {
         let recipe = read(SMALL, sets);
         let again = Recipe::from_stored(&recipe.to_stored());

@@ -25,8 +25,12 @@ pub struct Worker {
     pub engine: PathBuf,
     /// File with the join string.
     pub join: PathBuf,
-    /// Folder for logs and for how each job ended.
+    /// Folder for how each job ended, and for logs unless `log` says otherwise.
     pub logs: PathBuf,
+    /// Where the log of a job goes, as a pattern of sbatch.
+    pub log: Option<String>,
+    /// Jobs in the array, where the script says it itself.
+    pub count: Option<u32>,
     /// CPU threads of one engine, if the recipe says so.
     pub threads: Option<u32>,
 }
@@ -167,8 +171,13 @@ const SRUN: &str = "srun --kill-on-bad-exit=0 --no-kill --wait=0 ${SLURM_CPUS_PE
 
 /// One worker on one host: to be submitted as an array.
 pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
-    let (output, redirect) = output(&worker.logs);
+    let (output, redirect) = match &worker.log {
+        Some(pattern) => (format!("--output={pattern}"), ""),
+        None => output(&worker.logs),
+    };
+    let array = worker.count.map(|count| format!("0-{}", count.max(1) - 1));
     let options = Options::new(&worker.name, WORKER_NOTICE_S)
+        .maybe("array", array)
         .with("--nodes=1")
         .with("--ntasks=1")
         .place(slurm)
@@ -185,16 +194,17 @@ job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}_${{SLURM_ARRAY_TASK_ID:-0}}
 restarts=${{SLURM_RESTART_COUNT:-0}}
 logs={logs}
 join={join}
-{redirect}echo \"$restarts\" >\"$logs/$job.started\"
-rm -f \"$logs/$job.ended\"
-echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
-
-{setup}{devices}
 # Who submitted this may be a moment ahead of who writes the join string.
 for _ in {{1..300}}; do
     [ -s \"$join\" ] && break
     sleep 2
 done
+mkdir -p -m 700 \"$logs\"
+{redirect}echo \"$restarts\" >\"$logs/$job.started\"
+rm -f \"$logs/$job.ended\"
+echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
+
+{setup}{devices}
 {SRUN} \\
     {program} join --coordinator \"@$join\" --name \"slurm-$job\" --devices \"$devices\" \\
     --engine {engine} &
@@ -257,6 +267,7 @@ fi
     )
 }
 
+/// Values that are changed, on the command line.
 fn sets(sets: &[String]) -> String {
     sets.iter()
         .map(|set| format!(" --set {}", quoted(set)))
@@ -295,7 +306,7 @@ exec \"$2\" join --coordinator \"@$1\" --name \"slurm-$SLURM_JOB_ID.$SLURM_PROCI
 ' worker \"$join\" {program} {engine} &
 workers=$!
 
-srun --het-group=0 {coordinator} run {recipe}{sets} &
+{coordinator} run {recipe}{sets} &
 {keep}
 kill -USR1 \"$workers\" 2>/dev/null
 wait \"$workers\"
@@ -333,6 +344,8 @@ mod tests {
             engine: "/bin/engine".into(),
             join: format!("{path}/join").into(),
             logs: format!("{path}/50% logs").into(),
+            log: None,
+            count: None,
             threads: Some(4),
         }
     }

@@ -175,6 +175,12 @@ impl Cluster {
         fs::write(path.join("munge/key"), key)?;
         fs::set_permissions(path.join("munge/key"), fs::Permissions::from_mode(0o600))?;
         fs::write(path.join("slurm.conf"), configuration(path))?;
+        let names = (1..=NODES).map(|node| format!("10.77.{}.2 n{node}\n", node + 1));
+        let names: String = names.collect();
+        fs::write(
+            path.join("hosts"),
+            format!("127.0.0.1 localhost\n{HEAD} head\n{names}"),
+        )?;
         let hosts = Hosts::new()?;
         let d = path.display();
         let munge = format!(
@@ -214,9 +220,9 @@ impl Cluster {
         ];
         let mut before = self.hosts.on(node + 1);
         before.extend(apart.map(str::to_owned));
+        let folder = self.folder.path().display();
         let line = format!(
-            "hostname n{node}; exec slurmd -D -N n{node} -f {}",
-            self.conf().display()
+            "hostname n{node}; mount --bind {folder}/hosts /etc/hosts; exec slurmd -D -N n{node} -f {folder}/slurm.conf"
         );
         Daemon::start(
             &before,
@@ -354,7 +360,7 @@ fn configuration(folder: &Path) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "NodeName=n{node} NodeHostname=n{node} NodeAddr=10.77.{}.2 CPUs=1 RealMemory=1000 State=UNKNOWN",
+            "NodeName=n{node} NodeHostname=n{node} NodeAddr=10.77.{}.2 CPUs=2 RealMemory=1000 State=UNKNOWN",
             node + 1
         );
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use distillery_common::telemetry::Stopwatch;
-use distillery_tests::harness::{EngineKind, Made, Run, Target, signal, sim_recipe};
+use distillery_tests::harness::{EngineKind, Made, Run, Target, programs, signal, sim_recipe};
 
 use super::cluster::{Cluster, HEAD};
 
@@ -110,20 +110,57 @@ pub(crate) struct Site {
 impl Site {
     /// Brings up a cluster and starts a run on it.
     pub(crate) fn begin(work: Work) -> anyhow::Result<Self> {
+        let mut site = Self::new(work, &format!("{HEAD}:0"))?;
+        site.coordinate()?;
+        Ok(site)
+    }
+
+    /// Brings up a cluster and submits the scripts of `coordinator render slurm`.
+    pub(crate) fn rendered(work: Work, style: &str) -> anyhow::Result<Self> {
+        let site = Self::new(work, "0.0.0.0:0")?;
+        let scripts = site.folder.path().join("scripts");
+        let mut render = site.run.command("coordinator");
+        render
+            .args(["render", "slurm", "--style", style, "--folder"])
+            .arg(&scripts)
+            .arg(site.folder.path().join("recipe.yaml"))
+            .args(["--set", &format!("output={}", site.run.output().display())]);
+        let output = render.output().context("render")?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        anyhow::ensure!(output.status.success(), "render: {said}");
+        for script in said.lines() {
+            let mut submit = Command::new("sbatch");
+            submit.arg(script);
+            for (name, value) in site.run.command("coordinator").get_envs() {
+                submit.env(name, value.unwrap_or_default());
+            }
+            let output = site
+                .cluster
+                .command(&submit)
+                .current_dir(&scripts)
+                .output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            anyhow::ensure!(output.status.success(), "sbatch {script}: {said}");
+        }
+        Ok(site)
+    }
+
+    fn new(work: Work, listen: &str) -> anyhow::Result<Self> {
         let cluster = Cluster::new().context("the cluster")?;
         let folder = tempfile::tempdir()?;
+        let engine = programs()?.join(work.engine().program());
         let section = format!(
-            "cluster: {{launcher: slurm, workers: {{min: 2, max: 2}}, listen: \"{HEAD}:0\", slurm: {{poll: 1}}}}"
+            "cluster: {{launcher: slurm, workers: {{min: 2, max: 2}}, listen: \"{listen}\", \
+             slurm: {{poll: 1, cpus: 2, engine: \"{}\"}}}}",
+            engine.display()
         );
         let run = work.run_in(&folder, &section)?;
-        let mut site = Self {
+        Ok(Self {
             lives: Vec::new(),
             run,
             cluster,
             folder,
-        };
-        site.coordinate()?;
-        Ok(site)
+        })
     }
 
     /// Starts the command, or the same command again.
@@ -144,6 +181,14 @@ impl Site {
 
     fn last(&mut self) -> anyhow::Result<&mut Child> {
         self.lives.last_mut().context("a coordinator was started")
+    }
+
+    /// How the coordinator that we started ended, if it has.
+    fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        match self.lives.last_mut() {
+            Some(last) => Ok(last.try_wait()?),
+            None => Ok(None),
+        }
     }
 
     /// SIGKILL of the coordinator.
@@ -214,7 +259,7 @@ impl Site {
                 return Ok(found);
             }
             anyhow::ensure!(!super::interrupted(), "interrupted");
-            let ended = self.last()?.try_wait()?;
+            let ended = self.ended()?;
             anyhow::ensure!(
                 watch.elapsed() < PATIENCE && ended.is_none(),
                 "no {what} ({ended:?}):\n{}",
@@ -244,9 +289,27 @@ impl Site {
         }
     }
 
+    /// Waits for the end of job `id`, which must be a good one.
+    pub(crate) fn await_job(&mut self, id: &str) -> anyhow::Result<()> {
+        let state = self.await_some("end of the head's job", |site| {
+            let head = site.jobs()?.into_iter().find(|job| job.id == id);
+            let state = head.map_or_else(|| "gone".to_owned(), |head| head.state);
+            let lives = ["PENDING", "CONFIGURING", "RUNNING", "COMPLETING"];
+            Ok((!lives.contains(&state.as_str())).then_some(state))
+        })?;
+        anyhow::ensure!(state == "COMPLETED", "job {id}: {state}\n{}", self.tail());
+        // Workers may take a moment to see it.
+        self.await_some("empty queue", |site| {
+            let left = site.cluster.slurm("squeue", &["-h"])?;
+            Ok(left.is_empty().then_some(()))
+        })
+    }
+
     /// Runs to the end, which must be as if nothing had happened.
     pub(crate) fn end_well(&mut self, undisturbed: &Undisturbed) -> anyhow::Result<()> {
-        self.finish()?;
+        if !self.lives.is_empty() {
+            self.finish()?;
+        }
         let left = self.cluster.slurm("squeue", &["-h"])?;
         anyhow::ensure!(left.is_empty(), "left in the queue after the run: {left}");
         let made = self.run.made()?;
@@ -267,7 +330,9 @@ impl Site {
     pub(crate) fn tail(&self) -> String {
         let mut tail = String::new();
         let logs = self.run.output().join("logs/slurm");
-        let of_jobs = std::fs::read_dir(logs).into_iter().flatten().flatten();
+        let folders = [logs, self.folder.path().join("scripts")].into_iter();
+        let of_jobs = folders.filter_map(|folder| std::fs::read_dir(folder).ok());
+        let of_jobs = of_jobs.flatten().flatten();
         let of_jobs = of_jobs
             .map(|entry| entry.path())
             .filter(|p| p.extension().is_some_and(|e| e == "log"));
@@ -281,13 +346,6 @@ impl Site {
         }
         tail.push_str(&format!("squeue: {:?}\n", self.jobs()));
         tail
-    }
-
-    /// What the coordinators said.
-    pub(crate) fn said(&self) -> String {
-        let logs = (0..self.lives.len()).map(|life| self.log(life));
-        logs.filter_map(|log| std::fs::read_to_string(log).ok())
-            .collect()
     }
 
     /// Keeps the run for whoever looks for what went wrong.
