@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -45,6 +45,12 @@ chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audite
 	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
 	set -a; . $(target)/test-servers.env; set +a; \
 	$(target)/release/chaos --minutes $(MINUTES) --seed $(SEED)
+
+SLURM ?=
+test-slurm: libtorch ## Bring up a real Slurm on this machine (root, Debian packages) and hurt runs on it (SLURM=--short: a minute).
+	deploy/test-slurm.sh
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin sim-engine --bin audit --bin test-slurm
+	$(target)/release/test-slurm $(SLURM)
 
 elastic: libtorch ## Let engines die, join and leave in N random histories (SEED): one and the same student.
 	cargo build $(cargo_flags) --workspace --bins

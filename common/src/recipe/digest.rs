@@ -5,10 +5,11 @@
 
 use serde_json::{Map, Value, json};
 
+use super::slurm::Slurm;
 use super::{
-    Compute, Dtype, Evaluate, Export, ExportFormat, Holdout, Launcher, Loss, Method, Metric,
-    Optimizer, RateSchedule, Recipe, Sampler, Stage, Student, StudentKind, TeacherStep, Tls,
-    TrajectoryMode,
+    Cluster, Compute, Dtype, Evaluate, Export, ExportFormat, Holdout, Launcher, Loss, Method,
+    Metric, Optimizer, RateSchedule, Recipe, Sampler, Stage, Student, StudentKind, TeacherStep,
+    Tls, TrajectoryMode,
 };
 use crate::ids::Digest;
 
@@ -67,18 +68,7 @@ impl Recipe {
             },
             "evaluate": self.evaluate.as_ref().map_or(json!(false), evaluate),
             "export": self.export.as_ref().map_or(json!(false), export),
-            "cluster": {
-                "launcher": match self.cluster.launcher {
-                    Launcher::Local => "local",
-                    Launcher::External => "external",
-                },
-                "workers": { "min": self.cluster.min_workers, "max": self.cluster.max_workers },
-                "listen": self.cluster.listen,
-                "tls": match self.cluster.tls {
-                    Tls::On => "on",
-                    Tls::Off => "off",
-                },
-            },
+            "cluster": cluster(&self.cluster),
         })
     }
 
@@ -118,6 +108,52 @@ impl Recipe {
         fields.insert("contents".into(), Value::Object(contents.collect()));
         Digest::of(canonical(&stored).as_bytes())
     }
+}
+
+fn cluster(cluster: &Cluster) -> Value {
+    let mut stored = json!({
+        "launcher": match &cluster.launcher {
+            Launcher::Local => "local",
+            Launcher::External => "external",
+            Launcher::Slurm(_) => "slurm",
+        },
+        "workers": { "min": cluster.min_workers, "max": cluster.max_workers },
+        "listen": cluster.listen,
+        "tls": match cluster.tls {
+            Tls::On => "on",
+            Tls::Off => "off",
+        },
+    });
+    if let Launcher::Slurm(section) = &cluster.launcher {
+        stored["slurm"] = slurm(section);
+    }
+    stored
+}
+
+fn slurm(slurm: &Slurm) -> Value {
+    let path = |path: &Option<std::path::PathBuf>| {
+        let path = path.as_ref().map(|path| path.display().to_string());
+        or("auto", path)
+    };
+    let mut stored = json!({
+        "partition": or("none", slurm.partition.clone()),
+        "account": or("none", slurm.account.clone()),
+        "qos": or("none", slurm.qos.clone()),
+        "gres": or("none", slurm.gres.clone()),
+        "time": or("none", slurm.time.clone()),
+        "cpus": or("auto", slurm.cpus),
+        "memory": or("none", slurm.memory.clone()),
+        "devices": slurm.devices.to_string(),
+        "worker": path(&slurm.worker),
+        "engine": path(&slurm.engine),
+        "poll": slurm.poll_s,
+    });
+    for (key, lines) in [("extra", &slurm.extra), ("setup", &slurm.setup)] {
+        if !lines.is_empty() {
+            stored[key] = json!(lines);
+        }
+    }
+    stored
 }
 
 /// Takes out of a `compute` section what changes no bit.

@@ -12,11 +12,12 @@ mod nearest;
 mod raw;
 mod schema;
 mod set;
+pub mod slurm;
 mod table;
 
 pub use digest::canonical;
 pub use fault::{Code, Fault, Faults};
-pub use load::{load, parse};
+pub use load::{load, load_for_elsewhere, parse};
 pub use raw::{Origin, Span};
 pub use schema::json_schema;
 
@@ -372,12 +373,14 @@ pub struct Cluster {
 }
 
 /// Who starts workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Launcher {
     /// The coordinator, on its own host.
     Local,
     /// Somebody else: `worker join …`.
     External,
+    /// Slurm: an array of jobs of one host each, which the coordinator submits and replaces.
+    Slurm(Box<slurm::Slurm>),
 }
 
 /// Whether workers must use TLS.

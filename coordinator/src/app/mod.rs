@@ -30,7 +30,7 @@ use distillery_common::storage::layout::{self, Key};
 use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
 use crate::journal::{self, Folded, Journal};
-use crate::launch::local;
+use crate::launch::{Launched, local, slurm};
 use crate::report;
 use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
@@ -163,8 +163,10 @@ async fn coordinate(
     let ended = driver.run().await;
     watching.abort();
     showing.abort();
-    if let Some(launched) = launched {
-        launched.finish().await;
+    match launched {
+        Some(launched) if ended.is_ok() => launched.finish().await,
+        Some(launched) => launched.leave().await,
+        None => {}
     }
     drop(end_service);
     serving.abort();
@@ -305,9 +307,9 @@ fn launch(
     access: &Access,
     join: &Join,
     handle: Handle,
-) -> anyhow::Result<Option<local::Launched>> {
+) -> anyhow::Result<Option<Launched>> {
     let file = access.write_join(join)?;
-    match recipe.cluster.launcher {
+    match &recipe.cluster.launcher {
         Launcher::External => {
             console::note(format_args!(
                 "start workers with: worker join --coordinator @{}",
@@ -327,7 +329,27 @@ fn launch(
             };
             local::start(workers, handle)
                 .context("the folder for the logs of workers cannot be made")
-                .map(Some)
+                .map(|workers| Some(Launched::Local(workers)))
+        }
+        Launcher::Slurm(section) => {
+            let program =
+                |own: &Option<PathBuf>, known: &PathBuf| own.as_ref().unwrap_or(known).clone();
+            let workers = slurm::Workers {
+                worker: slurm::Worker {
+                    name: slurm::name_of(join.run_id()),
+                    worker: program(&section.worker, &config.worker),
+                    engine: program(&section.engine, &config.engine),
+                    join: file,
+                    logs: access.logs().join("slurm"),
+                    log: None,
+                    count: None,
+                    threads: recipe.compute.threads,
+                },
+                slurm: (**section).clone(),
+                most: recipe.cluster.max_workers,
+                fewest: recipe.cluster.min_workers,
+            };
+            slurm::start(workers, handle).map(|workers| Some(Launched::Slurm(workers)))
         }
     }
 }

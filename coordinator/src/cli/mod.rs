@@ -7,6 +7,7 @@ mod export;
 mod gc;
 mod one_shot;
 mod plan;
+mod render;
 mod report;
 mod run;
 mod sample;
@@ -58,6 +59,8 @@ enum Command {
     Check(RecipeArguments),
     /// Shows the stages of a recipe, and all its values with the defaults, without running it.
     Plan(RecipeArguments),
+    /// Prints what a cluster's own tools take, ready to be submitted.
+    Render(render::Arguments),
     /// Prints the JSON Schema of recipes, for editors.
     Schema,
     /// Shows how a run is.
@@ -116,6 +119,7 @@ pub fn main() -> ExitCode {
         Command::Run(own) => run::run(own, context),
         Command::Check(own) => check::run(&own, context),
         Command::Plan(own) => plan::run(&own, context),
+        Command::Render(own) => render::run(own),
         Command::Schema => schema::run(),
         Command::Status(own) => status::run(&own, context),
         Command::Stop(own) => control::stop(own, context),

@@ -4,6 +4,7 @@
 //! module must never touch a disk.
 
 mod lineage;
+mod slurm;
 
 use std::collections::BTreeMap;
 
@@ -47,6 +48,7 @@ pub(super) fn check(recipe: &Recipe, top: &Resolved) -> Vec<Fault> {
     rules.sampling(recipe);
     rules.export(recipe);
     rules.cluster(recipe);
+    rules.slurm(recipe);
     rules.faults
 }
 

@@ -199,6 +199,7 @@ impl Resolver<'_> {
             | Kind::Pair(_)
             | Kind::ShareOrPath
             | Kind::Targets
+            | Kind::Shell
             | Kind::Secret
             | Kind::NotBuilt => Checked::Absent,
         }
@@ -229,6 +230,7 @@ impl Resolver<'_> {
             Kind::List(of) => self.list(of, at, None),
             Kind::Pair(of) => self.list(of, at, Some(2)),
             Kind::Targets => self.targets(at),
+            Kind::Shell => self.shell(at),
             Kind::NotBuilt => {
                 let key = at.path.rsplit('.').next().unwrap_or(at.path);
                 let message = format!("{key} is not built yet");
@@ -396,6 +398,8 @@ impl Resolver<'_> {
         given: Option<&Entry>,
         neighbour: Option<&Resolved>,
     ) {
+        // An empty key is one that was taken back.
+        let given = given.filter(|entry| entry.node.value != Value::Null);
         let (Some(entry), Some((key, word))) = (given, field.only) else {
             return;
         };

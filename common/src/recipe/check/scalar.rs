@@ -67,6 +67,7 @@ pub(super) fn check(
         | Kind::List(_)
         | Kind::Pair(_)
         | Kind::Targets
+        | Kind::Shell
         | Kind::NotBuilt => unreachable!("{kind:?} is not a scalar kind"),
     }?;
     Some(Resolved::new(checked, at.span))

@@ -2,6 +2,8 @@
 //! values were replaced. What depends on several keys is decided here: defaults of one key that follow from
 //! another. This module must never know where a value stood.
 
+mod slurm;
+
 use std::path::PathBuf;
 
 use super::super::{
@@ -353,11 +355,19 @@ fn export(v: View<'_>, lora: bool) -> Export {
 
 fn cluster(v: View<'_>) -> Cluster {
     let min_workers = v.get("workers").get("min").small();
+    let launcher = match v.get("launcher").text() {
+        "external" => Launcher::External,
+        "slurm" => Launcher::Slurm(Box::new(slurm::slurm(v.get("slurm")))),
+        _ => Launcher::Local,
+    };
+    let listen = match (v.get("listen").maybe_text(), &launcher) {
+        (Some(listen), _) => listen,
+        (None, Launcher::Slurm(_)) => "0.0.0.0:0",
+        (None, Launcher::Local | Launcher::External) => "127.0.0.1:0",
+    };
+    let listen = listen.to_owned();
     Cluster {
-        launcher: match v.get("launcher").text() {
-            "external" => Launcher::External,
-            _ => Launcher::Local,
-        },
+        launcher,
         min_workers,
         max_workers: v
             .get("workers")
@@ -368,7 +378,15 @@ fn cluster(v: View<'_>) -> Cluster {
             "off" => Tls::Off,
             _ => Tls::On,
         },
-        listen: v.get("listen").text().to_owned(),
+        listen,
         token: v.get("token").maybe_text().map(|t| Secret::new(t.into())),
+    }
+}
+
+/// Whether only this host can connect to `listen`.
+pub(super) fn is_loopback(listen: &str) -> bool {
+    match listen.parse::<std::net::SocketAddr>() {
+        Ok(address) => address.ip().is_loopback(),
+        Err(_) => listen.starts_with("localhost:"),
     }
 }
