@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test manifests kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory lint libtorch servers
+.PHONY: help demo test manifests kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -53,15 +53,26 @@ chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audite
 	set -a; . $(target)/test-servers.env; set +a; \
 	$(target)/release/chaos --minutes $(MINUTES) --seed $(SEED)
 
+SLURM ?=
+test-slurm: libtorch ## Bring up a real Slurm on this machine (root, Debian packages) and hurt runs on it (SLURM=--short: a minute).
+	deploy/test-slurm.sh
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin sim-engine --bin audit --bin test-slurm
+	$(target)/release/test-slurm $(SLURM)
+
 elastic: libtorch ## Let engines die, join and leave in N random histories (SEED): one and the same student.
 	cargo build $(cargo_flags) --workspace --bins
-	$(target)/release/chaos --campaign elastic --number $(N) --seed $(SEED)
+	$(target)/release/chaos --campaign elastic --title elastic --number $(N) --seed $(SEED)
 
 RECOVERIES ?= 200
-bench-recovery: libtorch ## Kill engines of groups of 16 stand-ins and of 4 real ones, RECOVERIES times each, and time the next step.
+bench-recovery: libtorch ## Kill engines of groups of 16 stand-ins and of 4 real ones, RECOVERIES times each, stop and cut off some; time the next step.
 	cargo build $(cargo_flags) --workspace --bins
-	$(target)/release/chaos --campaign recovery --number $(RECOVERIES) --seed $(SEED)
-	$(target)/release/chaos --campaign real-recovery --number $(RECOVERIES) --seed $(SEED)
+	$(target)/release/chaos --campaign recovery,real-recovery --title bench-recovery --number $(RECOVERIES) --seed $(SEED)
+
+PARTITIONS ?= 30
+test-hosts: servers ## Pull cables between two hosts and a bucket on a third (SEED): namespaces, which take root.
+	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
+	set -a; . $(target)/test-servers.env; set +a; \
+	$(target)/release/chaos --campaign two-hosts --title test-hosts --number $(PARTITIONS) --seed $(SEED)
 
 compare: libtorch ## Distil by MLCM, LCM and MCD from the same teacher and rows, and say which is ahead.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin compare

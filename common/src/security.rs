@@ -11,24 +11,21 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use ring::hkdf;
 use ring::rand::{SecureRandom as _, SystemRandom};
+use ring::{hkdf, hmac};
 use subtle::ConstantTimeEq as _;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
-use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
-use crate::cryptography;
 use crate::ids::Digest;
 
+mod authority;
 mod join;
 #[cfg(test)]
 mod tests;
 
+pub use self::authority::{Authority, SERVER_NAME};
 pub use self::join::{Join, JoinError};
-
-/// The name that every coordinator's certificate carries, whatever host it runs on.
-pub const SERVER_NAME: &str = "coordinator.distillery";
 
 /// What went wrong with tokens and certificates.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +60,9 @@ pub enum Error {
     /// A certificate could not be made.
     #[error("making the run's certificates failed")]
     Certificate(#[from] rcgen::Error),
+    /// The certificates cannot be used.
+    #[error("the run's certificates do not fit TLS")]
+    Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// The secret that admits to one run.
@@ -217,93 +217,6 @@ impl Interceptor for RequireToken {
     }
 }
 
-/// The certificates of one run.
-#[derive(Clone)]
-pub struct Authority {
-    certificate_der: Vec<u8>,
-    certificate_pem: String,
-    server_pem: String,
-    server_key_pem: String,
-}
-
-impl Authority {
-    /// The certificates that everybody derives from (`token`, `run_id`).
-    pub fn derive(token: &Token, run_id: &str) -> Result<Self, Error> {
-        let authority_key = signing_key(token, run_id, b"distillery certificate authority v1")?;
-        let authority = rcgen::CertifiedIssuer::self_signed(
-            certificate(run_id, "Distillery run", &[], true)?,
-            authority_key,
-        )?;
-        let server_key = signing_key(token, run_id, b"distillery coordinator certificate v1")?;
-        let names = [SERVER_NAME, "localhost", "127.0.0.1", "::1"];
-        let server =
-            certificate(run_id, SERVER_NAME, &names, false)?.signed_by(&server_key, &authority)?;
-        Ok(Self {
-            certificate_der: authority.der().to_vec(),
-            certificate_pem: authority.pem(),
-            server_pem: server.pem(),
-            server_key_pem: server_key.serialize_pem(),
-        })
-    }
-
-    /// SHA-256 of the authority's certificate.
-    pub fn fingerprint(&self) -> Digest {
-        Digest::of(&self.certificate_der)
-    }
-
-    /// How the coordinator proves who it is.
-    pub fn server_tls(&self) -> ServerTlsConfig {
-        cryptography::choose();
-        let identity = Identity::from_pem(&self.server_pem, &self.server_key_pem);
-        ServerTlsConfig::new().identity(identity)
-    }
-
-    /// How a worker or a person's command checks that.
-    pub fn client_tls(&self) -> ClientTlsConfig {
-        cryptography::choose();
-        ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(&self.certificate_pem))
-            .domain_name(SERVER_NAME)
-    }
-}
-
-impl fmt::Debug for Authority {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Authority({})", self.fingerprint())
-    }
-}
-
-/// The contents of a certificate. Everything in it is fixed or follows from its arguments.
-fn certificate(
-    run_id: &str,
-    common_name: &str,
-    names: &[&str],
-    is_authority: bool,
-) -> Result<rcgen::CertificateParams, Error> {
-    let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-    let mut params = rcgen::CertificateParams::new(names)?;
-    // A run's certificates end with its token; dates would only make hosts with wrong clocks fail.
-    params.not_before = rcgen::date_time_ymd(2020, 1, 1);
-    params.not_after = rcgen::date_time_ymd(2999, 12, 31);
-    let serial = Digest::of(format!("{run_id} {common_name}").as_bytes());
-    params.serial_number = Some(rcgen::SerialNumber::from_slice(&serial.0[..8]));
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    params
-        .distinguished_name
-        .push(rcgen::DnType::CommonName, common_name);
-    params
-        .distinguished_name
-        .push(rcgen::DnType::OrganizationName, run_id);
-    if is_authority {
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Constrained(0));
-        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
-    } else {
-        params.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
-    }
-    Ok(params)
-}
-
 /// What the engines of a run recognise each other by: 32 bytes that follow from (token, run id).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct GroupSecret(pub [u8; 32]);
@@ -312,6 +225,19 @@ impl GroupSecret {
     /// The secret of the run.
     pub fn derive(token: &Token, run_id: &str) -> Self {
         Self(derive(token, run_id, b"distillery training group v1"))
+    }
+
+    /// What only a holder of the secret can say about `words` (HMAC-SHA256), so that the secret itself is never said.
+    pub fn seal(&self, words: &[u8]) -> [u8; 32] {
+        let sealed = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &self.0), words);
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(sealed.as_ref());
+        bytes
+    }
+
+    /// Whether `seal` is this secret's of `words`, in time that does not depend on where it differs.
+    pub fn sealed(&self, words: &[u8], seal: &[u8; 32]) -> bool {
+        self.seal(words).ct_eq(seal).into()
     }
 }
 
@@ -330,15 +256,4 @@ fn derive(token: &Token, run_id: &str, purpose: &[u8]) -> [u8; 32] {
         .and_then(|output| output.fill(&mut derived))
         .expect("HKDF-SHA256 gives up to 8160 bytes, and 32 are asked for");
     derived
-}
-
-/// An Ed25519 key from HKDF-SHA256(token, salt = run id, info = purpose).
-fn signing_key(token: &Token, run_id: &str, purpose: &[u8]) -> Result<rcgen::KeyPair, Error> {
-    // PKCS#8 of an Ed25519 private key (RFC 8410 §7): a fixed head, then the 32-byte seed.
-    let mut pkcs8 = vec![
-        0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04,
-        0x20,
-    ];
-    pkcs8.extend_from_slice(&derive(token, run_id, purpose));
-    Ok(rcgen::KeyPair::try_from(pkcs8.as_slice())?)
 }

@@ -657,6 +657,49 @@ fn old_names_and_missing_variants_are_not_faults() {
 }
 
 #[test]
+fn links_that_lead_out_of_the_folder() {
+    use std::os::unix::fs::symlink;
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let secret = elsewhere.path().join("credentials");
+    fs::write(&secret, "#version: 0.2\nk e\ny 1\n").expect("written");
+    let says = ["merges.txt is a link that leads out", "put the file itself"];
+    let broken = Broken::new("sd15").remove("tokenizer/merges.txt");
+    symlink(&secret, broken.path("tokenizer/merges.txt")).expect("linked");
+    broken.check(&says);
+
+    let broken = Broken::new("sd15");
+    let vae = broken.path("vae");
+    fs::rename(&vae, elsewhere.path().join("vae")).expect("moved");
+    symlink(elsewhere.path().join("vae"), &vae).expect("linked");
+    broken.check(&["vae is a link that leads out"]);
+
+    // A file that nothing reads may still be copied by whoever copies the folder.
+    let broken = Broken::new("sd15");
+    symlink("/etc/hostname", broken.path("unet/notes.txt")).expect("linked");
+    broken.check(&["notes.txt is a link that leads out"]);
+}
+
+#[test]
+fn the_links_of_a_download_cache_are_followed() {
+    use std::os::unix::fs::symlink;
+    let cache = tempfile::tempdir().expect("a folder");
+    let snapshot = cache.path().join("snapshots/0123abc");
+    let blobs = cache.path().join("blobs");
+    fs::create_dir_all(&blobs).expect("a folder");
+    let sound = Broken::new("sd15");
+    copy(sound.folder.path(), &snapshot);
+    for (file, blob) in [(UNET, "aa11"), ("tokenizer/merges.txt", "bb22")] {
+        fs::rename(snapshot.join(file), blobs.join(blob)).expect("moved");
+        symlink(format!("../../../blobs/{blob}"), snapshot.join(file)).expect("linked");
+    }
+    // The folder itself may be reached through a link, and link to itself.
+    symlink("vae", snapshot.join("vae_1")).expect("linked");
+    let link = cache.path().join("teacher");
+    symlink(&snapshot, &link).expect("linked");
+    Folder::open(&link, None).expect("a cache is sound");
+}
+
+#[test]
 fn the_digest_of_a_folder_changes_with_any_file_that_is_read() {
     let broken = Broken::new("sdxl");
     let digest = |broken: &Broken| {

@@ -26,7 +26,7 @@ const AT_A_TIME: usize = 32;
 /// Why an object is garbage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Why {
-    /// Another attempt at its task has committed.
+    /// Its place has a COMMIT, which does not name it: of an attempt that lost, or an account that is settled.
     Superseded,
     /// Its attempt or generation never committed, and is old.
     Abandoned,
@@ -42,7 +42,7 @@ impl Why {
     /// In a few words.
     pub fn text(self) -> &'static str {
         match self {
-            Self::Superseded => "of attempts that lost",
+            Self::Superseded => "beside a COMMIT that does not name them",
             Self::Abandoned => "of attempts that never committed",
             Self::Sealed => "of commit indexes that a MANIFEST has replaced",
             Self::Probe => "of interrupted checks of the store",

@@ -4,6 +4,7 @@
 //! decide anything, and never see storage or the journal.
 
 pub mod client;
+pub mod gate;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,17 +13,20 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use distillery_common::ids::Incarnation;
 use distillery_common::proto::from_wire::{self, Malformed};
 use distillery_common::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
 use distillery_common::proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, to_wire, wire};
-use distillery_common::security::{Authority, RequireToken, Token};
+use distillery_common::security::{self, Authority, RequireToken, Token};
 
+use self::gate::{Limits, Visit};
 use crate::driver::{Handle, Snapshot};
 use crate::scheduler::{
     ConnectionId, Event, FromWorker, Hello, StageView, Timings, ToWorker, WorkerView,
@@ -32,6 +36,13 @@ use crate::scheduler::{
 const HELLO: Duration = Duration::from_secs(10);
 /// Between two pings of an idle connection, and how long the answer may take.
 const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+
+/// Calls at a time on one connection: a worker has one, a person's command one after the other.
+const MAX_STREAMS: u32 = 16;
+/// Calls that one connection may begin and take back before they are read.
+const MAX_RESETS: usize = 16;
+/// Longest headers of a call; the token is the longest of ours.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
 
 /// What the service says about the run it serves.
 #[derive(Debug, Clone)]
@@ -50,8 +61,14 @@ pub struct Identity {
 
 /// The service could not go on.
 #[derive(Debug, thiserror::Error)]
-#[error("the gRPC service ended")]
-pub struct Error(#[from] tonic::transport::Error);
+pub enum Error {
+    /// What carries it failed.
+    #[error("the gRPC service ended")]
+    Transport(#[from] tonic::transport::Error),
+    /// It cannot prove who it is.
+    #[error("the gRPC service has no certificates")]
+    Security(#[from] security::Error),
+}
 
 /// Serves on `listener` until `shutdown` is done.
 pub async fn serve(
@@ -64,23 +81,48 @@ pub async fn serve(
 ) -> Result<(), Error> {
     let service = Service::new(identity, handle);
     let server = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
-    let mut builder = Server::builder()
+    let tls = match tls {
+        Some(authority) => Some(TlsAcceptor::from(authority.server_config()?)),
+        None => None,
+    };
+    let (guests, incoming) = gate::hall();
+    let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::convert::Infallible>);
+    let door = tokio::spawn(gate::keep(listener, tls, Limits::of_this_process(), guests));
+    let served = Server::builder()
         .http2_keepalive_interval(Some(PING.0))
-        .http2_keepalive_timeout(Some(PING.1));
-    if let Some(authority) = tls {
-        builder = builder.tls_config(authority.server_tls())?;
-    }
-    let incoming = TcpListenerStream::new(listener).inspect(|accepted| {
-        if let Ok(stream) = accepted {
-            // Small messages that somebody waits for; a failure only costs latency.
-            let _ = stream.set_nodelay(true);
-        }
-    });
-    builder
-        .add_service(InterceptedService::new(server, RequireToken::new(token)))
+        .http2_keepalive_timeout(Some(PING.1))
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .add_service(InterceptedService::new(
+            server,
+            Admit(RequireToken::new(token)),
+        ))
         .serve_with_incoming_shutdown(incoming, shutdown)
-        .await?;
-    Ok(())
+        .await;
+    // It has noticed already that nobody takes guests any more.
+    let _ = door.await;
+    Ok(served?)
+}
+
+/// Makes members of those who show the token.
+#[derive(Debug, Clone)]
+struct Admit(RequireToken);
+
+impl Interceptor for Admit {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        let visit = request.extensions().get::<Arc<Visit>>().map(Arc::clone);
+        let admitted = self.0.call(request);
+        if let Some(visit) = visit {
+            match &admitted {
+                Ok(_) => visit
+                    .prove()
+                    .map_err(|full| Status::resource_exhausted(full.to_string()))?,
+                Err(_) => visit.failed("its token is not this run's".to_owned()),
+            }
+        }
+        admitted
+    }
 }
 
 /// What answers workers and people, whatever carries their messages.
@@ -209,7 +251,20 @@ async fn listen<S>(mut inbound: S, connection: ConnectionId, handle: Handle)
 where
     S: Stream<Item = Result<wire::WorkerMessage, Status>> + Send + Unpin,
 {
-    while let Some(Ok(message)) = inbound.next().await {
+    loop {
+        let message = match inbound.next().await {
+            Some(Ok(message)) => message,
+            Some(Err(status)) if is_of_a_message(&status) => {
+                tracing::warn!(
+                    ?connection,
+                    reason = status.message(),
+                    "a worker sent what cannot be read"
+                );
+                break;
+            }
+            // The stream is over.
+            Some(Err(_)) | None => break,
+        };
         match read_message(message) {
             Ok(message) => {
                 if handle.said(connection, message).await.is_err() {
@@ -224,6 +279,11 @@ where
     }
     // The driver may have ended meanwhile; then nobody needs to know.
     let _ = handle.closed(connection).await;
+}
+
+/// Whether a message, rather than what carries it, is at fault: too large, or not of the protocol.
+fn is_of_a_message(status: &Status) -> bool {
+    matches!(status.code(), Code::OutOfRange | Code::Internal)
 }
 
 fn refuse(malformed: Malformed) -> Status {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use distillery_common::figures::{Figure, TEACHER, UNDISTILLED, UNDISTILLED_GUIDED};
 use distillery_common::run::RunRecord;
-use distillery_tests::harness::{EngineKind, Made, Run, Target, repository};
+use distillery_tests::harness::{EngineKind, Made, Run, Target, repository, signal};
 use serde_json::Value;
 
 /// Minutes, where a quiet machine needs seconds.
@@ -245,22 +245,60 @@ fn a_broken_checkpoint_is_refused_on_one_screen_and_nothing_is_written() {
     }
 }
 
+/// A run of `elastic.yaml`'s first stage, of `steps` steps with a checkpoint every `every`, on `workers` engines.
+fn first_stage(workers: u32, steps: u32, every: u32, sharded: bool) -> String {
+    include_str!("../recipes/elastic.yaml")
+        .replace("steps: 40", &format!("steps: {steps}"))
+        .replace("  - {name: seg4, segments: 4, steps: 30}\n", "")
+        .replace(
+            "checkpoint: {every_steps: 10}",
+            &format!("checkpoint: {{every_steps: {every}, sharded: {sharded}}}"),
+        )
+        .replace(
+            "{launcher: external, workers: {min: 1, max: 4}}",
+            &format!("{{launcher: local, workers: {{min: {workers}, max: {workers}}}}}"),
+        )
+}
+
+/// Every engine of a group writes its share when the run is stopped, and all shares are of one step.
+#[test]
+fn a_stopped_run_that_saves_in_shares_goes_on_where_it_stood() {
+    let start = |folder: &tempfile::TempDir, sharded| {
+        let recipe = first_stage(2, 120, 1000, sharded);
+        let mut run = Run::new(folder.path(), &recipe, EngineKind::Real).expect("the programs");
+        run.start().expect("it starts");
+        run
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut whole = start(&folder, false);
+    whole.finish(PATIENCE).expect("it finishes");
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = start(&folder, true);
+    let trains = || run.log_tail().contains("seg8: training ").then_some(());
+    run.await_some(trains, "step", PATIENCE).expect("it trains");
+    let coordinator = run.processes_of(Target::Coordinator)[0];
+    signal(coordinator, "INT").expect("it lives");
+    let ended = run.wait(PATIENCE).expect("it stops");
+    assert_eq!(ended.code(), Some(75), "{}", run.log_tail());
+    let stage = run.output().join("checkpoints/seg8");
+    let saved: Vec<_> = std::fs::read_dir(&stage)
+        .expect("a checkpoint")
+        .flatten()
+        .filter(|folder| folder.path().join("COMMIT").exists())
+        .collect();
+    assert_eq!(saved.len(), 1, "{}", run.log_tail());
+    run.start().expect("it starts again");
+    run.finish(PATIENCE).expect("it finishes");
+    assert_eq!(
+        run.made().expect("a student"),
+        whole.made().expect("a student")
+    );
+}
+
 /// Four engines write a checkpoint in shares; one, two and three go on from it, to the student of those that never shared.
 #[test]
 fn a_checkpoint_in_shares_is_read_by_any_number_of_engines() {
-    let recipe = |workers: u32, sharded: bool| {
-        include_str!("../recipes/elastic.yaml")
-            .replace("steps: 40", "steps: 12")
-            .replace("  - {name: seg4, segments: 4, steps: 30}\n", "")
-            .replace(
-                "checkpoint: {every_steps: 10}",
-                &format!("checkpoint: {{every_steps: 4, sharded: {sharded}}}"),
-            )
-            .replace(
-                "{launcher: external, workers: {min: 1, max: 4}}",
-                &format!("{{launcher: local, workers: {{min: {workers}, max: {workers}}}}}"),
-            )
-    };
+    let recipe = |workers, sharded| first_stage(workers, 12, 4, sharded);
     let start = |folder: &tempfile::TempDir, workers, sharded| {
         let run = Run::new(folder.path(), &recipe(workers, sharded), EngineKind::Real);
         run.expect("the programs are built")

@@ -16,6 +16,9 @@ use crate::engine_process::Device;
 /// Exit code that asks whoever started this worker to start it again.
 const TRY_AGAIN: u8 = 75;
 
+/// How long a signal from a scheduler may echo.
+const ECHO: Duration = Duration::from_secs(1);
+
 /// Checked settings of this process.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -97,7 +100,8 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The first signal drains, the second ends at once; so does a parent's end.
+/// The first signal drains, the second ends at once; so does a parent's end. A scheduler's signal that comes again within
+/// a moment is the same one: it goes to a script and its children, and the script passes it on.
 async fn watch_for_reasons_to_leave(
     parent_stdin: bool,
     leave: watch::Sender<Leave>,
@@ -127,14 +131,26 @@ async fn watch_for_reasons_to_leave(
         }
     };
     tokio::pin!(parent);
+    let mut echo = None;
     loop {
         tokio::select! {
             Some(name) = signals.recv() => {
+                if echo.is_some() && name != "SIGINT" {
+                    tracing::debug!(signal = name, "told to leave again at once");
+                    continue;
+                }
+                echo = Some(Box::pin(tokio::time::sleep(ECHO)));
                 tracing::info!(signal = name, "told to leave");
                 leave.send_modify(|leave| {
                     *leave = if *leave == Leave::Stay { Leave::Drain } else { Leave::Now };
                 });
             }
+            () = async {
+                match &mut echo {
+                    Some(echo) => echo.await,
+                    None => std::future::pending().await,
+                }
+            } => echo = None,
             () = &mut parent => {
                 tracing::info!("the parent process ended");
                 leave.send_replace(Leave::Now);

@@ -5,6 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::slurm::Slurm;
 use super::{
     Cluster, Compute, Dtype, Evaluate, Export, ExportFormat, Holdout, Launcher, Loss, Method,
     Metric, Optimizer, RateSchedule, Recipe, Sampler, Stage, Student, StudentKind, TeacherStep,
@@ -115,6 +116,7 @@ fn cluster(cluster: &Cluster) -> Value {
             Launcher::Local => "local",
             Launcher::External => "external",
             Launcher::Kubernetes => "kubernetes",
+            Launcher::Slurm(_) => "slurm",
         },
         "workers": { "min": cluster.min_workers, "max": cluster.max_workers },
         "listen": cluster.listen,
@@ -125,6 +127,35 @@ fn cluster(cluster: &Cluster) -> Value {
     });
     if let Some(kubernetes) = &cluster.kubernetes {
         stored["kubernetes"] = kubernetes.to_stored();
+    }
+    if let Launcher::Slurm(section) = &cluster.launcher {
+        stored["slurm"] = slurm(section);
+    }
+    stored
+}
+
+fn slurm(slurm: &Slurm) -> Value {
+    let path = |path: &Option<std::path::PathBuf>| {
+        let path = path.as_ref().map(|path| path.display().to_string());
+        or("auto", path)
+    };
+    let mut stored = json!({
+        "partition": or("none", slurm.partition.clone()),
+        "account": or("none", slurm.account.clone()),
+        "qos": or("none", slurm.qos.clone()),
+        "gres": or("none", slurm.gres.clone()),
+        "time": or("none", slurm.time.clone()),
+        "cpus": or("auto", slurm.cpus),
+        "memory": or("none", slurm.memory.clone()),
+        "devices": slurm.devices.to_string(),
+        "worker": path(&slurm.worker),
+        "engine": path(&slurm.engine),
+        "poll": slurm.poll_s,
+    });
+    for (key, lines) in [("extra", &slurm.extra), ("setup", &slurm.setup)] {
+        if !lines.is_empty() {
+            stored[key] = json!(lines);
+        }
     }
     stored
 }

@@ -17,6 +17,21 @@ const MAX_SECRET_BYTES: u64 = 4096;
 /// Every fault at once: of the text, of single values, of what values mean to each other, and of what the
 /// recipe names on this host.
 pub fn load(path: &Path, sets: &[String]) -> Result<Recipe, Faults> {
+    let folder = std::path::absolute(path).ok();
+    let base = folder.as_deref().and_then(Path::parent);
+    from_file(path, base.unwrap_or(Path::new("/")), sets, true)
+}
+
+/// The same for a recipe that will lie in the folder `base` of another host, where the files that it names are.
+///
+/// # Errors
+///
+/// Every fault at once, but for files that are not there.
+pub fn load_for_elsewhere(path: &Path, base: &Path, sets: &[String]) -> Result<Recipe, Faults> {
+    from_file(path, base, sets, false)
+}
+
+fn from_file(path: &Path, base: &Path, sets: &[String], look: bool) -> Result<Recipe, Faults> {
     let file = path.display().to_string();
     let text = read_bounded(path).map_err(|label| {
         let fault = Fault {
@@ -29,15 +44,10 @@ pub fn load(path: &Path, sets: &[String]) -> Result<Recipe, Faults> {
         };
         Faults::new(file.clone(), String::new(), sets.to_vec(), vec![fault])
     })?;
-    let folder = std::path::absolute(path).ok();
-    let base = folder
-        .as_deref()
-        .and_then(Path::parent)
-        .unwrap_or(Path::new("/"));
     let origin = Source {
         file,
         base: base.to_owned(),
-        look: true,
+        look,
     };
     read(text, sets, &origin, &Host)
 }

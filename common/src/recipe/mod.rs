@@ -13,12 +13,13 @@ mod nearest;
 mod raw;
 mod schema;
 mod set;
+pub mod slurm;
 mod table;
 
 pub use digest::canonical;
 pub use fault::{Code, Fault, Faults};
 pub use kubernetes::{Kubernetes, Toleration, Volume};
-pub use load::{load, parse};
+pub use load::{load, load_for_elsewhere, parse};
 pub use raw::{Origin, Span};
 pub use schema::json_schema;
 
@@ -367,7 +368,7 @@ pub struct Cluster {
     pub max_workers: u32,
     /// Address of the gRPC service.
     pub listen: String,
-    /// Whether workers must use TLS; `auto` = unless only 127.0.0.1 is bound.
+    /// Whether workers must use TLS; `auto` = on.
     pub tls: Tls,
     /// The run's token; made and kept in a 0600 file beside the run when none is given.
     pub token: Option<Secret>,
@@ -376,7 +377,7 @@ pub struct Cluster {
 }
 
 /// Who starts workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Launcher {
     /// The coordinator, on its own host.
     Local,
@@ -384,6 +385,8 @@ pub enum Launcher {
     External,
     /// The coordinator, as pods of a Kubernetes cluster.
     Kubernetes,
+    /// Slurm: an array of jobs of one host each, which the coordinator submits and replaces.
+    Slurm(Box<slurm::Slurm>),
 }
 
 /// Whether workers must use TLS.

@@ -3,6 +3,7 @@
 //! The checker and the JSON Schema both read this table, so they cannot say different things. What relates
 //! two keys to each other is in `check::cross`. This module must never know where a value came from.
 
+mod cluster;
 mod kubernetes;
 mod learning;
 mod results;
@@ -76,6 +77,8 @@ pub(super) enum Kind {
     DnsName,
     /// Keys of the user's own choice, each with a text.
     Map(MapOf),
+    /// Lines of shell, as a list or as one text: taken as they are.
+    Shell,
     /// Known, refused.
     NotBuilt,
 }
@@ -125,12 +128,12 @@ const fn later(name: &'static str) -> Word {
     Word { name, built: false }
 }
 
-use kubernetes::KUBERNETES;
+use cluster::CLUSTER;
 use learning::{BATCH, COMPUTE, LOSS, OPTIMIZER, STAGE, STUDENT};
 use results::{CHECKPOINT, EVALUATE, EXPORT, PREVIEW};
 
 use Fallback::{Open, Required, Yaml};
-use Kind::{List, Name, Or, Path, Real, Secret, ShareOrPath, Switch, Text, Uri, Whole};
+use Kind::{List, Name, Or, Path, Real, ShareOrPath, Switch, Uri, Whole};
 
 const POSITIVE: Kind = Real {
     min: 0.0,
@@ -382,62 +385,6 @@ static TRAJECTORIES: Section = Section {
             Or("none", &Uri),
             Yaml("none"),
             "an earlier set to reuse",
-        ),
-    ],
-};
-
-static CLUSTER: Section = Section {
-    name: "cluster",
-    fields: &[
-        field(
-            "launcher",
-            Kind::Word(&[
-                word("local"),
-                word("external"),
-                later("slurm"),
-                word("kubernetes"),
-            ]),
-            Yaml("local"),
-            "who starts workers",
-        ),
-        field("workers", Kind::Section(&WORKERS), Open, "how many"),
-        field(
-            "listen",
-            Text,
-            Open,
-            "address of the gRPC service, host:port; 127.0.0.1:0 for this host alone, 0.0.0.0:7070 for kubernetes",
-        ),
-        not_built("http"),
-        field(
-            "tls",
-            Kind::Word(&[word("auto"), word("on"), word("off")]),
-            Yaml("auto"),
-            "auto = on unless only this host can connect",
-        ),
-        field("token", Secret, Open, "the run's token; made when absent"),
-        field(
-            "kubernetes",
-            Or("none", &Kind::Section(&KUBERNETES)),
-            Yaml("none"),
-            "what workers are as pods",
-        ),
-    ],
-};
-
-static WORKERS: Section = Section {
-    name: "workers",
-    fields: &[
-        field(
-            "min",
-            Whole(1, 4096),
-            Yaml("1"),
-            "fewest that training starts with",
-        ),
-        field(
-            "max",
-            Or("auto", &Whole(1, 4096)),
-            Yaml("auto"),
-            "most that are used; auto = min",
         ),
     ],
 };

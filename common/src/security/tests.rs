@@ -11,7 +11,8 @@ fn both_sides_derive_the_same_certificates() {
     let one = Authority::derive(&token(7), RUN).expect("derives");
     let two = Authority::derive(&token(7), RUN).expect("derives");
     assert_eq!(one.certificate_der, two.certificate_der);
-    assert_eq!(one.server_pem, two.server_pem);
+    assert_eq!(one.server.certificate_der, two.server.certificate_der);
+    assert_eq!(one.member.certificate_der, two.member.certificate_der);
     let other_token = Authority::derive(&token(8), RUN).expect("derives");
     let other_run = Authority::derive(&token(7), "another").expect("derives");
     assert_ne!(one.fingerprint(), other_token.fingerprint());
@@ -124,6 +125,9 @@ mod handshake {
     use crate::proto::wire;
     use crate::proto::wire::coordinator_client::CoordinatorClient;
     use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
+    use tokio::sync::mpsc;
+    use tokio_rustls::TlsAcceptor;
+    use tonic::transport::{Certificate, ClientTlsConfig, Identity};
     use tonic::{Request, Response, Status, Streaming};
 
     struct OnlyStatus;
@@ -154,9 +158,9 @@ mod handshake {
         }
     }
 
-    async fn ask(join: &Join, authority: &Authority) -> Result<(), String> {
+    async fn ask(join: &Join, tls: ClientTlsConfig) -> Result<(), String> {
         let channel = tonic::transport::Endpoint::from_shared(join.url())
-            .and_then(|endpoint| endpoint.tls_config(authority.client_tls()))
+            .and_then(|endpoint| endpoint.tls_config(tls))
             .map_err(|error| error.to_string())?
             .connect()
             .await
@@ -165,43 +169,88 @@ mod handshake {
             .status(wire::StatusRequest {})
             .await
             .map(drop)
-            .map_err(|status| status.code().to_string())
+            .map_err(|status| format!("{status:?}"))
     }
 
-    #[tokio::test]
-    async fn a_worker_trusts_its_own_coordinator_and_no_other() {
+    /// A server of the run of `token(1)`; gives its address and the errors of handshakes.
+    async fn serve() -> (String, mpsc::UnboundedReceiver<String>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
             .await
             .expect("binds");
         let address = listener.local_addr().expect("bound").to_string();
         let authority = Authority::derive(&token(1), RUN).expect("derives");
+        let acceptor = TlsAcceptor::from(authority.server_config().expect("fits"));
         let service = CoordinatorServer::with_interceptor(OnlyStatus, RequireToken::new(token(1)));
-        let incoming = futures::stream::unfold(listener, async |listener| {
-            Some((listener.accept().await.map(|(stream, _)| stream), listener))
+        let (failed, failures) = mpsc::unbounded_channel();
+        let incoming = futures::stream::unfold(listener, move |listener| {
+            let (acceptor, failed) = (acceptor.clone(), failed.clone());
+            async move {
+                loop {
+                    let (stream, _) = listener.accept().await.ok()?;
+                    match acceptor.accept(stream).await {
+                        Ok(stream) => return Some((Ok::<_, std::io::Error>(stream), listener)),
+                        Err(error) => failed.send(error.to_string()).ok()?,
+                    }
+                }
+            }
         });
-        let server = tonic::transport::Server::builder()
-            .tls_config(authority.server_tls())
-            .expect("the certificates fit")
-            .add_service(service)
-            .serve_with_incoming(incoming);
-        let server = tokio::spawn(server);
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(Box::pin(incoming)),
+        );
+        (address, failures)
+    }
 
+    #[tokio::test]
+    async fn a_worker_trusts_its_own_coordinator_and_no_other() {
+        let (address, _failures) = serve().await;
+        let authority = Authority::derive(&token(1), RUN).expect("derives");
         let join = Join::new(&address, RUN, token(1), true).expect("makes");
-        ask(&join, &authority)
+        ask(&join, authority.client_tls())
             .await
             .expect("the right token is served");
 
         let stranger = Authority::derive(&token(2), RUN).expect("derives");
-        let error = ask(&join, &stranger).await.expect_err("another authority");
+        let error = ask(&join, stranger.client_tls())
+            .await
+            .expect_err("another authority");
         assert!(
             error.contains("UnknownIssuer") || error.contains("BadSignature"),
             "{error}"
         );
 
         let wrong = Join::new(&address, RUN, token(2), true).expect("makes");
-        let error = ask(&wrong, &authority).await.expect_err("another token");
-        assert!(error.contains("authentication"), "{error}");
-        server.abort();
+        let error = ask(&wrong, authority.client_tls())
+            .await
+            .expect_err("another token");
+        assert!(error.contains("Unauthenticated"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_hears_nobody_without_a_certificate_of_its_run() {
+        let (address, mut failures) = serve().await;
+        let join = Join::new(&address, RUN, token(1), true).expect("makes");
+        let own = Authority::derive(&token(1), RUN).expect("derives");
+        let trusting = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(&own.certificate_pem))
+            .domain_name(SERVER_NAME);
+        let another = Authority::derive(&token(2), RUN).expect("derives");
+        let foreign = Identity::from_pem(&another.member.certificate_pem, &another.member.key_pem);
+        // The coordinator's own certificate is of the run, and no member's.
+        let server = Identity::from_pem(&own.server.certificate_pem, &own.server.key_pem);
+        for (tls, says) in [
+            (trusting.clone(), "sent no certificates"),
+            (
+                trusting.clone().identity(foreign),
+                "invalid peer certificate",
+            ),
+            (trusting.identity(server), "invalid peer certificate"),
+        ] {
+            ask(&join, tls).await.expect_err("it knows no token");
+            let said = failures.recv().await.expect("the server refused");
+            assert!(said.contains(says), "{said}");
+        }
     }
 }
 
@@ -221,4 +270,13 @@ fn a_file_of_root_may_be_for_the_group_of_another_user() {
             "{mode:o} {owner} {me}"
         );
     }
+}
+
+#[test]
+fn a_seal_is_of_its_words_and_its_secret() {
+    let secret = GroupSecret::derive(&token(1), RUN);
+    let seal = secret.seal(b"rank 1 of 2");
+    assert!(secret.sealed(b"rank 1 of 2", &seal));
+    assert!(!secret.sealed(b"rank 0 of 2", &seal));
+    assert!(!GroupSecret::derive(&token(2), RUN).sealed(b"rank 1 of 2", &seal));
 }

@@ -1,8 +1,8 @@
 //! A teacher's folder in the diffusers layout: configurations, weight files and tokenizers, read and checked
 //! without libtorch, so that faults are found before any device is touched.
 //!
-//! Symbolic links are followed, since download caches are made of them; what a file names (a shard in an index)
-//! must be a plain name in the same folder. Unknown values that would change the arithmetic are refused by key,
+//! Symbolic links are followed within the folder and to the blobs of a download cache, and nowhere else; what a file
+//! names (a shard in an index) must be a plain name in the same folder. Unknown values that would change the arithmetic are refused by key,
 //! tensors that do not fit by name. This module must never know how a network computes.
 
 mod digest;
@@ -10,6 +10,7 @@ mod error;
 mod expected;
 mod header;
 mod keys;
+mod links;
 mod schedule;
 pub mod scorer;
 mod text;
@@ -83,6 +84,7 @@ impl Folder {
     /// The first fault found, with file and key or tensor.
     pub fn open(path: &Path, variant: Option<&str>) -> Result<Self, Error> {
         let index = Keys::read(&path.join("model_index.json"))?;
+        links::check(path)?;
         let mut warnings = Vec::new();
         let is_xl = match index.text("_class_name")? {
             Some("StableDiffusionPipeline") => false,

@@ -30,7 +30,7 @@ use distillery_common::storage::layout::{self, Key};
 use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
 use crate::journal::{self, Folded, Journal};
-use crate::launch::{Launched, local};
+use crate::launch::{Launched, local, slurm};
 use crate::report;
 use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
@@ -163,10 +163,10 @@ async fn coordinate(
     let ended = driver.run().await;
     watching.abort();
     showing.abort();
-    match (launched, &ended) {
-        (Some(launched), Ok(_)) => launched.finish().await,
-        (Some(launched), Err(_)) => launched.leave().await,
-        (None, _) => {}
+    match launched {
+        Some(launched) if ended.is_ok() => launched.finish().await,
+        Some(launched) => launched.leave().await,
+        None => {}
     }
     drop(end_service);
     serving.abort();
@@ -281,6 +281,12 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
         is_loopback || recipe.cluster.tls == Tls::On || insecure,
         "cluster.listen {address} can be reached from other hosts and cluster.tls is off, so the token could be read on the way; turn tls on, or say --insecure"
     );
+    if !is_loopback && recipe.cluster.tls == Tls::Off {
+        console::note(format_args!(
+            "WARNING: --insecure: the token of this run, and everything that workers say, crosses the network in plain \
+             text; whoever reads it on the way has the run"
+        ));
+    }
     Ok(listener)
 }
 
@@ -329,6 +335,26 @@ async fn launch(
             local::start(workers, handle)
                 .context("the folder for the logs of workers cannot be made")
                 .map(|workers| Some(Launched::Local(workers)))
+        }
+        Launcher::Slurm(section) => {
+            let program =
+                |own: &Option<PathBuf>, known: &PathBuf| own.as_ref().unwrap_or(known).clone();
+            let workers = slurm::Workers {
+                worker: slurm::Worker {
+                    name: slurm::name_of(join.run_id()),
+                    worker: program(&section.worker, &config.worker),
+                    engine: program(&section.engine, &config.engine),
+                    join: file,
+                    logs: access.logs().join("slurm"),
+                    log: None,
+                    count: None,
+                    threads: recipe.compute.threads,
+                },
+                slurm: (**section).clone(),
+                most: recipe.cluster.max_workers,
+                fewest: recipe.cluster.min_workers,
+            };
+            slurm::start(workers, handle).map(|workers| Some(Launched::Slurm(workers)))
         }
         Launcher::Kubernetes => launch_pods(recipe, config, join, handle, clock)
             .await

@@ -28,9 +28,11 @@ impl Lists {
 pub(super) fn read(recipe: &Recipe) -> Result<Lists, prompts::Error> {
     let read = prompts::load_lists(&recipe.prompts, recipe.seed)?;
     for report in &read.reports {
-        let left_out = report.blank.is_some() || report.duplicate.is_some() || report.held_out > 0;
-        if left_out {
+        // A blank line is a slip; that prompts repeat, or are held out, is how lists are made.
+        if report.blank.is_some() {
             tracing::warn!("{report}");
+        } else if report.duplicate.is_some() || report.held_out > 0 {
+            tracing::info!("{report}");
         }
     }
     Ok(Lists {

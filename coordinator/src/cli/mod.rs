@@ -59,10 +59,10 @@ enum Command {
     Check(RecipeArguments),
     /// Shows the stages of a recipe, and all its values with the defaults, without running it.
     Plan(RecipeArguments),
+    /// Prints what a cluster's own tools take, ready to be submitted.
+    Render(render::Arguments),
     /// Prints the JSON Schema of recipes, for editors.
     Schema,
-    /// Prints what a cluster is given to run a recipe.
-    Render(render::Arguments),
     /// Shows how a run is.
     Status(status::Arguments),
     /// Stops a run, to be resumed: after a checkpoint, or at once.
@@ -119,8 +119,8 @@ pub fn main() -> ExitCode {
         Command::Run(own) => run::run(own, context),
         Command::Check(own) => check::run(&own, context),
         Command::Plan(own) => plan::run(&own, context),
+        Command::Render(own) => render::run(own, context),
         Command::Schema => schema::run(),
-        Command::Render(own) => render::run(&own, context),
         Command::Status(own) => status::run(&own, context),
         Command::Stop(own) => control::stop(own, context),
         Command::Pause(own) => control::pause(own, context),

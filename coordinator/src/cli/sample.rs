@@ -62,6 +62,15 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<ExitCode> {
+    if let Some(out) = &arguments.out
+        && out.extension().is_some_and(|ending| ending == "png")
+        && !out.is_dir()
+    {
+        bail!(
+            "--out names a folder for many pictures; for one picture of all use --grid {}",
+            out.display()
+        );
+    }
     let mut texts = arguments.prompt;
     if let Some(file) = &arguments.prompts {
         texts.extend(prompts::load(file)?.0.iter().map(|p| p.text().to_owned()));

@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 
 use distillery_common::backoff::Backoff;
 
+use super::tail;
 use crate::driver::Handle;
 use crate::scheduler::Event;
 
@@ -36,8 +37,6 @@ const FAREWELL: Duration = Duration::from_secs(5);
 const USAGE: i32 = 64;
 /// Wait before a worker that left on purpose is started again.
 const REST: Duration = Duration::from_secs(1);
-/// Bytes of a worker's log that a failure shows.
-const TAIL: usize = 2000;
 
 /// What is started.
 #[derive(Debug, Clone)]
@@ -156,12 +155,10 @@ async fn keep(
 }
 
 fn give_up(name: &str, how: &str, deaths: u32, log: &Path) -> String {
-    let tail = std::fs::read(log).unwrap_or_default();
-    let from = tail.len().saturating_sub(TAIL);
-    let tail = String::from_utf8_lossy(&tail[from..]).into_owned();
     format!(
-        "worker {name} ended {deaths} times in a row without doing anything; the last time: {how}\nThe end of {}:\n{tail}",
-        log.display()
+        "worker {name} ended {deaths} times in a row without doing anything; the last time: {how}\nThe end of {}:\n{}",
+        log.display(),
+        tail(log)
     )
 }
 

@@ -5,6 +5,7 @@
 
 mod kubernetes;
 mod lineage;
+mod slurm;
 
 use std::collections::BTreeMap;
 
@@ -49,6 +50,7 @@ pub(super) fn check(recipe: &Recipe, top: &Resolved) -> Vec<Fault> {
     rules.export(recipe);
     rules.cluster(recipe);
     rules.kubernetes(&recipe.cluster);
+    rules.slurm(recipe);
     rules.faults
 }
 

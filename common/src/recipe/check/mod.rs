@@ -11,6 +11,7 @@ mod numbers;
 mod resolve;
 mod scalar;
 mod sections;
+mod shell;
 #[cfg(test)]
 mod tests;
 mod words;

@@ -204,6 +204,7 @@ impl Resolver<'_> {
             | Kind::Pair(_)
             | Kind::ShareOrPath
             | Kind::Targets
+            | Kind::Shell
             | Kind::Secret
             | Kind::Map(_)
             | Kind::NotBuilt => Checked::Absent,
@@ -236,6 +237,7 @@ impl Resolver<'_> {
             Kind::Pair(of) => self.list(of, at, Some(2)),
             Kind::Targets => self.targets(at),
             Kind::Map(of) => map::check(self, *of, at),
+            Kind::Shell => self.shell(at),
             Kind::NotBuilt => {
                 let key = at.path.rsplit('.').next().unwrap_or(at.path);
                 let message = format!("{key} is not built yet");
@@ -404,6 +406,8 @@ impl Resolver<'_> {
         given: Option<&Entry>,
         neighbour: Option<&Resolved>,
     ) {
+        // An empty key is one that was taken back.
+        let given = given.filter(|entry| entry.node.value != Value::Null);
         let (Some(entry), Some((key, word))) = (given, field.only) else {
             return;
         };

@@ -69,6 +69,7 @@ pub(super) fn check(
         | Kind::Pair(_)
         | Kind::Targets
         | Kind::Map(_)
+        | Kind::Shell
         | Kind::NotBuilt => unreachable!("{kind:?} is not a scalar kind"),
     }?;
     Some(Resolved::new(checked, at.span))

@@ -3,6 +3,7 @@
 //! another. This module must never know where a value stood.
 
 mod kubernetes;
+mod slurm;
 
 use std::path::PathBuf;
 
@@ -358,11 +359,13 @@ fn cluster(v: View<'_>) -> Cluster {
     let launcher = match v.get("launcher").text() {
         "external" => Launcher::External,
         "kubernetes" => Launcher::Kubernetes,
+        "slurm" => Launcher::Slurm(Box::new(slurm::slurm(v.get("slurm")))),
         _ => Launcher::Local,
     };
     let listen = match (v.get("listen").maybe_text(), &launcher) {
         (Some(listen), _) => listen,
         (None, Launcher::Kubernetes) => "0.0.0.0:7070",
+        (None, Launcher::Slurm(_)) => "0.0.0.0:0",
         (None, Launcher::Local | Launcher::External) => "127.0.0.1:0",
     };
     let listen = listen.to_owned();
@@ -375,9 +378,7 @@ fn cluster(v: View<'_>) -> Cluster {
             .maybe_small()
             .unwrap_or(min_workers),
         tls: match v.get("tls").text() {
-            "on" => Tls::On,
             "off" => Tls::Off,
-            _ if is_loopback(&listen) => Tls::Off,
             _ => Tls::On,
         },
         listen,
@@ -387,7 +388,7 @@ fn cluster(v: View<'_>) -> Cluster {
 }
 
 /// Whether only this host can connect to `listen`.
-fn is_loopback(listen: &str) -> bool {
+pub(super) fn is_loopback(listen: &str) -> bool {
     match listen.parse::<std::net::SocketAddr>() {
         Ok(address) => address.ip().is_loopback(),
         Err(_) => listen.starts_with("localhost:"),

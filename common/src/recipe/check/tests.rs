@@ -3,7 +3,9 @@ use std::path::Path;
 use serde_json::json;
 
 use super::super::table::{Kind, RECIPE, Section};
-use super::super::{Code, Faults, Holdout, Method, Recipe, StudentKind, TeacherStep, Tls, parse};
+use super::super::{
+    Code, Faults, Holdout, Launcher, Method, Recipe, StudentKind, TeacherStep, Tls, parse,
+};
 use super::LCM_TARGETS;
 use crate::ids::Digest;
 
@@ -54,7 +56,7 @@ fn a_few_lines_are_a_recipe() {
     assert_eq!(recipe.output, "file:///runs/small");
     assert_eq!(recipe.stages[0].skip, 25);
     assert_eq!(recipe.stages[0].optimizer.warmup, 1);
-    assert_eq!(recipe.cluster.tls, Tls::Off);
+    assert_eq!(recipe.cluster.tls, Tls::On);
     assert!(recipe.evaluate.is_none() && recipe.export.is_some());
     let StudentKind::Lora { targets, .. } = &recipe.stages[0].student.kind else {
         panic!("adapters are the default");
@@ -397,6 +399,13 @@ fn a_stored_recipe_is_the_same_recipe() {
             "optimizer.lr=3.0e-5",
             "trajectories.uri=s3://b/t",
         ],
+        &["cluster.launcher=slurm"],
+        &[
+            "cluster.launcher=slurm",
+            "cluster.slurm={partition: gpu, time: 90, gres: gpu:2, cpus: 4, worker: bin/worker}",
+            "cluster.slurm.extra=[--exclude=n7]",
+            "cluster.slurm.setup=[module load cuda, \"export A=${B:-c}\"]",
+        ],
     ] {
         let recipe = read(SMALL, sets);
         let again = Recipe::from_stored(&recipe.to_stored());
@@ -417,9 +426,53 @@ fn secrets_stay_out_of_what_is_stored_and_shown() {
     without.cluster.token = None;
     assert_eq!(Recipe::from_stored(&stored), Ok(without));
     let faults =
-        try_read(SMALL, &["cluster={token: hunter2, launcher: slurm}"]).expect_err("slurm");
+        try_read(SMALL, &["cluster={token: hunter2, launcher: slumr}"]).expect_err("slumr");
     assert!(!faults.to_string().contains("hunter2"));
     assert!(!faults.to_json().to_string().contains("hunter2"));
+}
+
+#[test]
+fn what_slurm_is_told_is_checked_and_kept() {
+    let sets = [
+        "cluster.launcher=slurm",
+        "cluster.slurm={partition: gpu, time: 1:30:00, gres: gpu:2, devices: \"0,1\", extra: [--exclude=n7]}",
+        "cluster.slurm.setup=[module load cuda, \"export A=${B:-c}\", fi, fi]",
+    ];
+    let recipe = read(SMALL, &sets);
+    assert_eq!(recipe.cluster.listen, "0.0.0.0:0");
+    assert_eq!(recipe.cluster.tls, Tls::On);
+    let Launcher::Slurm(slurm) = &recipe.cluster.launcher else {
+        panic!("{:?}", recipe.cluster.launcher);
+    };
+    assert_eq!(slurm.time.as_deref(), Some("1:30:00"));
+    assert_eq!((slurm.engines(), slurm.poll_s), (2, 10));
+    assert_eq!(
+        slurm.setup,
+        ["module load cuda", "export A=${B:-c}", "fi", "fi"]
+    );
+    let launched = "cluster.launcher=slurm";
+    assert_eq!(read(SMALL, &[launched]).cluster.min_workers, 1);
+    for (set, code, path) in [
+        ("cluster.slurm.partition=a b", Code::OutOfRange, "partition"),
+        ("cluster.slurm.time=1h", Code::OutOfRange, "time"),
+        ("cluster.slurm.memory=64 G", Code::OutOfRange, "memory"),
+        ("cluster.slurm.devices=gpu", Code::UnknownWord, "devices"),
+        ("cluster.slurm.extra=[exclude]", Code::OutOfRange, "extra.0"),
+        (
+            "cluster.slurm.extra=[--array=0-3]",
+            Code::NotApplicable,
+            "extra.0",
+        ),
+        ("cluster.slurm.extra=[-J x]", Code::NotApplicable, "extra.0"),
+        ("cluster.slurm.partitoin=a", Code::UnknownKey, "partitoin"),
+        ("cluster.slurm.setup=[[a]]", Code::WrongType, "setup.0"),
+    ] {
+        check_one(&[launched, set], code, &format!("cluster.slurm.{path}"));
+    }
+    let local = ["cluster.slurm.partition=a"];
+    check_one(&local, Code::NotApplicable, "cluster.slurm");
+    let alone = [launched, "cluster.listen=127.0.0.1:0"];
+    check_one(&alone, Code::Address, "cluster.listen");
 }
 
 #[test]
@@ -432,6 +485,7 @@ fn the_plan_digest_follows_results_not_processes() {
         "output=/x",
         "name=other",
         "cluster.workers={min: 2, max: 2}",
+        "cluster={launcher: slurm, slurm: {partition: a}}",
         "checkpoint.every_steps=5",
         "compute.recompute=true",
         "stages.0.compute={recompute: true}",

@@ -64,8 +64,11 @@ pub(crate) fn histories(context: &Context, score: &mut Score) -> anyhow::Result<
             score.violated(format!("{complaint}kept in {}", site.keep().display()));
         }
     }
-    score.note(format!(
-        "{} distinct students of {} histories and 4 undisturbed runs, {generations} groups",
+    for student in students.keys() {
+        score.note(format!("student {student}"));
+    }
+    score.headline(format!(
+        "{} distinct students of {} histories and 4 undisturbed runs, {generations} groups (goal 1)",
         students.len(),
         score.runs
     ));

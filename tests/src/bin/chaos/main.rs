@@ -25,12 +25,15 @@ mod disk;
 mod elastic;
 mod engines;
 mod faraway;
+mod hosts;
 mod moment;
 mod proxy;
 mod recovery;
 mod score;
+mod server;
 mod site;
 mod takeovers;
+mod two_hosts;
 mod workers;
 mod writer;
 mod writers;
@@ -51,10 +54,13 @@ pub(crate) fn interrupted() -> bool {
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
-    /// One campaign alone; all of them in turn when not given.
-    #[arg(long, value_enum)]
-    campaign: Option<Campaign>,
-    /// Faults of a campaign that runs alone; its own number when not given.
+    /// One campaign alone, or some; all of them in turn when not given.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    campaign: Vec<Campaign>,
+    /// What the last line begins with.
+    #[arg(long, default_value = "chaos")]
+    title: String,
+    /// Faults of a campaign that was asked for; its own number when not given.
     #[arg(short, long)]
     number: Option<u64>,
     /// How long all campaigns in turn may take, in minutes.
@@ -90,15 +96,17 @@ enum Campaign {
     StoppedWorkers,
     Engines,
     Network,
+    /// Two hosts and a bucket on a third.
+    TwoHosts,
     Store,
     DiskFull,
     Clock,
     Writers,
     /// Random histories of the real engine in reproducible mode: one and the same student.
     Elastic,
-    /// How soon a group trains again when an engine of sixteen stand-ins is killed.
+    /// How soon a group of sixteen stand-ins trains again when one is killed or stopped.
     Recovery,
-    /// The same with four real engines.
+    /// The same with four real engines, and hosts that are cut off.
     RealRecovery,
 }
 
@@ -139,6 +147,7 @@ impl Campaign {
             Self::StoppedWorkers => "stopped-workers",
             Self::Engines => "engines",
             Self::Network => "network",
+            Self::TwoHosts => "two-hosts",
             Self::Store => "store",
             Self::DiskFull => "disk-full",
             Self::Clock => "clock",
@@ -163,6 +172,7 @@ impl Campaign {
             Self::StoppedWorkers => (50, 6),
             Self::Engines => (50, 8),
             Self::Network => (30, 6),
+            Self::TwoHosts => (30, 3),
             Self::Store => (30, 5),
             Self::DiskFull => (10, 2),
             Self::Clock => (10, 2),
@@ -182,6 +192,7 @@ impl Campaign {
             Self::StoppedWorkers => workers::stops(context, &mut score),
             Self::Engines => engines::hurt(context, &mut score),
             Self::Network => faraway::network(context, &mut score),
+            Self::TwoHosts => two_hosts::partitions(context, &mut score),
             Self::Store => faraway::store(context, &mut score),
             Self::DiskFull => disk::fill(context, &mut score),
             Self::Clock => clock::shift(context, &mut score),
@@ -209,17 +220,17 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     watch_for_an_end()?;
     let base = arguments.folder.clone().unwrap_or_else(memory);
-    let by_name = arguments.campaign.is_some();
+    let by_name = !arguments.campaign.is_empty();
     let mut table = Table::default();
-    match arguments.campaign {
-        Some(campaign) => {
-            let number = arguments.number.unwrap_or(campaign.numbers().0);
-            let context = context(&arguments, base, number, arguments.seed, None);
-            table.add(campaign.name(), &campaign.run(&context));
-        }
-        None => mix(&arguments, &base, &mut table),
+    for &campaign in &arguments.campaign {
+        let number = arguments.number.unwrap_or(campaign.numbers().0);
+        let context = context(&arguments, base.clone(), number, arguments.seed, None);
+        table.add(campaign.name(), &campaign.run(&context));
     }
-    Ok(table.tell(by_name))
+    if !by_name {
+        mix(&arguments, &base, &mut table);
+    }
+    Ok(table.tell(&arguments.title, by_name))
 }
 
 fn context(

@@ -14,6 +14,8 @@ pub(crate) struct Score {
     pub(crate) runs: u64,
     violations: Vec<String>,
     notes: Vec<String>,
+    /// What the last line should say as well.
+    headlines: Vec<String>,
     /// This host cannot do it.
     is_skipped: bool,
     /// Seconds, by what was measured.
@@ -29,6 +31,11 @@ impl Score {
     /// Something that people should know.
     pub(crate) fn note(&mut self, what: impl ToString) {
         self.notes.push(what.to_string());
+    }
+
+    /// A figure for the last line.
+    pub(crate) fn headline(&mut self, what: impl ToString) {
+        self.headlines.push(what.to_string());
     }
 
     /// The campaign cannot be done here: nothing was hurt.
@@ -48,8 +55,10 @@ impl Score {
             return;
         };
         let (took, of) = (quantile(seconds, share), seconds.len());
+        let percent = share * 100.0;
+        let line = format!("{what}: p{percent:.0} {took:.2} s of {of} (goal {goal})");
+        self.headlines.push(line);
         if took > goal {
-            let percent = share * 100.0;
             self.violated(format_args!(
                 "{what}: p{percent:.0} is {took:.3} s of {of}, and may be {goal} s at most"
             ));
@@ -62,6 +71,7 @@ impl Score {
         self.runs += other.runs;
         self.violations.extend(other.violations);
         self.notes.extend(other.notes);
+        self.headlines.extend(other.headlines);
         self.is_skipped |= other.is_skipped;
         for (what, seconds) in other.times {
             self.times.entry(what).or_default().extend(seconds);
@@ -74,6 +84,8 @@ impl Score {
 pub(crate) struct Table {
     faults: u64,
     violations: usize,
+    /// Figures of those that were asked for.
+    headlines: Vec<String>,
     /// Campaigns that this host cannot do.
     skipped: BTreeSet<String>,
     began: bool,
@@ -100,6 +112,7 @@ impl Table {
             score.runs,
             score.violations.len()
         );
+        self.headlines.extend(score.headlines.iter().cloned());
         for (what, seconds) in &score.times {
             println!("    {what}: {}", spread(seconds));
         }
@@ -113,8 +126,8 @@ impl Table {
 
     /// Prints the last line; the exit code says whether nothing was violated, and, of a campaign that somebody asked
     /// for by name, whether it did anything at all.
-    pub(crate) fn tell(&self, by_name: bool) -> ExitCode {
-        println!("{}", self.last_line());
+    pub(crate) fn tell(&self, title: &str, by_name: bool) -> ExitCode {
+        println!("{}", self.last_line(title, by_name));
         if self.is_good(by_name) {
             ExitCode::SUCCESS
         } else {
@@ -122,11 +135,15 @@ impl Table {
         }
     }
 
-    fn last_line(&self) -> String {
+    fn last_line(&self, title: &str, by_name: bool) -> String {
         let Self {
             faults, violations, ..
         } = self;
-        let mut line = format!("chaos: {faults} faults, {violations} violations (goal 0)");
+        let mut line = format!("{title}: {faults} faults, {violations} violations (goal 0)");
+        for headline in self.headlines.iter().filter(|_| by_name) {
+            line.push_str("; ");
+            line.push_str(headline);
+        }
         if !self.skipped.is_empty() {
             let names: Vec<_> = self.skipped.iter().map(String::as_str).collect();
             line.push_str("; skipped: ");
@@ -179,6 +196,11 @@ mod tests {
         score.require_within("grants", 0.99, 2.0);
         let expected = "grants: p99 is 2.500 s of 4, and may be 2 s at most";
         assert_eq!(score.violations, [expected]);
+        let mut table = Table::default();
+        table.add("grants", &score);
+        let expected = "bench: 0 faults, 1 violations (goal 0); grants: p50 0.20 s of 4 (goal 0.5); \
+                        grants: p99 2.50 s of 4 (goal 2)";
+        assert_eq!(table.last_line("bench", true), expected);
     }
 
     #[test]
@@ -190,6 +212,6 @@ mod tests {
         table.add("clock", &skipped);
         assert!(table.is_good(false) && !table.is_good(true));
         let expected = "chaos: 0 faults, 0 violations (goal 0); skipped: clock";
-        assert_eq!(table.last_line(), expected);
+        assert_eq!(table.last_line("chaos", false), expected);
     }
 }

@@ -251,4 +251,4 @@ pub trait Abort: Send + Sync {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

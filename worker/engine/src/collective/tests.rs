@@ -2,7 +2,7 @@ mod fixed;
 mod nccl;
 mod seats;
 
-use std::io::Write;
+use std::io::{Read as _, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::sync::Barrier;
 use std::thread;
@@ -33,7 +33,11 @@ fn listeners(world: u32) -> (Vec<Listener>, Vec<String>) {
 }
 
 /// Runs `body` on each rank of a formed ring and returns what each made of it.
-fn on_ring<T: Send>(world: u32, deadline: Duration, body: impl Fn(TcpRing) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_ring<T: Send>(
+    world: u32,
+    deadline: Duration,
+    body: impl Fn(TcpRing) -> T + Sync,
+) -> Vec<T> {
     let (listeners, peers) = listeners(world);
     let (peers, body) = (&peers, &body);
     thread::scope(|scope| {
@@ -290,6 +294,86 @@ fn strangers_are_turned_away_and_the_ring_still_forms() {
             .collect::<Vec<_>>()
     });
     assert_eq!(formed, [true, true]);
+}
+
+/// Each used to be given two seconds in turn, and the wait was over after 64 of them.
+#[test]
+fn callers_that_say_nothing_hold_up_nobody() {
+    let (listeners, peers) = listeners(2);
+    let silent: Vec<TcpStream> = (0..100)
+        .map(|at| TcpStream::connect(&peers[at % 2]).unwrap())
+        .collect();
+    let formed = thread::scope(|scope| {
+        let ranks: Vec<_> = (0..)
+            .zip(listeners)
+            .map(|(rank, listener)| {
+                let peers = &peers;
+                scope.spawn(move || {
+                    let invitation = Invitation {
+                        group: &group(2),
+                        rank,
+                        peers,
+                        token: [1; 32],
+                        deadline: PATIENT,
+                        ended: Default::default(),
+                    };
+                    let mut ring = listener.connect(&invitation).unwrap();
+                    ring.agree(&[0; 32]).is_ok()
+                })
+            })
+            .collect();
+        ranks
+            .into_iter()
+            .map(|rank| rank.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+    assert_eq!(formed, [true, true]);
+    drop(silent);
+}
+
+/// A stranger that listened when the ring formed has every byte of its greetings.
+#[test]
+fn a_secret_is_never_sent_and_an_old_greeting_is_of_no_use() {
+    let eavesdropper = std::net::TcpListener::bind((HOST, 0)).unwrap();
+    let (listener, address) = TcpRing::listen(HOST).unwrap();
+    let call = |listener: super::tcp::Listener, generation, peers: &[String]| {
+        let invitation = Invitation {
+            group: &group(generation),
+            rank: 1,
+            peers,
+            token: [7; 32],
+            deadline: Duration::from_millis(500),
+            ended: Default::default(),
+        };
+        listener.connect(&invitation).unwrap_err().to_string()
+    };
+    let tapped = [
+        eavesdropper.local_addr().unwrap().to_string(),
+        address.to_string(),
+    ];
+    call(listener, 1, &tapped);
+    let (mut heard, _) = eavesdropper.accept().unwrap();
+    let mut greeting = Vec::new();
+    heard.read_to_end(&mut greeting).unwrap();
+    assert!(greeting.len() > 50);
+    assert!(!greeting.windows(32).any(|bytes| bytes == [7; 32]));
+
+    for (generation, says) in [(2, "generation 1, expected"), (1, "token")] {
+        let (listener, address) = TcpRing::listen(HOST).unwrap();
+        let mut replay = TcpStream::connect(address).unwrap();
+        let mut greeting = greeting.clone();
+        if generation == 1 {
+            // Another rank than the one that was heard: byte 49 is its first.
+            greeting[49] = 0;
+        }
+        replay.write_all(&greeting).unwrap();
+        let peers = [tapped[0].clone(), address.to_string()];
+        let error = call(listener, generation, &peers);
+        assert!(
+            error.contains("1 were turned away") && error.contains(says),
+            "{error}"
+        );
+    }
 }
 
 #[test]

@@ -69,7 +69,7 @@ impl Found {
             ..stage.clone()
         };
         let student = Student::fresh(teacher, &stage, run_seed, device)?;
-        student.load_published(io, &self.checkpoint)?;
+        io.wait(student.load_published(&self.checkpoint))?;
         Ok(student)
     }
 }

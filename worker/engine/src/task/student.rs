@@ -11,7 +11,6 @@ use distillery_common::task::FailureClass;
 use tch::{Device, Kind, Tensor};
 
 use super::{Fault, OrFault as _};
-use crate::io::Io;
 use crate::models::{Unet, lora};
 use crate::train::flat::Parameters;
 use crate::workbench::{TeacherModel, kind_of};
@@ -81,20 +80,18 @@ impl Student {
 
     /// Puts the published weights of a checkpoint in: the moving average where one was kept, else the student. Holds one
     /// file of it at a time.
-    pub fn load_published(&self, io: &Io, checkpoint: &Checkpoint) -> Result<(), Fault> {
+    pub async fn load_published(&self, checkpoint: &Checkpoint) -> Result<(), Fault> {
         let mut stored = checkpoint.manifest().tensors.iter();
         let kind = match stored.any(|tensor| tensor.spec.kind == StateKind::Ema) {
             true => StateKind::Ema,
             false => StateKind::Student,
         };
         let mut missing: BTreeMap<String, Tensor> = self.trainable().into_iter().collect();
-        io.wait(checkpoint.read(
-            |spec| spec.kind == kind,
-            |spec, bytes| match missing.remove(&spec.name) {
-                Some(tensor) => put(spec, bytes, tensor),
-                None => Ok(()),
-            },
-        ))?;
+        let take = |spec: &TensorSpec, bytes: &[u8]| match missing.remove(&spec.name) {
+            Some(tensor) => put(spec, bytes, tensor),
+            None => Ok(()),
+        };
+        checkpoint.read(|spec| spec.kind == kind, take).await?;
         match missing.first_key_value() {
             None => Ok(()),
             Some((name, _)) => Err(misfit(format!("the checkpoint has no tensor {name}"))),

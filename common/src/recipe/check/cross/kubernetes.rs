@@ -28,7 +28,7 @@ impl Rules<'_> {
                 self.pods(kubernetes);
                 self.reached(cluster, kubernetes);
             }
-            (Some(_), Launcher::Local) => {
+            (Some(_), Launcher::Local | Launcher::Slurm(_)) => {
                 let message = "kubernetes means nothing when launcher is another".to_owned();
                 let label = "belongs to launcher kubernetes, or external for `render`".to_owned();
                 let help = "remove it, or set launcher: kubernetes in cluster".to_owned();

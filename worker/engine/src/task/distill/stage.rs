@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use distillery_common::checkpoint::{Checkpoint, Lora, Training};
+use distillery_common::checkpoint::{Checkpoint, Lora, TensorSpec, Training};
 use distillery_common::curves::{StepRecord, from_jsonl};
 use distillery_common::group::{Held, Membership, Phase, Progress};
 use distillery_common::ids::Digest;
@@ -101,22 +101,28 @@ impl StageWork {
 
     /// Loads the state that the group starts from when no member holds one: its newest checkpoint, or else the
     /// parent's student.
-    pub(super) fn load(&mut self, bench: &Workbench, membership: &Membership) -> Result<(), Fault> {
+    ///
+    /// Not to be spawned: it may be dropped between two files, and what is read so far is then not held.
+    pub(super) async fn load(
+        &mut self,
+        bench: &Workbench,
+        membership: &Membership,
+    ) -> Result<(), Fault> {
         if !std::mem::take(&mut self.is_fresh) {
             let (teacher, recipe) = (&self.teacher, &self.recipe);
             self.student = Student::fresh(teacher, recipe, bench.recipe.seed, bench.device)?;
         }
         self.held = None;
         self.curves.clear();
-        if let Some(parent) = open(bench, membership.parent_checkpoint.as_deref())? {
-            self.student.load_published(&bench.io, &parent)?;
+        if let Some(parent) = open(bench, membership.parent_checkpoint.as_deref()).await? {
+            self.student.load_published(&parent).await?;
         }
         let plan = train::Plan::from(&self.recipe);
         self.trainer = Trainer::new(plan, self.student.parameters());
-        if let Some(base) = open(bench, membership.base_checkpoint.as_deref())? {
-            let metrics = bench.io.wait(base.metrics())?;
+        if let Some(base) = open(bench, membership.base_checkpoint.as_deref()).await? {
+            let metrics = base.metrics().await?;
             self.curves = from_jsonl(&metrics).or_fault(FailureClass::Schema)?;
-            restore(bench, &mut self.trainer, &base, &self.curves)?;
+            restore(&mut self.trainer, &base, &self.curves).await?;
         }
         check_start(&self.trainer, membership)?;
         // Should the others lose patience while this is read, the next group need not wait for it.
@@ -244,7 +250,7 @@ fn finish(
     if let Some(checkpoint) = saver.wanted_checkpoint() {
         // The last applied step is whole, whatever a leaving neighbour did to the one after it.
         if checkpoint {
-            saver.save_now(trainer).map_err(Fault::from)?;
+            saver.save_and_leave(trainer).map_err(Fault::from)?;
         }
         return Ok(Outcome::Drained);
     }
@@ -284,28 +290,27 @@ impl Watch for InboxWatch<'_> {
 }
 
 /// The checkpoint that `commit` names, if it names one.
-fn open(bench: &Workbench, commit: Option<&str>) -> Result<Option<Checkpoint>, Fault> {
-    let opened = commit.map(|commit| bench.io.wait(Checkpoint::open(&bench.store, commit)));
-    Ok(opened.transpose()?)
+async fn open(bench: &Workbench, commit: Option<&str>) -> Result<Option<Checkpoint>, Fault> {
+    Ok(match commit {
+        Some(commit) => Some(Checkpoint::open(&bench.store, commit).await?),
+        None => None,
+    })
 }
 
 /// Fills the trainer from `state`, one file of it in memory at a time.
-fn restore(
-    bench: &Workbench,
+async fn restore(
     trainer: &mut Trainer,
     state: &Checkpoint,
     curves: &[StepRecord],
 ) -> Result<(), Fault> {
     let mut restoring = Restoring::new(trainer);
-    bench.io.wait(state.read(
-        |_| true,
-        |spec, bytes| {
-            let values = f32_tensor(spec, bytes)?;
-            restoring
-                .take(part_of_kind(spec.kind), &spec.name, &values)
-                .or_fault(FailureClass::Schema)
-        },
-    ))?;
+    let take = |spec: &TensorSpec, bytes: &[u8]| {
+        let values = f32_tensor(spec, bytes)?;
+        restoring
+            .take(part_of_kind(spec.kind), &spec.name, &values)
+            .or_fault(FailureClass::Schema)
+    };
+    state.read(|_| true, take).await?;
     restoring
         .finish(position(curves))
         .or_fault(FailureClass::Schema)

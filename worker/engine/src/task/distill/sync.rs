@@ -4,21 +4,30 @@
 //! What is compared and copied: the flat buffers of the trainer, its position, and the curves so far. Must never
 //! know how the group's members are connected.
 
+use std::time::Duration;
+
 use distillery_common::curves::{from_jsonl, to_jsonl};
 use distillery_common::group::{self, Held, Membership};
 use distillery_common::storage::layout;
 use distillery_common::task::FailureClass;
 use tch::Tensor;
+use tokio::time::MissedTickBehavior;
 
 use super::Broken;
 use super::stage::StageWork;
-use crate::collective::Collective;
+use crate::collective::{self, Collective};
 use crate::task::{Fault, OrFault as _};
 use crate::train::snapshot::Position;
 use crate::workbench::Workbench;
 
 /// Numbers of a buffer that travel at a time: 64 MiB. A copy never needs more memory than that.
 const PIECE: i64 = 16 << 20;
+
+/// How often a rank that reads the state tells the others that it still does.
+const SIGN: Duration = Duration::from_secs(2);
+/// Its signs: not yet, and done.
+const LOADING: u8 = 0;
+const LOADED: u8 = 1;
 
 /// What a rank says it holds, before anything is copied.
 const HELD_BYTES: usize = 17;
@@ -41,8 +50,13 @@ pub(super) fn sync(
         .collect();
     let newest = group::source(&held);
     let root = newest.unwrap_or(0);
-    if newest.is_none() && membership.rank == root {
-        stage.load(bench, membership)?;
+    if newest.is_none() {
+        match membership.rank == root {
+            true => bench
+                .io
+                .wait(load(stage.load(bench, membership), SIGN, ring))?,
+            false => wait_for_load(root, ring)?,
+        }
     }
     let wanted = newest.map(|root| held[root as usize]);
     let all_have_it = wanted.is_some_and(|wanted| held.iter().all(|one| *one == wanted));
@@ -61,6 +75,36 @@ pub(super) fn sync(
         generation: membership.group.generation,
     });
     Ok(newest.is_some())
+}
+
+/// Reads the state for all by way of `reading`. The others hear a sign of life every `sign`: what takes long to read is not
+/// what their deadline is for. When the group is given up meanwhile, so is the reading.
+async fn load(
+    reading: impl Future<Output = Result<(), Fault>>,
+    sign: Duration,
+    ring: &mut dyn Collective,
+) -> Result<(), Broken> {
+    tokio::pin!(reading);
+    let mut signs = tokio::time::interval(sign);
+    signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            read = &mut reading => {
+                read?;
+                ring.gather(&[LOADED])?;
+                return Ok(());
+            }
+            _ = signs.tick() => {
+                ring.gather(&[LOADING])?;
+            }
+        }
+    }
+}
+
+/// Waits until rank `root` has read the state.
+fn wait_for_load(root: u32, ring: &mut dyn Collective) -> Result<(), collective::Error> {
+    while ring.gather(&[LOADING])?[root as usize] != [LOADED] {}
+    Ok(())
 }
 
 /// What a rank has to do with a copy.
@@ -207,4 +251,66 @@ const MAX_CURVES: usize = 1 << 30;
 fn word(bytes: &[u8], at: usize) -> Option<u64> {
     let word = bytes.get(at * 8..at * 8 + 8)?.first_chunk()?;
     Some(u64::from_le_bytes(*word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::tests::on_ring;
+    use crate::io::Io;
+
+    const SHORT: Duration = Duration::from_millis(500);
+
+    /// Rank 0 reads with `reading`, the others wait for it.
+    fn read_by<F>(reading: impl Fn() -> F + Sync) -> Vec<Result<(), Broken>>
+    where
+        F: Future<Output = Result<(), Fault>>,
+    {
+        on_ring(3, SHORT, |mut ring| {
+            if ring.rank() > 0 {
+                return wait_for_load(0, &mut ring).map_err(Broken::from);
+            }
+            let io = Io::start().unwrap();
+            io.wait(load(reading(), SHORT / 10, &mut ring))
+        })
+    }
+
+    #[test]
+    fn a_state_may_take_longer_to_read_than_members_wait_for_each_other() {
+        let ended = read_by(|| async {
+            tokio::time::sleep(SHORT * 3).await;
+            Ok(())
+        });
+        assert!(ended.iter().all(Result::is_ok), "{ended:?}");
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_read_is_its_readers_fault() {
+        let ended = read_by(|| async { Err(Fault::config("no such state")) });
+        assert!(matches!(&ended[0], Err(Broken::Own(_))), "{ended:?}");
+        assert!(
+            ended[1..]
+                .iter()
+                .all(|ended| matches!(ended, Err(Broken::Group(_)))),
+            "{ended:?}"
+        );
+    }
+
+    #[test]
+    fn reading_ends_with_the_group() {
+        let ended = on_ring(2, SHORT, |mut ring| {
+            if ring.rank() > 0 {
+                return wait_for_load(0, &mut ring).map_err(Broken::from);
+            }
+            ring.aborter().abort();
+            let io = Io::start().unwrap();
+            io.wait(load(std::future::pending(), SHORT / 10, &mut ring))
+        });
+        assert!(
+            ended
+                .iter()
+                .all(|ended| matches!(ended, Err(Broken::Group(_)))),
+            "{ended:?}"
+        );
+    }
 }

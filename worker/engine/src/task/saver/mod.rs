@@ -31,6 +31,14 @@ const PROGRESS_EVERY: u64 = 5;
 /// Steps that the shown loss is averaged over.
 const SHOWN_STEPS: usize = 20;
 
+/// How long rank 0 waits for the other shares of a checkpoint. A rank that had another one in flight when this was due has none.
+const SHARES: Duration = Duration::from_secs(300);
+/// As [`SHARES`], of an engine that is told to end.
+const LAST_SHARES: Duration = Duration::from_secs(10);
+/// How often, and after which pause, a rank that lost its group looks whether it was told to end as well.
+const GLANCES: u32 = 10;
+const GLANCE: Duration = Duration::from_millis(100);
+
 /// What a saver needs to know of the stage.
 pub struct Place {
     /// The member's part in the group.
@@ -109,10 +117,20 @@ impl<'a> Saver<'a> {
 
     /// Saves the trainer's state now, or this rank's share of it, and waits for that.
     pub fn save_now(&mut self, trainer: &Trainer) -> Result<(), Failure> {
+        self.save_within(SHARES, trainer)
+    }
+
+    /// As [`Self::save_now`] for an engine that is told to end. Others of its group need not be, and those that are not write
+    /// no share of this.
+    pub fn save_and_leave(&mut self, trainer: &Trainer) -> Result<(), Failure> {
+        self.save_within(LAST_SHARES, trainer)
+    }
+
+    fn save_within(&mut self, patience: Duration, trainer: &Trainer) -> Result<(), Failure> {
         self.settle(true)?;
         let step = trainer.position().step;
         if self.saved_step != Some(step) && step > 0 {
-            self.begin(trainer);
+            self.begin(trainer, patience);
         }
         self.settle(true)
     }
@@ -123,7 +141,7 @@ impl<'a> Saver<'a> {
         let step = trainer.position().step;
         let is_new = step > self.place.membership.base_step;
         if is_new && step.is_multiple_of(self.place.every_steps) && step < self.place.steps {
-            self.begin(trainer);
+            self.begin(trainer, SHARES);
         }
     }
 
@@ -132,8 +150,17 @@ impl<'a> Saver<'a> {
         self.curves
     }
 
-    /// As [`Watch::wanted_checkpoint`].
+    /// As [`Watch::wanted_checkpoint`]. Where every rank has to write its share, one whose neighbour has left may have been
+    /// told to leave with it, and hears of it a moment later.
     pub fn wanted_checkpoint(&mut self) -> Option<bool> {
+        if self.place.sharded && self.place.membership.world > 1 {
+            for _ in 0..GLANCES {
+                if self.watch.must_stop() {
+                    break;
+                }
+                std::thread::sleep(GLANCE);
+            }
+        }
         self.watch.wanted_checkpoint()
     }
 
@@ -147,7 +174,7 @@ impl<'a> Saver<'a> {
         }
     }
 
-    fn begin(&mut self, trainer: &Trainer) {
+    fn begin(&mut self, trainer: &Trainer, patience: Duration) {
         let Some(share) = self.share() else {
             return;
         };
@@ -180,6 +207,7 @@ impl<'a> Saver<'a> {
             buffer,
             curves: to_jsonl(&self.curves).into(),
             is_final: step == self.place.steps,
+            patience,
         };
         self.in_flight = Some(self.io.spawn(upload.run()));
         self.stall = Some(stopwatch.elapsed());
@@ -246,7 +274,7 @@ impl Sink for Saver<'_> {
             if self.in_flight.is_some() {
                 self.left_out += 1;
             } else {
-                self.begin(trainer);
+                self.begin(trainer, SHARES);
             }
         }
         Ok(if self.watch.must_stop() {

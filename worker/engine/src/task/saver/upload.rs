@@ -23,10 +23,6 @@ use crate::train::Trainer;
 use crate::train::flat::Place;
 use crate::train::snapshot::{Part, Snapshot};
 
-/// How long rank 0 waits for the shares of the others once its own is written. One that had another checkpoint in flight
-/// when this one was due has none.
-const PATIENCE: Duration = Duration::from_secs(300);
-
 /// What is to be saved, and as whose share.
 pub(super) struct Upload {
     pub(super) store: Store,
@@ -37,6 +33,8 @@ pub(super) struct Upload {
     pub(super) buffer: Snapshot,
     pub(super) curves: Bytes,
     pub(super) is_final: bool,
+    /// How long rank 0 waits for the shares of the others once its own is written.
+    pub(super) patience: Duration,
 }
 
 /// What a finished upload gives back.
@@ -170,7 +168,7 @@ impl Upload {
         let key = layout::checkpoint_account(folder, rank);
         let mut pause = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
         let mut waited = Duration::ZERO;
-        while waited < PATIENCE {
+        while waited < self.patience {
             match self.store.get(&key).await {
                 Ok(bytes) => return checkpoint::Part::from_bytes(folder, &bytes).map(Some),
                 Err(storage::Error::NotFound { .. }) => {}

@@ -1,0 +1,420 @@
+//! Batch scripts: for workers of one host each, for a coordinator in a job of its own, and for both in one job.
+//!
+//! A script outlives whoever submitted it, so it knows by itself what the exit codes of our programs ask for. Must
+//! never hold a secret: the join string is in a file, of which only the path is here.
+
+use std::path::PathBuf;
+
+use distillery_common::recipe::slurm::{Devices, Slurm};
+
+/// Times that a job may put itself back into the queue.
+const REQUEUES: u32 = 50;
+/// Seconds before its time limit that a worker is told to leave: its grace for the work in hand, and time to report.
+const WORKER_NOTICE_S: u32 = 60;
+/// The same for a coordinator, which waits for its workers.
+const HEAD_NOTICE_S: u32 = 180;
+
+/// What a worker's job needs to know.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    /// Name of the jobs.
+    pub name: String,
+    /// The worker's program on the nodes.
+    pub worker: PathBuf,
+    /// The engine's program on the nodes.
+    pub engine: PathBuf,
+    /// File with the join string.
+    pub join: PathBuf,
+    /// Folder for how each job ended, and for logs unless `log` says otherwise.
+    pub logs: PathBuf,
+    /// Where the log of a job goes, as a pattern of sbatch.
+    pub log: Option<String>,
+    /// Jobs in the array, where the script says it itself.
+    pub count: Option<u32>,
+    /// CPU threads of one engine, if the recipe says so.
+    pub threads: Option<u32>,
+}
+
+/// What a coordinator's job needs to know.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// Name of the job.
+    pub name: String,
+    /// The coordinator's program on the nodes.
+    pub coordinator: PathBuf,
+    /// The recipe on the nodes.
+    pub recipe: PathBuf,
+    /// Values that are changed.
+    pub sets: Vec<String>,
+    /// Name of jobs that end when the run does.
+    pub workers: Option<String>,
+}
+
+/// `text` as one word of a shell.
+fn quoted(text: impl std::fmt::Display) -> String {
+    format!("'{}'", text.to_string().replace('\'', r"'\''"))
+}
+
+/// Where the output of a job goes, as an option of sbatch and as a line of the script. A path that sbatch
+/// would read in its own way is left to the shell.
+fn output(logs: &std::path::Path) -> (String, &'static str) {
+    let path = logs.display().to_string();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@,".contains(c);
+    if path.chars().all(is_plain) {
+        (format!("--output={path}/%A_%a.log"), "")
+    } else {
+        let line = "exec >>\"$logs/$job.log\" 2>&1\n";
+        ("--output=/dev/null".into(), line)
+    }
+}
+
+/// `#SBATCH` lines, in which nobody finds a value that is not there.
+struct Options(Vec<String>);
+
+impl Options {
+    /// Of a job that is put back into the queue when its node fails.
+    fn new(name: &str, notice_s: u32) -> Self {
+        Self(vec![
+            format!("--job-name={name}"),
+            "--requeue".into(),
+            "--open-mode=append".into(),
+            format!("--signal=B:USR1@{notice_s}"),
+        ])
+    }
+
+    fn with(mut self, option: impl Into<String>) -> Self {
+        self.0.push(option.into());
+        self
+    }
+
+    fn maybe(self, name: &str, value: Option<impl std::fmt::Display>) -> Self {
+        match value {
+            Some(value) => self.with(format!("--{name}={value}")),
+            None => self,
+        }
+    }
+
+    /// Where jobs run and who pays.
+    fn place(self, slurm: &Slurm) -> Self {
+        self.maybe("partition", slurm.partition.as_deref())
+            .maybe("account", slurm.account.as_deref())
+            .maybe("qos", slurm.qos.as_deref())
+            .maybe("time", slurm.time.as_deref())
+    }
+
+    /// What a worker needs.
+    fn worker(mut self, slurm: &Slurm, threads: Option<u32>) -> Self {
+        let cpus = slurm
+            .cpus
+            .or_else(|| threads.map(|threads| threads * slurm.engines()));
+        self = self
+            .maybe("cpus-per-task", cpus)
+            .maybe("mem", slurm.memory.as_deref())
+            .maybe("gres", slurm.gres.as_deref());
+        self.0.extend(slurm.extra.iter().cloned());
+        self
+    }
+
+    fn lines(&self) -> String {
+        self.0
+            .iter()
+            .map(|option| format!("#SBATCH {option}\n"))
+            .collect()
+    }
+}
+
+/// The part of a script that keeps a child: it passes signals on, and waits however often a trap interrupts it.
+/// `$told` is then `limit`, `term` or nothing, and `$code` the child's exit code. `signal` is what the child is sent
+/// shortly before the time limit.
+fn keep(signal: &str) -> String {
+    format!(
+        "\
+child=$!
+told=
+trap 'told=limit; kill -{signal} \"$child\"' USR1
+trap 'told=term; kill -{signal} \"$child\"' TERM
+wait \"$child\"
+code=$?
+while kill -0 \"$child\" 2>/dev/null; do
+    wait \"$child\"
+done
+# The shell remembers how a child ended that was waited for.
+wait \"$child\"
+code=$?
+"
+    )
+}
+
+/// Sets `$devices`.
+fn devices(devices: &Devices) -> String {
+    match devices {
+        Devices::Auto => "\
+# A step that was given GPUs sees them as 0, 1, …
+devices=cpu
+case ${CUDA_VISIBLE_DEVICES:-} in
+'' | NoDevFiles | -1) ;;
+*) devices=$(seq -s, 0 \"$(tr -dc , <<<\"$CUDA_VISIBLE_DEVICES\" | wc -c)\") ;;
+esac
+"
+        .into(),
+        Devices::Cpu | Devices::Gpus(_) => format!("devices={devices}\n"),
+    }
+}
+
+/// Lines of the user's.
+fn setup(slurm: &Slurm) -> String {
+    slurm.setup.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// How srun starts workers: none of them ends another, and a lost node ends none.
+const SRUN: &str = "srun --kill-on-bad-exit=0 --no-kill --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}";
+
+/// One worker on one host: to be submitted as an array.
+pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
+    let (output, redirect) = match &worker.log {
+        Some(pattern) => (format!("--output={pattern}"), ""),
+        None => output(&worker.logs),
+    };
+    let array = worker.count.map(|count| format!("0-{}", count.max(1) - 1));
+    let options = Options::new(&worker.name, WORKER_NOTICE_S)
+        .maybe("array", array)
+        .with("--nodes=1")
+        .with("--ntasks=1")
+        .place(slurm)
+        .worker(slurm, worker.threads)
+        .with(output);
+    format!(
+        "\
+#!/bin/bash
+{options}#
+# A worker on one host. What its exit code asks for is done here, whoever submitted this and whether they still live.
+# The files beside the log say which incarnation of this job is the last, and how it ended: a node that was cut off may
+# still run an earlier one.
+job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}_${{SLURM_ARRAY_TASK_ID:-0}}
+restarts=${{SLURM_RESTART_COUNT:-0}}
+logs={logs}
+join={join}
+# Who submitted this may be a moment ahead of who writes the join string.
+for _ in {{1..300}}; do
+    [ -s \"$join\" ] && break
+    sleep 2
+done
+mkdir -p -m 700 \"$logs\"
+{redirect}echo \"$restarts\" >\"$logs/$job.started\"
+rm -f \"$logs/$job.ended\"
+echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
+
+{setup}{devices}
+{SRUN} \\
+    {program} join --coordinator \"@$join\" --name \"slurm-$job\" --devices \"$devices\" \\
+    --engine {engine} &
+{keep}
+[ \"$(cat \"$logs/$job.started\")\" = \"$restarts\" ] || exit \"$code\"
+# 75: no coordinator was found for long. After a warning of the time limit another turn is wanted as well. Not after
+# anything else, and not when somebody ends this job.
+if [ \"$told\" = limit ] || {{ [ \"$code\" = 75 ] && [ -z \"$told\" ]; }}; then
+    if [ \"$restarts\" -lt {REQUEUES} ] && scontrol requeue \"$SLURM_JOB_ID\"; then
+        sleep 60
+        exit 0
+    fi
+fi
+echo \"$code\" >\"$logs/$job.ended\"
+exit \"$code\"
+",
+        options = options.lines(),
+        logs = quoted(worker.logs.display()),
+        join = quoted(worker.join.display()),
+        setup = setup(slurm),
+        devices = devices(&slurm.devices),
+        program = quoted(worker.worker.display()),
+        engine = quoted(worker.engine.display()),
+        keep = keep("USR1"),
+    )
+}
+
+/// A coordinator in a job of its own, which goes back into the queue until the run has ended.
+pub fn head(slurm: &Slurm, head: &Head) -> String {
+    let options = Options::new(&head.name, HEAD_NOTICE_S)
+        .with("--nodes=1")
+        .with("--ntasks=1")
+        .with("--cpus-per-task=2")
+        .place(slurm)
+        .with(format!("--output={}-%j.log", head.name));
+    let farewell = match &head.workers {
+        Some(workers) => format!("scancel --user=\"$(id -u)\" --name={workers}\n"),
+        None => String::new(),
+    };
+    format!(
+        "\
+#!/bin/bash
+{options}#
+# The coordinator. It leaves a checkpoint before the time limit, and the same command resumes.
+restarts=${{SLURM_RESTART_COUNT:-0}}
+{setup}
+{coordinator} run {recipe}{sets} &
+{keep}
+if [ \"$code\" = 75 ] && [ \"$told\" != term ] && [ \"$restarts\" -lt {REQUEUES} ]; then
+    scontrol requeue \"$SLURM_JOB_ID\" && sleep 60
+fi
+{farewell}exit \"$code\"
+",
+        options = options.lines(),
+        setup = setup(slurm),
+        coordinator = quoted(head.coordinator.display()),
+        recipe = quoted(head.recipe.display()),
+        sets = sets(&head.sets),
+        keep = keep("TERM"),
+    )
+}
+
+/// Values that are changed, on the command line.
+fn sets(sets: &[String]) -> String {
+    sets.iter()
+        .map(|set| format!(" --set {}", quoted(set)))
+        .collect()
+}
+
+/// One heterogeneous job: a head without GPUs, and `hosts` hosts with a worker each.
+pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) -> String {
+    let of_head = Options::new(&head.name, HEAD_NOTICE_S)
+        .with("--nodes=1")
+        .with("--ntasks=1")
+        .with("--cpus-per-task=2")
+        .place(slurm)
+        .with(format!("--output={}-%j.log", head.name));
+    let of_workers = Options(Vec::new())
+        .with(format!("--nodes={hosts}"))
+        .with(format!("--ntasks={hosts}"))
+        .with("--ntasks-per-node=1")
+        .place(slurm)
+        .worker(slurm, worker.threads);
+    format!(
+        "\
+#!/bin/bash
+{of_head}#SBATCH hetjob
+{of_workers}#
+# The coordinator on the first component, a worker on each host of the second. All end together.
+restarts=${{SLURM_RESTART_COUNT:-0}}
+join={join}
+{setup}
+srun --het-group=1 --kill-on-bad-exit=0 --no-kill --wait=0 bash -c '
+{devices}for _ in {{1..300}}; do
+    [ -s \"$1\" ] && break
+    sleep 2
+done
+exec \"$2\" join --coordinator \"@$1\" --name \"slurm-$SLURM_JOB_ID.$SLURM_PROCID\" --devices \"$devices\" --engine \"$3\"
+' worker \"$join\" {program} {engine} &
+workers=$!
+
+{coordinator} run {recipe}{sets} &
+{keep}
+kill -USR1 \"$workers\" 2>/dev/null
+wait \"$workers\"
+if [ \"$code\" = 75 ] && [ \"$told\" != term ] && [ \"$restarts\" -lt {REQUEUES} ]; then
+    scontrol requeue \"$SLURM_JOB_ID\" && sleep 60
+fi
+exit \"$code\"
+",
+        of_head = of_head.lines(),
+        of_workers = of_workers.lines(),
+        setup = setup(slurm),
+        // Within single quotes.
+        devices = devices(&slurm.devices).replace('\'', r"'\''"),
+        join = quoted(worker.join.display()),
+        program = quoted(worker.worker.display()),
+        engine = quoted(worker.engine.display()),
+        coordinator = quoted(head.coordinator.display()),
+        recipe = quoted(head.recipe.display()),
+        sets = sets(&head.sets),
+        keep = keep("TERM"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn worker_of(path: &str) -> Worker {
+        Worker {
+            name: "distill-1".into(),
+            worker: format!("{path}/worker").into(),
+            engine: "/bin/engine".into(),
+            join: format!("{path}/join").into(),
+            logs: format!("{path}/50% logs").into(),
+            log: None,
+            count: None,
+            threads: Some(4),
+        }
+    }
+
+    fn head_of(path: &str) -> Head {
+        Head {
+            name: "head".into(),
+            coordinator: format!("{path}/coordinator").into(),
+            recipe: "/r.yaml".into(),
+            sets: vec!["cluster.listen=0.0.0.0:0".into()],
+            workers: Some("distill-1".into()),
+        }
+    }
+
+    fn slurm() -> Slurm {
+        Slurm {
+            partition: Some("gpu".into()),
+            gres: Some("gpu:2".into()),
+            setup: vec!["module load x".into()],
+            extra: vec!["--exclude=n7".into()],
+            ..Slurm::default()
+        }
+    }
+
+    #[test]
+    fn scripts_are_bash_whatever_a_path_holds() {
+        let path = "/it's \"here\"/$HOME";
+        let (slurm, worker_, head_) = (slurm(), worker_of(path), head_of(path));
+        let scripts = [
+            worker(&slurm, &worker_),
+            head(&slurm, &head_),
+            heterogeneous(&slurm, &head_, &worker_, 3),
+        ];
+        for script in scripts {
+            let mut bash = Command::new("bash")
+                .arg("-n")
+                .stdin(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("bash");
+            let mut stdin = bash.stdin.take().expect("a pipe");
+            stdin.write_all(script.as_bytes()).expect("it reads");
+            drop(stdin);
+            let said = bash.wait_with_output().expect("it ends");
+            let errors = String::from_utf8_lossy(&said.stderr);
+            assert!(
+                said.status.success() && errors.is_empty(),
+                "{errors}\n{script}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_worker_asks_for_what_the_recipe_says() {
+        let script = worker(&slurm(), &worker_of("/x"));
+        for line in [
+            "#SBATCH --partition=gpu\n",
+            "#SBATCH --gres=gpu:2\n",
+            "#SBATCH --cpus-per-task=8\n",
+            "#SBATCH --exclude=n7\n",
+            "#SBATCH --output=/dev/null\n",
+            "\nexec >>\"$logs/$job.log\" 2>&1\n",
+            "\nmodule load x\n",
+        ] {
+            assert!(script.contains(line), "{line}: {script}");
+        }
+        assert!(
+            !script.contains("--account") && !script.contains("--mem"),
+            "{script}"
+        );
+    }
+}

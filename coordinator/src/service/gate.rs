@@ -1,0 +1,199 @@
+//! The door of the service: how many may stand in it, for how long, and who comes in.
+//!
+//! Whoever connects is a *stranger* until it has shown the run's token, and a *member* from then on. With TLS a stranger
+//! must show the run's certificate first; without it no byte of HTTP/2 is read. Strangers get little time and a bounded
+//! number of places. When all are taken, those that have stood there longest make room, and newcomers wait in the
+//! kernel's queue meanwhile; members are never touched. Must never know what is said inside.
+
+mod guest;
+mod refusals;
+mod visit;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+
+pub use self::guest::Guest;
+use self::guest::{Io, Patience};
+pub use self::visit::{Book, Visit};
+
+/// Most members, whatever the limit on open files.
+const MAX_MEMBERS: usize = 32_768;
+/// Places for strangers.
+const STRANGERS: usize = 1024;
+/// Open files that are not for connections: the store's, the logs', the workers' pipes.
+const OTHER_FILES: u64 = 512;
+/// How long a stranger may take to show the token.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often the door looks round. Ages are counted in looks.
+const LOOK: Duration = Duration::from_millis(100);
+/// Looks that a stranger may count on when others wait behind it.
+const GRACE: u64 = 20;
+/// Looks after which failures and refusals are counted anew.
+const WINDOW: u64 = 100;
+/// Connections of one address that may come to nothing in a window, before the address must wait for the next one.
+const FAILURES: u32 = 500;
+/// Guests that may wait to be served.
+const QUEUE: usize = 64;
+
+/// What the door allows.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Connections that have shown the token.
+    pub members: usize,
+    /// Connections that have not.
+    pub strangers: usize,
+    /// How long they may take.
+    pub patience: Duration,
+    /// Looks that they may count on when others wait.
+    pub grace: u64,
+    /// How many of one address may come to nothing in a window.
+    pub failures: u32,
+}
+
+impl Limits {
+    /// As many members as this process may open files for, once its limit is as high as it goes.
+    pub fn of_this_process() -> Self {
+        let files = raise_open_files().saturating_sub(OTHER_FILES + STRANGERS as u64);
+        Self {
+            members: usize::try_from(files).map_or(MAX_MEMBERS, |files| files.min(MAX_MEMBERS)),
+            strangers: STRANGERS,
+            patience: PATIENCE,
+            grace: GRACE,
+            failures: FAILURES,
+        }
+    }
+}
+
+/// Raises the limit on open files to what the administrator allows, and says what it is then.
+fn raise_open_files() -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    let current = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(error) => {
+            tracing::warn!(%error, "the limit on open files cannot be raised");
+            limit.current
+        }
+    };
+    current.unwrap_or(u64::MAX)
+}
+
+/// Accepts on `listener` until nobody takes guests any more. With `tls`, only who shows the run's certificate is a guest.
+pub async fn keep(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    limits: Limits,
+    guests: mpsc::Sender<Guest>,
+) {
+    let book = Book::new(limits);
+    let mut greetings = JoinSet::new();
+    let mut looks = tokio::time::interval(LOOK);
+    loop {
+        let room = book.make_room();
+        tokio::select! {
+            accepted = listener.accept(), if room => match accepted {
+                Ok((stream, address)) => {
+                    if let Some((visit, dismissed)) = book.enter(address) {
+                        let patience = Patience::new(limits.patience, dismissed);
+                        greetings.spawn(greet(stream, visit, patience, tls.clone(), guests.clone()));
+                    }
+                }
+                Err(error) => {
+                    book.refuse(listener_address(&listener), &format!("accepting failed: {error}"));
+                    if !is_of_one_connection(&error) {
+                        tokio::time::sleep(LOOK).await;
+                    }
+                }
+            },
+            _ = looks.tick() => book.look(),
+            Some(_) = greetings.join_next() => {}
+            () = guests.closed() => break,
+        }
+    }
+    greetings.shutdown().await;
+    book.close_window();
+}
+
+/// A channel for guests that need not wait.
+pub fn hall() -> (mpsc::Sender<Guest>, mpsc::Receiver<Guest>) {
+    mpsc::channel(QUEUE)
+}
+
+/// Whether the next connection may be better: this one left before it was accepted. Running out of files is no such error.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+    )
+}
+
+fn listener_address(listener: &TcpListener) -> SocketAddr {
+    listener
+        .local_addr()
+        .unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)))
+}
+
+/// Lets a stranger in who proves in the handshake that it knows the token; without TLS, anybody.
+async fn greet(
+    stream: TcpStream,
+    visit: Arc<Visit>,
+    mut patience: Patience,
+    tls: Option<TlsAcceptor>,
+    guests: mpsc::Sender<Guest>,
+) {
+    // Small messages that somebody waits for; a failure only costs latency.
+    let _ = stream.set_nodelay(true);
+    let io = match tls {
+        None => Io::Plain(stream),
+        Some(acceptor) => {
+            let shaken = tokio::select! {
+                shaken = acceptor.accept(stream) => shaken.map_err(|error| why(&error)),
+                ended = &mut patience => Err(ended.to_owned()),
+            };
+            match shaken {
+                Ok(stream) => Io::Tls(Box::new(stream)),
+                Err(reason) => return visit.failed(reason),
+            }
+        }
+    };
+    // Nobody takes guests when the service ends.
+    let _ = guests.send(Guest::new(io, visit, patience)).await;
+}
+
+/// Why a handshake failed, in words for whoever reads the log.
+fn why(error: &io::Error) -> String {
+    use rustls::Error as Tls;
+    let inner = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<Tls>());
+    match inner {
+        Some(Tls::InvalidMessage(_)) => "it speaks no TLS, or broken TLS".to_owned(),
+        Some(Tls::NoCertificatesPresented) => "it shows no certificate of this run".to_owned(),
+        Some(Tls::InvalidCertificate(fault)) => {
+            format!("its certificate is not valid for this run ({fault})")
+        }
+        Some(Tls::AlertReceived(alert)) => {
+            format!(
+                "it does not take this run's certificate ({alert:?}); it may have another run's join string"
+            )
+        }
+        Some(other) => format!("the TLS handshake failed: {other}"),
+        None => "it left during the TLS handshake".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

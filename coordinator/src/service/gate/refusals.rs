@@ -1,0 +1,43 @@
+//! What is said of connections that were turned away: each kind once, then how many more there were.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+/// Kinds, an address and a reason each, that are told apart in a window.
+const KINDS: usize = 32;
+
+/// Refusals of one window.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    seen: BTreeMap<(IpAddr, String), u64>,
+    others: u64,
+}
+
+impl Refusals {
+    /// Counts one, and logs it if it is the first of its kind in this window.
+    pub(super) fn note(&mut self, address: IpAddr, reason: &str) {
+        let kind = (address, reason.to_owned());
+        if let Some(count) = self.seen.get_mut(&kind) {
+            *count += 1;
+        } else if self.seen.len() < KINDS {
+            tracing::warn!(%address, reason, "turned a connection away");
+            self.seen.insert(kind, 1);
+        } else {
+            self.others += 1;
+        }
+    }
+
+    /// Logs what was only counted, and begins anew.
+    pub(super) fn close(&mut self) {
+        for ((address, reason), count) in std::mem::take(&mut self.seen) {
+            if count > 1 {
+                let more = count - 1;
+                tracing::warn!(%address, reason, more, "turned more such connections away");
+            }
+        }
+        let others = std::mem::take(&mut self.others);
+        if others > 0 {
+            tracing::warn!(others, "turned connections of many other addresses away");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+use super::*;
+
+const FRIEND: &str = "10.0.0.1:4000";
+const CROWD: &str = "10.0.0.2:4000";
+
+fn limits() -> Limits {
+    Limits {
+        members: 2,
+        strangers: 4,
+        patience: Duration::from_secs(10),
+        grace: 3,
+        failures: 5,
+    }
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().expect("an address")
+}
+
+#[test]
+fn a_stranger_becomes_a_member_or_is_gone() {
+    let book = Book::new(limits());
+    let (one, _) = book.enter(address(FRIEND)).expect("comes in");
+    let (two, _) = book.enter(address(FRIEND)).expect("comes in");
+    assert_eq!(book.count(), (2, 0));
+    one.prove().expect("there is a place");
+    one.prove().expect("it may say so again");
+    assert_eq!(book.count(), (1, 1));
+    drop(two);
+    assert_eq!(book.count(), (0, 1));
+    drop(one);
+    assert_eq!(book.count(), (0, 0));
+}
+
+#[test]
+fn no_more_members_than_places() {
+    let book = Book::new(limits());
+    let enter = || book.enter(address(FRIEND)).expect("comes in").0;
+    let inside = [enter(), enter()];
+    for visit in &inside {
+        visit.prove().expect("there is a place");
+    }
+    let third = enter();
+    let full = third.prove().expect_err("it is full").to_string();
+    assert!(full.contains("serves 2 connections already"), "{full}");
+    drop(inside);
+    third.prove().expect("there is a place again");
+}
+
+#[test]
+fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
+    let book = Book::new(limits());
+    let (_friend, mut friends) = book.enter(address(FRIEND)).expect("comes in");
+    let mut crowd: Vec<_> = (0..3).filter_map(|_| book.enter(address(CROWD))).collect();
+    assert!(!book.make_room(), "all have only just come");
+    (0..3).for_each(|_| book.look());
+    assert!(!book.make_room(), "their grace is not over");
+    book.look();
+    assert!(book.make_room());
+    assert!(friends.try_recv().is_err(), "the friend may stay");
+    crowd[0]
+        .1
+        .try_recv()
+        .expect("the first of the crowd has to go");
+    assert!(crowd[1].1.try_recv().is_err());
+    assert_eq!(book.count(), (3, 0));
+}
+
+#[test]
+fn an_address_that_fails_too_often_waits_for_the_next_window_and_no_other_does() {
+    let book = Book::new(limits());
+    for _ in 0..5 {
+        drop(book.enter(address(CROWD)).expect("comes in"));
+    }
+    assert!(book.enter(address(CROWD)).is_none());
+    assert!(book.enter(address(FRIEND)).is_some());
+    (0..WINDOW).for_each(|_| book.look());
+    assert!(book.enter(address(CROWD)).is_some());
+    for here in ["127.0.0.1:1", "[::1]:1"] {
+        (0..9).for_each(|_| drop(book.enter(address(here)).expect("comes in")));
+    }
+    for host in 1..=5 {
+        let neighbour = format!("[2001:db8::{host}]:1");
+        drop(book.enter(address(&neighbour)).expect("comes in"));
+    }
+    assert!(
+        book.enter(address("[2001:db8::77]:1")).is_none(),
+        "one network"
+    );
+    assert!(
+        book.enter(address("[2001:db8:0:1::1]:1")).is_some(),
+        "another"
+    );
+}

@@ -1,0 +1,223 @@
+//! Who is at the door, and who is inside.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use tokio::sync::oneshot;
+
+use super::refusals::Refusals;
+use super::{Limits, WINDOW};
+
+/// Addresses whose failures are counted at a time.
+const ADDRESSES: usize = 4096;
+
+/// Everybody who is connected.
+#[derive(Debug, Clone)]
+pub struct Book {
+    limits: Limits,
+    pages: Arc<Mutex<Pages>>,
+}
+
+#[derive(Debug, Default)]
+struct Pages {
+    /// In the order of their arrival.
+    strangers: BTreeMap<u64, Stranger>,
+    arrivals: u64,
+    members: usize,
+    looks: u64,
+    failures: BTreeMap<IpAddr, u32>,
+    refusals: Refusals,
+}
+
+#[derive(Debug)]
+struct Stranger {
+    address: IpAddr,
+    arrived: u64,
+    dismiss: oneshot::Sender<()>,
+}
+
+impl Book {
+    /// Nobody is there yet.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            pages: Arc::default(),
+        }
+    }
+
+    /// Writes down who came from `peer`; nobody if too many from there came to nothing lately. On loopback an address says
+    /// nothing about who calls, so it is held against nobody.
+    pub fn enter(&self, peer: SocketAddr) -> Option<(Arc<Visit>, oneshot::Receiver<()>)> {
+        let address = neighbourhood(peer.ip());
+        let mut pages = self.pages();
+        let failures = pages.failures.get(&address).copied().unwrap_or(0);
+        if failures >= self.limits.failures && !address.is_loopback() {
+            let reason = "too many connections from there came to nothing lately";
+            pages.refusals.note(address, reason);
+            return None;
+        }
+        let id = pages.arrivals;
+        pages.arrivals += 1;
+        let (dismiss, dismissed) = oneshot::channel();
+        let arrived = pages.looks;
+        pages.strangers.insert(
+            id,
+            Stranger {
+                address,
+                arrived,
+                dismiss,
+            },
+        );
+        let visit = Visit {
+            id,
+            address,
+            book: self.clone(),
+            member: AtomicBool::new(false),
+            failure: OnceLock::new(),
+        };
+        Some((Arc::new(visit), dismissed))
+    }
+
+    /// Whether another stranger may come. Where all places are taken, the one that has stood there longest, of the
+    /// address that takes most of them, is sent away if its grace is over.
+    pub fn make_room(&self) -> bool {
+        let mut pages = self.pages();
+        if pages.strangers.len() < self.limits.strangers {
+            return true;
+        }
+        let mut crowds: BTreeMap<IpAddr, usize> = BTreeMap::new();
+        let oldest_look = pages.looks.saturating_sub(self.limits.grace);
+        for stranger in pages.strangers.values() {
+            *crowds.entry(stranger.address).or_default() += 1;
+        }
+        let crowd = crowds.into_iter().max_by_key(|&(_, count)| count);
+        let longest = pages.strangers.iter().find(|(_, stranger)| {
+            Some(stranger.address) == crowd.map(|(address, _)| address)
+                && stranger.arrived < oldest_look
+        });
+        let Some(id) = longest.map(|(&id, _)| id) else {
+            return false;
+        };
+        if let Some(stranger) = pages.strangers.remove(&id) {
+            // It may be leaving already.
+            let _ = stranger.dismiss.send(());
+        }
+        true
+    }
+
+    /// Time goes on by one look.
+    pub fn look(&self) {
+        let mut pages = self.pages();
+        pages.looks += 1;
+        if pages.looks.is_multiple_of(WINDOW) {
+            pages.failures.clear();
+            pages.refusals.close();
+        }
+    }
+
+    /// Says what was only counted so far.
+    pub fn close_window(&self) {
+        self.pages().refusals.close();
+    }
+
+    /// Logs that a connection of `peer` was turned away.
+    pub fn refuse(&self, peer: SocketAddr, reason: &str) {
+        self.pages().refusals.note(peer.ip(), reason);
+    }
+
+    /// Strangers and members.
+    #[cfg(test)]
+    pub(super) fn count(&self) -> (usize, usize) {
+        let pages = self.pages();
+        (pages.strangers.len(), pages.members)
+    }
+
+    fn pages(&self) -> MutexGuard<'_, Pages> {
+        self.pages.lock().expect("no holder of this lock can panic")
+    }
+}
+
+/// Whom an address belongs to: a single IPv4 address, or an IPv6 network of 64 bits, which one host may have whole.
+fn neighbourhood(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) if address.is_loopback() => address.into(),
+        IpAddr::V6(address) => {
+            let network = address.to_bits() & !u128::from(u64::MAX);
+            Ipv6Addr::from_bits(network).into()
+        }
+    }
+}
+
+/// One connection, from its arrival to its end.
+#[derive(Debug)]
+pub struct Visit {
+    id: u64,
+    address: IpAddr,
+    book: Book,
+    member: AtomicBool,
+    failure: OnceLock<String>,
+}
+
+/// There is no place for another member.
+#[derive(Debug, thiserror::Error)]
+#[error("this coordinator serves {members} connections already, which is its limit")]
+pub struct Full {
+    members: usize,
+}
+
+impl Visit {
+    /// Its holder has shown the token.
+    ///
+    /// # Errors
+    /// [`Full`] when as many as may be are inside already.
+    pub fn prove(&self) -> Result<(), Full> {
+        if self.is_member() {
+            return Ok(());
+        }
+        let mut pages = self.book.pages();
+        let members = self.book.limits.members;
+        if pages.members >= members {
+            let _ = self
+                .failure
+                .set("there is no place for another member".to_owned());
+            return Err(Full { members });
+        }
+        if !self.member.swap(true, Ordering::SeqCst) {
+            pages.members += 1;
+            pages.strangers.remove(&self.id);
+        }
+        Ok(())
+    }
+
+    /// Whether the token was shown.
+    pub fn is_member(&self) -> bool {
+        self.member.load(Ordering::SeqCst)
+    }
+
+    /// Why it comes to nothing, if it does; the first reason counts.
+    pub fn failed(&self, reason: String) {
+        let _ = self.failure.set(reason);
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        let mut pages = self.book.pages();
+        if self.is_member() {
+            pages.members -= 1;
+            return;
+        }
+        pages.strangers.remove(&self.id);
+        if pages.failures.len() < ADDRESSES || pages.failures.contains_key(&self.address) {
+            *pages.failures.entry(self.address).or_default() += 1;
+        }
+        let reason = self
+            .failure
+            .get()
+            .map_or("it left without showing the token", String::as_str);
+        pages.refusals.note(self.address, reason);
+    }
+}

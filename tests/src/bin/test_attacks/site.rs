@@ -1,0 +1,280 @@
+//! The run that is attacked, and what `/proc`, the store and the log say about it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use distillery_common::proto::wire;
+use distillery_common::proto::wire::coordinator_client::CoordinatorClient;
+use distillery_common::security::{Join, ShowToken};
+use distillery_common::telemetry::Stopwatch;
+use distillery_tests::harness::{EngineKind, Run, Target, sim_recipe};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+
+/// How long anything may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// Between two looks.
+const GLANCE: Duration = Duration::from_millis(100);
+/// What the coordinator logs of connections that it refuses.
+const REFUSED: &str = "turned a connection away";
+
+/// What came of one attack.
+#[derive(Debug)]
+pub(crate) struct Trial {
+    name: String,
+    came_of_it: Result<String, String>,
+}
+
+impl Trial {
+    /// An attack that was refused in the words that `outcome` holds; an error says how it was not.
+    pub(crate) fn of(name: impl Into<String>, outcome: Result<String>) -> Self {
+        Self {
+            name: name.into(),
+            came_of_it: outcome.map_err(|error| format!("{error:#}")),
+        }
+    }
+
+    pub(crate) fn is_good(&self) -> bool {
+        self.came_of_it.is_ok()
+    }
+}
+
+impl fmt::Display for Trial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.came_of_it {
+            Ok(words) => write!(f, "good    {}: {words}", self.name),
+            Err(words) => write!(f, "FAILED  {}: {words}", self.name),
+        }
+    }
+}
+
+/// What the coordinator holds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Holdings {
+    pub(crate) files: usize,
+    pub(crate) mib: f64,
+    processes: usize,
+}
+
+impl Holdings {
+    pub(crate) fn files_more_than(self, other: Self) -> f64 {
+        self.files.saturating_sub(other.files) as f64
+    }
+
+    pub(crate) fn mib_more_than(self, other: Self) -> f64 {
+        (self.mib - other.mib).max(0.0)
+    }
+
+    pub(crate) fn processes_more_than(self, other: Self) -> f64 {
+        self.processes.saturating_sub(other.processes) as f64
+    }
+}
+
+impl fmt::Display for Holdings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            files,
+            mib,
+            processes,
+        } = self;
+        write!(
+            f,
+            "{files} files, {mib:.1} MiB, {processes} processes of its run"
+        )
+    }
+}
+
+/// A run whose workers are started by us, so that it lasts as long as the attacks.
+#[derive(Debug)]
+pub(crate) struct Site {
+    pub(crate) run: Run,
+    pub(crate) join: Join,
+    workers: Vec<Child>,
+    pid: u32,
+}
+
+fn recipe() -> Result<String> {
+    let local = "launcher: local, workers: {min: 2, max: 2}";
+    let recipe = sim_recipe().replace(local, "launcher: external, workers: {min: 1, max: 2}");
+    ensure!(recipe != sim_recipe(), "the stand-in's recipe has changed");
+    Ok(recipe)
+}
+
+/// The same run, left in peace.
+pub(crate) fn undisturbed(folder: &Path) -> Result<PathBuf> {
+    let mut site = Site::start(folder)?;
+    site.finish_run()?;
+    Ok(site.run.output())
+}
+
+impl Site {
+    /// Starts a coordinator, and a worker that never gets far.
+    pub(crate) fn start(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let mut run = Run::new(folder, &recipe()?, EngineKind::Sim)?;
+        run.start()?;
+        let path = run.output().join("join");
+        let join = Join::parse(&run.read_when_there(&path, PATIENCE)?, false)?;
+        let pid = run.await_process(Target::Coordinator, PATIENCE)?;
+        let mut site = Self {
+            run,
+            join,
+            workers: Vec::new(),
+            pid,
+        };
+        site.add_worker("slow", 30_000)?;
+        Ok(site)
+    }
+
+    fn add_worker(&mut self, name: &str, task_ms: u32) -> Result<()> {
+        let join = self.run.output().join("join");
+        let mut command = self.run.command("worker");
+        command
+            .arg("join")
+            .arg("--coordinator")
+            .arg(format!("@{}", join.display()))
+            .args(["--name", name])
+            .env("SIM_TASK_MS", task_ms.to_string())
+            .stderr(std::fs::File::create(
+                self.run.output().with_file_name(name),
+            )?);
+        self.workers.push(command.spawn()?);
+        Ok(())
+    }
+
+    /// A connection of somebody who belongs to the run.
+    pub(crate) async fn member(
+        &self,
+    ) -> Result<CoordinatorClient<InterceptedService<Channel, ShowToken>>> {
+        let channel = self.join.endpoint()?.connect().await?;
+        let token = ShowToken::new(self.join.token());
+        Ok(CoordinatorClient::with_interceptor(channel, token))
+    }
+
+    /// Names of the run's workers, as the coordinator has them.
+    pub(crate) async fn workers(&self) -> Result<Vec<String>> {
+        let status = self.member().await?.status(wire::StatusRequest {}).await?;
+        let workers = status.into_inner().workers;
+        Ok(workers.into_iter().map(|worker| worker.name).collect())
+    }
+
+    /// What the coordinator holds now.
+    pub(crate) fn holdings(&self) -> Result<Holdings> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid))?;
+        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = rss.and_then(|line| line.split_whitespace().next());
+        Ok(Holdings {
+            files: std::fs::read_dir(format!("/proc/{}/fd", self.pid))?.count(),
+            mib: kib.context("no VmRSS")?.parse::<f64>()? / 1024.0,
+            processes: self.run.processes().len(),
+        })
+    }
+
+    /// What it holds once its worker and the worker's engine are there and the number of files stands still.
+    pub(crate) async fn settled(&self) -> Result<Holdings> {
+        let watch = Stopwatch::start();
+        let mut last = self.holdings()?;
+        let mut same = 0;
+        loop {
+            tokio::time::sleep(GLANCE).await;
+            let now = self.holdings()?;
+            same = if now.files == last.files { same + 1 } else { 0 };
+            if same >= 10 && now.processes >= 3 {
+                return Ok(now);
+            }
+            ensure!(
+                watch.elapsed() < PATIENCE,
+                "it does not come to rest: {now}"
+            );
+            last = now;
+        }
+    }
+
+    /// What it holds once it holds no more files than `before`, or time is over.
+    pub(crate) async fn settled_below(&self, before: Holdings) -> Result<Holdings> {
+        let watch = Stopwatch::start();
+        loop {
+            let now = self.holdings()?;
+            if now.files <= before.files || watch.elapsed() > Duration::from_secs(30) {
+                return Ok(now);
+            }
+            tokio::time::sleep(GLANCE).await;
+        }
+    }
+
+    /// Everything that the coordinator has logged.
+    pub(crate) fn log(&self) -> String {
+        let path = self.run.output().with_file_name("coordinator.log");
+        std::fs::read_to_string(path).unwrap_or_default()
+    }
+
+    /// Lines of the log that say `reason` of a refused connection.
+    pub(crate) fn refusals_for(&self, reason: &str) -> usize {
+        let log = self.log();
+        let lines = log.lines().filter(|line| line.contains(REFUSED));
+        lines.filter(|line| line.contains(reason)).count()
+    }
+
+    /// Lines of the log about refusals.
+    pub(crate) fn refusals_logged(&self) -> usize {
+        let log = self.log();
+        log.lines().filter(|line| line.contains("turned ")).count()
+    }
+
+    /// Waits until the log gives `reason` for a refusal more often than `before`.
+    pub(crate) async fn await_refusal(&self, reason: &str) -> Result<()> {
+        let watch = Stopwatch::start();
+        while self.refusals_for(reason) == 0 {
+            ensure!(
+                watch.elapsed() < Duration::from_secs(20),
+                "the log does not say {reason:?}:\n{}",
+                self.run.log_tail()
+            );
+            tokio::time::sleep(GLANCE).await;
+        }
+        Ok(())
+    }
+
+    fn finish_run(&mut self) -> Result<()> {
+        self.add_worker("quick", 0)?;
+        self.run.finish(PATIENCE)?;
+        for worker in &mut self.workers {
+            worker.wait()?;
+        }
+        self.run.no_orphans(PATIENCE)
+    }
+
+    /// Lets the run end, and compares what it made with `undisturbed`.
+    pub(crate) fn finish(&mut self, undisturbed: &Path) -> Result<String> {
+        ensure!(
+            self.run.ended()?.is_none(),
+            "the run ended under the attacks"
+        );
+        self.finish_run()?;
+        let audited = Command::new(self.run.program("audit"))
+            .arg(self.run.output())
+            .arg("--against")
+            .arg(undisturbed)
+            .output()?;
+        let said = String::from_utf8_lossy(&audited.stdout).into_owned();
+        ensure!(audited.status.success(), "the auditor says: {said}");
+        let log = self.log();
+        ensure!(
+            !log.contains("panicked"),
+            "the coordinator panicked:\n{log}"
+        );
+        Ok("the auditor finds no difference".into())
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        for worker in &mut self.workers {
+            let _ = worker.kill();
+            let _ = worker.wait();
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Slurm: the scripts of `deploy/slurm`, and three runs on a real cluster of this machine's own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use distillery_tests::harness::{programs, repository};
+
+/// The scripts that `render` writes for the recipe in `deploy/slurm`.
+fn render(style: &str, folder: &Path) {
+    let coordinator = programs()
+        .expect("the programs are built")
+        .join("coordinator");
+    let output = Command::new(coordinator)
+        .args(["render", "slurm", "--style", style])
+        .args(["--coordinator", "/shared/distillery/bin/coordinator"])
+        .args(["--recipe", "/shared/distillery/recipe.yaml", "--folder"])
+        .arg(folder)
+        .arg(repository().join("deploy/slurm/recipe.yaml"))
+        .output()
+        .expect("it starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{style}: {said}");
+}
+
+fn scripts(folder: &Path) -> Vec<(PathBuf, String)> {
+    let entries = fs::read_dir(folder).expect("a folder of scripts");
+    let mut found: Vec<_> = entries
+        .map(|entry| entry.expect("an entry").path())
+        .map(|path| {
+            let text = fs::read_to_string(&path).expect("a script");
+            (path.file_name().expect("a name").into(), text)
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// After a change that is meant, write them anew with `UPDATE_EXPECTED=1` and read every one.
+#[test]
+fn the_scripts_of_the_repository_are_those_that_render_writes() {
+    for style in ["array", "external", "heterogeneous"] {
+        let kept = repository().join("deploy/slurm").join(style);
+        if std::env::var_os("UPDATE_EXPECTED").is_some() {
+            render(style, &kept);
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        render(style, folder.path());
+        let (written, kept) = (scripts(folder.path()), scripts(&kept));
+        assert!(!written.is_empty());
+        assert_eq!(written, kept, "deploy/slurm/{style}");
+    }
+}
+
+#[test]
+fn render_says_what_it_cannot_do() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let recipe = repository().join("deploy/slurm/recipe.yaml");
+    let coordinator = programs()
+        .expect("the programs are built")
+        .join("coordinator");
+    let cases: [(&[&str], i32, &str); 3] = [
+        (
+            &[
+                "--set",
+                "cluster.launcher=local",
+                "--set",
+                "cluster.slurm=null",
+            ],
+            1,
+            "cluster.launcher is not slurm",
+        ),
+        (
+            &["--style", "external", "--set", "output=s3://b/run"],
+            1,
+            "use --style array",
+        ),
+        (&["--set", "cluster.slurm.time=1h"], 2, "is no time limit"),
+    ];
+    for (arguments, code, says) in cases {
+        let output = Command::new(&coordinator)
+            .args(["render", "slurm"])
+            .arg(&recipe)
+            .args(arguments)
+            .args(["--folder"])
+            .arg(folder.path().join("scripts"))
+            .output()
+            .expect("it starts");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        assert!(said.contains(says), "{arguments:?}: {said}");
+        assert!(!folder.path().join("scripts").exists(), "{arguments:?}");
+    }
+}
+
+/// The short form of `make test-slurm`. Where there is no root and no Slurm it says so, unless
+/// `DISTILLERY_REQUIRE_SLURM=1`.
+#[test]
+fn runs_on_a_real_slurm_live_through_a_requeue_and_a_killed_coordinator() {
+    let output = Command::new(env!("CARGO_BIN_EXE_test-slurm"))
+        .arg("--short")
+        .output()
+        .expect("it starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}{errors}");
+    if said.contains("SKIPPED") {
+        // Past the capture of tests: nobody should believe that this was tested.
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), said.as_bytes());
+    } else {
+        assert!(said.contains("3 of 3 cases"), "{said}{errors}");
+    }
+}
