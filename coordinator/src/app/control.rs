@@ -5,6 +5,7 @@ use anyhow::Context as _;
 use super::find::{Found, find};
 use crate::driver::{Clock, unique_id};
 use crate::journal::Journal;
+use crate::launch::slurm;
 use crate::scheduler::{Outcome, Record};
 use crate::service::client::Request;
 
@@ -39,7 +40,14 @@ pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Resul
             anyhow::bail!("no coordinator has the run at {}", found.store.uri())
         }
     };
+    let is_end = matches!(record, Record::RunFinished(_));
     note(&found, record, clock).await?;
+    let launcher = found.record.recipe.pointer("/cluster/launcher");
+    if is_end && launcher.is_some_and(|launcher| launcher == "slurm") {
+        slurm::end_jobs(&found.record.run_id.to_string())
+            .await
+            .context("the run is cancelled")?;
+    }
     Ok(Heard::Journal)
 }
 

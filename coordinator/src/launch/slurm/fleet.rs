@@ -36,6 +36,8 @@ pub(super) struct Look<'a> {
     pub(super) ends: &'a BTreeMap<JobId, Code>,
     /// Those whose worker is with the coordinator.
     pub(super) joined: &'a BTreeSet<JobId>,
+    /// The run is about to stop: nobody is replaced.
+    pub(super) is_ending: bool,
 }
 
 /// What is to be done.
@@ -145,7 +147,8 @@ impl Fleet {
         if !cancel.is_empty() {
             steps.push(Step::Cancel(cancel));
         }
-        if !self.given_up && live < self.wanted && look.now >= self.not_before {
+        let may_submit = !self.given_up && !look.is_ending && look.now >= self.not_before;
+        if may_submit && live < self.wanted {
             steps.push(Step::Submit(self.wanted - live));
         }
         steps
@@ -248,6 +251,7 @@ mod tests {
         now: Duration,
         ends: BTreeMap<JobId, Code>,
         joined: BTreeSet<JobId>,
+        is_ending: bool,
     }
 
     impl Scene {
@@ -257,6 +261,7 @@ mod tests {
                 now: Duration::ZERO,
                 ends: BTreeMap::new(),
                 joined: BTreeSet::new(),
+                is_ending: false,
             }
         }
 
@@ -273,6 +278,7 @@ mod tests {
                 queue: &parse(&text),
                 ends: &self.ends,
                 joined: &self.joined,
+                is_ending: self.is_ending,
             });
             let kept = |step: &Step| !matches!(step, Step::Tell(_));
             steps.into_iter().filter(kept).collect()
@@ -333,6 +339,9 @@ mod tests {
         scene.ended("2", 0, 0);
         assert_eq!(scene.look(&[("1_0", "RUNNING")]), []);
         scene.ended("1", 0, 0);
+        scene.is_ending = true;
+        assert_eq!(scene.look(&[]), []);
+        scene.is_ending = false;
         assert_eq!(scene.look(&[]), [Step::Submit(1)]);
     }
 

@@ -7,8 +7,10 @@ use std::path::PathBuf;
 
 use distillery_common::recipe::slurm::{Devices, Slurm};
 
-/// Times that a job may put itself back into the queue.
+/// Times that a job may put itself back into the queue, for another turn after its time limit…
 const REQUEUES: u32 = 50;
+/// …and because it found no coordinator, for half an hour each time.
+const DESERTED: u32 = 8;
 /// Seconds before its time limit that a worker is told to leave: its grace for the work in hand, and time to report.
 const WORKER_NOTICE_S: u32 = 60;
 /// The same for a coordinator, which waits for its workers.
@@ -210,13 +212,14 @@ echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
     --engine {engine} &
 {keep}
 [ \"$(cat \"$logs/$job.started\")\" = \"$restarts\" ] || exit \"$code\"
-# 75: no coordinator was found for long. After a warning of the time limit another turn is wanted as well. Not after
-# anything else, and not when somebody ends this job.
-if [ \"$told\" = limit ] || {{ [ \"$code\" = 75 ] && [ -z \"$told\" ]; }}; then
-    if [ \"$restarts\" -lt {REQUEUES} ] && scontrol requeue \"$SLURM_JOB_ID\"; then
-        sleep 60
-        exit 0
-    fi
+# Another turn after a warning of the time limit, and when no coordinator was found for long (75). Not when somebody ends
+# this job, and not for ever.
+turns=0
+[ \"$code\" = 75 ] && [ -z \"$told\" ] && turns={DESERTED}
+[ \"$told\" = limit ] && turns={REQUEUES}
+if [ \"$restarts\" -lt \"$turns\" ] && scontrol requeue \"$SLURM_JOB_ID\"; then
+    sleep 60
+    exit 0
 fi
 echo \"$code\" >\"$logs/$job.ended\"
 exit \"$code\"
