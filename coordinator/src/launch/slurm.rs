@@ -123,6 +123,11 @@ pub fn start(workers: Workers, handle: Handle) -> anyhow::Result<Launched> {
     };
     let (until, told) = watch::channel(Until::Further);
     let poll = Duration::from_secs(workers.slurm.poll_s.into());
+    console::note(format_args!(
+        "workers are Slurm jobs named {}; their logs are in {}",
+        keeper.client.name,
+        keeper.logs.display()
+    ));
     let task = tokio::spawn(keeper.keep(poll, told));
     Ok(Launched { task, until })
 }

@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use super::queue::{Job, JobId, State};
 
-/// Looks in a row at which a job's worker was with the coordinator: it was well, and failures are counted anew.
+/// Looks at which a job's worker was with the coordinator: it was well, and failures are counted anew.
 const WELL: u32 = 3;
+/// Jobs in one array, so many that every cluster takes them: Slurm's `MaxArraySize` is 1001 unless a site says otherwise.
+const ARRAY: u32 = 1000;
 /// Jobs in a row that ended before that, after which no more are submitted.
 const FAILURES: u32 = 8;
 /// Submissions in a row that Slurm refused, after which it is not asked again unless some job of ours lives.
@@ -55,7 +57,7 @@ pub(super) enum Step {
 
 #[derive(Debug, Clone, Default)]
 struct Known {
-    /// Looks in a row at which its worker was there.
+    /// Looks at which its worker was there.
     joined: u32,
     nodes: String,
     reason: String,
@@ -149,18 +151,18 @@ impl Fleet {
         }
         let may_submit = !self.given_up && !look.is_ending && look.now >= self.not_before;
         if may_submit && live < self.wanted {
-            steps.push(Step::Submit(self.wanted - live));
+            steps.push(Step::Submit(ARRAY.min(self.wanted - live)));
         }
         steps
     }
 
     /// Takes in the living: those that we did not submit in this life are adopted.
     fn see(&mut self, look: Look<'_>, steps: &mut Vec<Step>) {
+        let mut reasons: BTreeMap<&str, u32> = BTreeMap::new();
         for job in look.queue.iter().filter(|job| job.is_live()) {
             let known = self.known.entry(job.id.clone()).or_default();
             if job.state == State::Waiting && known.reason != job.reason {
-                let text = format!("job {} waits in Slurm's queue: {}", job.id, job.reason);
-                steps.push(Step::Tell(text));
+                *reasons.entry(&job.reason).or_default() += 1;
             }
             known.reason.clone_from(&job.reason);
             known.nodes.clone_from(&job.nodes);
@@ -170,6 +172,10 @@ impl Fleet {
             if known.joined == WELL {
                 self.failures = 0;
             }
+        }
+        for (reason, count) in reasons {
+            let text = format!("jobs that wait in Slurm's queue: {count}, because of {reason}");
+            steps.push(Step::Tell(text));
         }
     }
 
@@ -315,6 +321,7 @@ mod tests {
         for _ in 0..100 {
             assert_eq!(second_life.look(&all), []);
         }
+        assert_eq!(Scene::new(4096, 1).look(&[]), [Step::Submit(ARRAY)]);
         let mut smaller = Scene::new(1, 1);
         let cancelled = Step::Cancel(ids(&["8_0", "7_2"]));
         assert_eq!(smaller.look(&all), [cancelled]);
