@@ -70,6 +70,12 @@ fn output(logs: &std::path::Path) -> (String, &'static str) {
     }
 }
 
+/// CPUs of a worker's job, where anybody says how many.
+fn cpus(slurm: &Slurm, threads: Option<u32>) -> Option<u32> {
+    let of_engines = || threads.map(|threads| threads.saturating_mul(slurm.engines()));
+    slurm.cpus.or_else(of_engines)
+}
+
 /// `#SBATCH` lines, in which nobody finds a value that is not there.
 struct Options(Vec<String>);
 
@@ -106,11 +112,8 @@ impl Options {
 
     /// What a worker needs.
     fn worker(mut self, slurm: &Slurm, threads: Option<u32>) -> Self {
-        let cpus = slurm
-            .cpus
-            .or_else(|| threads.map(|threads| threads * slurm.engines()));
         self = self
-            .maybe("cpus-per-task", cpus)
+            .maybe("cpus-per-task", cpus(slurm, threads))
             .maybe("mem", slurm.memory.as_deref())
             .maybe("gres", slurm.gres.as_deref());
         self.0.extend(slurm.extra.iter().cloned());
@@ -289,6 +292,7 @@ pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) ->
         .with(format!("--nodes={hosts}"))
         .with(format!("--ntasks={hosts}"))
         .with("--ntasks-per-node=1")
+        .with("--no-kill")
         .place(slurm)
         .worker(slurm, worker.threads);
     format!(
@@ -300,7 +304,7 @@ pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) ->
 restarts=${{SLURM_RESTART_COUNT:-0}}
 join={join}
 {setup}
-srun --het-group=1 --kill-on-bad-exit=0 --no-kill --wait=0 bash -c '
+srun --het-group=1 --kill-on-bad-exit=0 --no-kill --wait=0{cpus} bash -c '
 {devices}for _ in {{1..300}}; do
     [ -s \"$1\" ] && break
     sleep 2
@@ -320,6 +324,8 @@ exit \"$code\"
 ",
         of_head = of_head.lines(),
         of_workers = of_workers.lines(),
+        // A step does not inherit them from its job.
+        cpus = cpus(slurm, worker.threads).map_or_else(String::new, |n| format!(" --cpus-per-task={n}")),
         setup = setup(slurm),
         // Within single quotes.
         devices = devices(&slurm.devices).replace('\'', r"'\''"),
