@@ -15,6 +15,7 @@ pub mod group;
 pub mod ids;
 pub mod latents;
 pub mod ledger;
+pub mod logs;
 pub mod once;
 pub mod order;
 pub mod prompts;
