@@ -10,6 +10,7 @@ mod memo;
 mod prepare;
 mod progress;
 mod prompt_lists;
+mod sight;
 mod waits;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use distillery_common::checkpoint;
 use distillery_common::recipe::{Launcher, Recipe, Tls};
@@ -26,6 +28,7 @@ use distillery_common::run::RunRecord;
 use distillery_common::security::Join;
 use distillery_common::storage::Store;
 use distillery_common::storage::layout::{self, Key};
+use distillery_common::telemetry::Format;
 
 use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
@@ -59,6 +62,8 @@ pub struct Config {
     pub waits: Vec<Wait>,
     /// Results are for programs.
     pub json: bool,
+    /// Form of the logs of workers that this process starts.
+    pub log_format: Format,
 }
 
 /// Runs `recipe` until it ends or is stopped.
@@ -115,13 +120,10 @@ async fn coordinate(
     let listener = listen(&recipe, config.insecure).await?;
     let endpoint = advertised(&listener)?;
     let join = access.join(&endpoint, tls)?;
+    let run_id = prepared.record.run_id.to_string();
+    let port = sight::bind(&recipe, &access, &run_id, config.insecure).await?;
     let journal = Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
-    if journal.durable().paused.is_some() {
-        console::note(format_args!(
-            "the run is paused; `coordinator resume {}` lets it go on",
-            store.uri()
-        ));
-    }
+    tell_if_paused(&journal, &store);
     let machine = Machine::new(
         prepared.plan.clone(),
         timings.clone(),
@@ -136,12 +138,16 @@ async fn coordinate(
     );
     let (driver, handle) = Driver::new(machine, journal, errands, clock);
     let identity = service::Identity {
-        run_id: prepared.record.run_id.to_string(),
+        run_id,
         run_uri: recipe.output.clone(),
         name: recipe.name.clone(),
         term: term.0,
         timings,
     };
+    let metrics = driver.metrics();
+    let page = port
+        .map(|port| sight::open(port, &access, identity.clone(), handle.clone(), metrics))
+        .transpose()?;
     let (end_service, service_ends) = oneshot::channel::<()>();
     let serving = tokio::spawn(service::serve(
         listener,
@@ -163,6 +169,7 @@ async fn coordinate(
     let ended = driver.run().await;
     watching.abort();
     showing.abort();
+    page.iter().for_each(JoinHandle::abort);
     match launched {
         Some(launched) if ended.is_ok() => launched.finish().await,
         Some(launched) => launched.leave().await,
@@ -178,6 +185,15 @@ async fn coordinate(
         Err(error) => Ending::interrupted(&error.to_string()),
     };
     Ok(ended.tell(&recipe, config.json))
+}
+
+fn tell_if_paused(journal: &Journal, store: &Store) {
+    if journal.durable().paused.is_some() {
+        console::note(format_args!(
+            "the run is paused; `coordinator resume {}` lets it go on",
+            store.uri()
+        ));
+    }
 }
 
 /// Says how the run ended that another process had. Both write the same report.
@@ -326,6 +342,7 @@ fn launch(
                 threads: recipe.compute.threads,
                 join: join.reveal(),
                 logs: access.logs(),
+                format: config.log_format,
             };
             local::start(workers, handle)
                 .context("the folder for the logs of workers cannot be made")

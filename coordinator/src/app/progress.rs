@@ -274,11 +274,13 @@ mod tests {
             state: "running".into(),
             stages: vec![training; 9],
             workers: vec![],
+            note: None,
         };
         let snapshot = Snapshot {
             view,
             elapsed: Duration::from_secs(3_599),
             decisions: vec![],
+            failures: vec![],
         };
         for (width, height) in [(20, 24), (40, 24), (80, 24), (200, 24), (80, 5)] {
             let lines = frame(&snapshot, Some(Duration::from_secs(60)), width, height);

@@ -16,6 +16,7 @@ use crate::service::client::Status;
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// The run URI: what the recipe calls `output`.
+    #[arg(default_value = ".")]
     run: String,
 }
 
