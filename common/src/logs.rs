@@ -57,7 +57,10 @@ pub fn plain(text: &str) -> String {
             '\u{1b}' => {
                 if chars.next_if_eq(&'[').is_some() {
                     // Parameters, then one letter.
-                    while chars.next_if(|c| ('\u{20}'..='\u{3f}').contains(c)).is_some() {}
+                    while chars
+                        .next_if(|c| ('\u{20}'..='\u{3f}').contains(c))
+                        .is_some()
+                    {}
                     chars.next();
                 }
                 continue;
@@ -82,7 +85,12 @@ pub fn tail<S: AsRef<str>>(lines: &[S]) -> String {
         bytes += line.as_ref().len() + 3;
         bytes <= TAIL_BYTES
     };
-    let kept: Vec<&S> = lines.iter().rev().take(TAIL_LINES).take_while(fits).collect();
+    let kept: Vec<&S> = lines
+        .iter()
+        .rev()
+        .take(TAIL_LINES)
+        .take_while(fits)
+        .collect();
     let mut text = String::new();
     for line in kept.into_iter().rev() {
         text.push_str("\n  ");
@@ -112,7 +120,10 @@ mod tests {
     #[test]
     fn nothing_that_a_terminal_obeys_is_left() {
         for (text, kept) in [
-            ("\u{1b}[2m12:00\u{1b}[0m \u{1b}[1;31mbad\u{1b}[K", "12:00 bad"),
+            (
+                "\u{1b}[2m12:00\u{1b}[0m \u{1b}[1;31mbad\u{1b}[K",
+                "12:00 bad",
+            ),
             ("a\tb\r\n", "a b"),
             ("ring \u{7} \u{9b}31m", "ring \u{fffd} \u{fffd}31m"),
             ("\u{1b}", ""),

@@ -191,7 +191,10 @@ mod tests {
             class: FailureClass::Unknown,
             message: "the engine exited".into(),
         };
-        assert_eq!((failure.headline(), failure.below()), ("the engine exited", ""));
+        assert_eq!(
+            (failure.headline(), failure.below()),
+            ("the engine exited", "")
+        );
         let failure = failure.with_output(&["one", "two"]);
         assert_eq!(failure.to_string(), "the engine exited (Unknown)");
         assert_eq!(failure.below(), "\n  one\n  two");

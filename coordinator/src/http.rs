@@ -157,7 +157,10 @@ async fn watch(site: Arc<Site>) {
 impl Site {
     async fn answer(&self, request: &Request<Incoming>) -> Answer {
         if request.method() != Method::GET && request.method() != Method::HEAD {
-            return plain(StatusCode::METHOD_NOT_ALLOWED, "nothing can be changed here\n");
+            return plain(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "nothing can be changed here\n",
+            );
         }
         let path = request.uri().path();
         match path {
@@ -237,7 +240,9 @@ fn unknown() -> Answer {
         "open the link that `coordinator run` printed, or show the run's token: Authorization: Bearer TOKEN\n",
     );
     let challenge = header::HeaderValue::from_static("Bearer");
-    answer.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+    answer
+        .headers_mut()
+        .insert(header::WWW_AUTHENTICATE, challenge);
     answer
 }
 

@@ -9,6 +9,7 @@
 pub mod app;
 pub mod cli;
 pub mod console;
+pub mod doctor;
 pub mod driver;
 pub mod garbage;
 pub mod http;

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use distillery_common::task::{Failure, FailureClass};
 use prometheus_client::encoding::text::encode_registry;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -76,11 +77,27 @@ impl Default for Metrics {
         metrics.register_work(&mut registry);
         metrics.register_fleet(&mut registry);
         metrics.registry = Arc::new(registry);
+        metrics.begin_at_zero();
         metrics
     }
 }
 
 impl Metrics {
+    /// Series with known labels are there from the start, so that a rate sees the first of each.
+    fn begin_at_zero(&self) {
+        let begin = |counters: &Counters, label, values: &[&str]| {
+            for value in values {
+                drop(counters.get_or_create(&vec![(label, (*value).to_owned())]));
+            }
+        };
+        begin(&self.grants, "why", &["next", "again", "straggler"]);
+        begin(&self.joined, "how", &["new", "returned"]);
+        begin(&self.lost, "how", &["goodbye", "lost"]);
+        let classes = FailureClass::ALL.map(|class| format!("{class:?}"));
+        let classes: Vec<_> = classes.iter().map(String::as_str).collect();
+        begin(&self.failures, "class", &classes);
+    }
+
     fn register_work(&self, registry: &mut Registry) {
         let counters = [
             ("grants", "Tasks given to workers, by reason", &self.grants),
@@ -217,7 +234,7 @@ impl Metrics {
         count(&self.received, "kind", kind);
     }
 
-    fn failed(&self, failure: &distillery_common::task::Failure) {
+    fn failed(&self, failure: &Failure) {
         count(&self.failures, "class", &format!("{:?}", failure.class));
     }
 
@@ -285,7 +302,9 @@ impl Metrics {
 }
 
 fn count(counters: &Counters, label: &'static str, value: &str) {
-    counters.get_or_create(&vec![(label, value.to_owned())]).inc();
+    counters
+        .get_or_create(&vec![(label, value.to_owned())])
+        .inc();
 }
 
 fn kind_sent(message: &ToWorker) -> &'static str {

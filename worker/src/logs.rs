@@ -249,7 +249,10 @@ mod tests {
         end.within(Duration::from_secs(60)).await;
         let kept = kept(&store).await;
         assert_eq!(kept.len(), QUEUE + 1);
-        assert!(kept.iter().any(|line| line.starts_with("(10 lines were left out")));
+        assert!(
+            kept.iter()
+                .any(|line| line.starts_with("(10 lines were left out"))
+        );
     }
 
     #[tokio::test]

@@ -84,7 +84,7 @@ enum Command {
     Cancel(control::WithReason),
     /// Lets a worker leave after what it has in hand.
     Drain(control::Drain),
-    /// Checks that a bucket or folder keeps every promise that a run relies on.
+    /// Looks at this host, and tries in a bucket or folder every promise that a run relies on.
     Doctor(doctor::Arguments),
     /// Lists, or with --delete removes, files that attempts left behind and nothing names.
     Gc(gc::Arguments),
@@ -125,7 +125,9 @@ pub fn main() -> ExitCode {
         (None, true) => Format::Json,
         (None, false) => Format::Plain,
     };
-    init_logs(arguments.verbose, log_format);
+    // What a doctor finds is its result: the tries on the way to it would only bury that.
+    let quiet = matches!(arguments.command, Command::Doctor(_));
+    init_logs(arguments.verbose, quiet, log_format);
     let context = Context {
         json: arguments.json,
         // Logs of workers lie in files: --json is about what this process says.
@@ -146,7 +148,7 @@ pub fn main() -> ExitCode {
         Command::Resume(own) => control::resume(&own, context),
         Command::Cancel(own) => control::cancel(own, context),
         Command::Drain(own) => control::drain(own, context),
-        Command::Doctor(own) => doctor::run(&own, context),
+        Command::Doctor(own) => doctor::run(own, context),
         Command::Gc(own) => gc::run(&own, context),
         Command::Report(own) => report::run(&own, context),
         Command::Sample(own) => sample::run(own, context),
@@ -170,8 +172,9 @@ fn misused(error: &clap::Error) -> ExitCode {
     ExitCode::from(USAGE)
 }
 
-fn init_logs(verbose: u8, format: Format) {
+fn init_logs(verbose: u8, quiet: bool, format: Format) {
     let level = match verbose {
+        0 if quiet => "off",
         0 => "warn",
         1 => "info",
         _ => "debug",

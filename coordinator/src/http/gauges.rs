@@ -77,7 +77,11 @@ fn run(identity: &Identity, snapshot: &Snapshot, registry: &mut Registry) {
     set(&up, &[], snapshot.elapsed.as_secs_f64());
     let state = gauges(registry, "run_state", "1 for the state that the run is in");
     for name in RUN_STATES {
-        set(&state, &[("state", name)], flag(snapshot.view.state == name));
+        set(
+            &state,
+            &[("state", name)],
+            flag(snapshot.view.state == name),
+        );
     }
 }
 
@@ -148,7 +152,10 @@ fn workers(snapshot: &Snapshot, registry: &mut Registry) {
     let workers = &snapshot.view.workers;
     let count = gauges(registry, "workers", "Workers, by state");
     for state in WORKER_STATES {
-        let n = workers.iter().filter(|worker| worker.state == state).count();
+        let n = workers
+            .iter()
+            .filter(|worker| worker.state == state)
+            .count();
         set(&count, &[("state", state)], n as f64);
     }
     let silent = gauges(

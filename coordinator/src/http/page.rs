@@ -56,7 +56,11 @@ fn stages(stages: &[StageView], html: &mut String) {
          <th class=\"n\">of<th class=\"n\">loss<th class=\"n\">rows/s<th class=\"n\">ms/step<th class=\"n\">engines",
     );
     for stage in stages {
-        let unit = if stage.kind == Kind::Distill { "steps" } else { "tasks" };
+        let unit = if stage.kind == Kind::Distill {
+            "steps"
+        } else {
+            "tasks"
+        };
         let _ = write!(
             html,
             "<tr><td>{}<td>{}<td>{}<td><progress value=\"{}\" max=\"{}\"></progress><td class=\"n\">{}\

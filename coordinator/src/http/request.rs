@@ -1,7 +1,7 @@
 //! Who may see what: the token in a header, or the page's key in a cookie that the link has left.
 
-use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::StatusCode;
+use hyper::header::{self, HeaderMap, HeaderValue};
 
 use super::{Answer, Site, plain};
 

@@ -91,8 +91,7 @@ impl Machine {
         let counted = self.durable.stage(&task.stage).failures[&task.index];
         if counted >= self.timings.counted_failures {
             let below = failure.below();
-            let message =
-                format!("{task} failed {counted} times; the last time: {failure}{below}");
+            let message = format!("{task} failed {counted} times; the last time: {failure}{below}");
             self.fail(message, out);
             return;
         }

@@ -113,12 +113,14 @@ impl Machine {
         if self.stages.iter().any(is_at_work) {
             return None;
         }
-        stages.into_iter().find_map(|(state, stage)| match (state, &stage.work) {
-            (State::Training(Group::Gathering { .. }), Work::Training(training)) => {
-                self.gathers(&stage.name, training.min_world as usize)
-            }
-            _ => None,
-        })
+        stages
+            .into_iter()
+            .find_map(|(state, stage)| match (state, &stage.work) {
+                (State::Training(Group::Gathering { .. }), Work::Training(training)) => {
+                    self.gathers(&stage.name, training.min_world as usize)
+                }
+                _ => None,
+            })
     }
 
     fn gathers(&self, stage: &str, fewest: usize) -> Option<String> {
@@ -128,9 +130,8 @@ impl Machine {
                 "stage {stage} waits for workers: {here} of at least {fewest} are here (cluster.workers.min)"
             ));
         }
-        (free < fewest).then(|| {
-            format!("stage {stage} waits for {fewest} engines to be ready: {free} are")
-        })
+        (free < fewest)
+            .then(|| format!("stage {stage} waits for {fewest} engines to be ready: {free} are"))
     }
 
     fn stage_view(&self, at: usize) -> StageView {

@@ -141,7 +141,12 @@ impl Status {
             return "no worker is here\n".into();
         }
         let width = |of: fn(&wire::WorkerStatus) -> &str, least: usize| {
-            workers.iter().map(|worker| of(worker).chars().count()).max().unwrap_or(0).max(least)
+            workers
+                .iter()
+                .map(|worker| of(worker).chars().count())
+                .max()
+                .unwrap_or(0)
+                .max(least)
         };
         let name = width(|worker| &worker.name, 6);
         let host = width(|worker| &worker.host, 4);

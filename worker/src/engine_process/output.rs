@@ -39,7 +39,11 @@ impl Output {
             let most = 4 * LINE_BYTES as u64;
             match (&mut reader).take(most).read_until(b'\n', &mut line).await {
                 Ok(0) | Err(_) => return,
-                Ok(_) => self.take(&self.secrets.hidden_in(plain(&String::from_utf8_lossy(&line)))),
+                Ok(_) => self.take(
+                    &self
+                        .secrets
+                        .hidden_in(plain(&String::from_utf8_lossy(&line))),
+                ),
             }
         }
     }
