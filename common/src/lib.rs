@@ -7,7 +7,7 @@
 pub mod backoff;
 pub mod checkpoint;
 pub mod commit;
-mod cryptography;
+pub mod cryptography;
 pub mod curves;
 pub mod figures;
 pub mod footprint;

@@ -20,3 +20,4 @@ pub mod plan;
 pub mod report;
 pub mod scheduler;
 pub mod service;
+pub mod spans;

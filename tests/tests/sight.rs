@@ -310,6 +310,95 @@ fn workers_are_listed_and_an_unknown_one_cannot_be_drained() {
     assert!(String::from_utf8_lossy(&none.stderr).contains("it succeeded"));
 }
 
+/// A collector on this host: bodies of all requests until `enough` of them says so.
+fn collect(listener: std::net::TcpListener, enough: impl Fn(&str) -> bool) -> Vec<Value> {
+    let mut bodies = Vec::new();
+    for stream in listener.incoming() {
+        let mut stream = stream.expect("a connection");
+        let mut request = Vec::new();
+        let mut part = [0; 4096];
+        let body = loop {
+            let n = stream.read(&mut part).expect("it sends");
+            assert!(n > 0, "the request ends early");
+            request.extend_from_slice(&part[..n]);
+            let text = String::from_utf8_lossy(&request).into_owned();
+            let Some((head, body)) = text.split_once("\r\n\r\n") else {
+                continue;
+            };
+            assert!(head.starts_with("POST /v1/traces HTTP/1.1"), "{head}");
+            let lower = head.to_ascii_lowercase();
+            assert!(lower.contains("x-key: sesame"), "{head}");
+            let length = lower
+                .lines()
+                .find_map(|l| l.strip_prefix("content-length: "));
+            let length: usize = length.expect("a length").parse().expect("a number");
+            if body.len() >= length {
+                break body.to_owned();
+            }
+        };
+        write!(
+            stream,
+            "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{{}}"
+        )
+        .expect("it reads");
+        bodies.push(serde_json::from_str(&body).expect("JSON"));
+        if enough(&body) {
+            break;
+        }
+    }
+    bodies
+}
+
+#[test]
+fn spans_of_attempts_and_generations_reach_a_collector() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let last = |body: &str| body.contains("\"name\":\"run\"");
+    let (collected, bodies) = std::sync::mpsc::channel();
+    std::thread::spawn(move || collected.send(collect(listener, last)));
+    let mut run = slow(&folder)
+        .with("SIM_TASK_MS", 0)
+        .with("SIM_STEP_MS", 0)
+        .with("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{address}"))
+        .with("OTEL_EXPORTER_OTLP_HEADERS", "x-key=sesame");
+    run.finish(PATIENCE).expect("it finishes");
+    let bodies = bodies
+        .recv_timeout(PATIENCE)
+        .expect("it ends with the run's span");
+    let spans: Vec<&Value> = bodies
+        .iter()
+        .flat_map(|body| body["resourceSpans"][0]["scopeSpans"][0]["spans"].as_array())
+        .flatten()
+        .collect();
+    let named = |name: &str| spans.iter().filter(|span| span["name"] == name).count();
+    assert_eq!(named("attempt trajectories"), 8);
+    assert_eq!((named("generation seg4"), named("generation seg2")), (1, 1));
+    let root = spans
+        .iter()
+        .find(|span| span["name"] == "run")
+        .expect("one");
+    let time = |span: &Value, key: &str| -> u64 {
+        let text = span[key].as_str().expect("text");
+        text.parse().expect("a number")
+    };
+    let mut ids = BTreeSet::new();
+    for span in &spans {
+        assert_eq!(span["traceId"], root["traceId"]);
+        assert!(
+            ids.insert(span["spanId"].as_str().expect("text")),
+            "one span, one id"
+        );
+        if span["name"] != "run" {
+            assert_eq!(span["parentSpanId"], root["spanId"]);
+        }
+        assert_eq!(span["status"]["code"], 1, "{span}");
+        assert!(time(span, "startTimeUnixNano") <= time(span, "endTimeUnixNano"));
+    }
+    let said = run.log_tail();
+    assert!(!said.contains("sesame"), "{said}");
+}
+
 #[test]
 fn all_logs_can_be_lines_of_json() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -37,6 +37,7 @@ use crate::launch::{Launched, local, slurm};
 use crate::report;
 use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
+use crate::spans;
 
 pub use access::Access;
 pub use control::{Heard, control};
@@ -46,6 +47,9 @@ pub use waits::Wait;
 
 /// Exit code of a run that can be resumed by the same command.
 const TRY_AGAIN: u8 = 75;
+
+/// How long the last spans may take to reach their collector.
+const LAST_SPANS: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// How this process runs a recipe; none of it changes a result.
 #[derive(Debug, Clone)]
@@ -144,6 +148,8 @@ async fn coordinate(
         term: term.0,
         timings,
     };
+    let (spans, sending) = spans::of_environment(&identity)?.unzip();
+    let driver = driver.told_to(spans);
     let metrics = driver.metrics();
     let page = port
         .map(|port| sight::open(port, &access, identity.clone(), handle.clone(), metrics))
@@ -170,11 +176,7 @@ async fn coordinate(
     watching.abort();
     showing.abort();
     page.iter().for_each(JoinHandle::abort);
-    match launched {
-        Some(launched) if ended.is_ok() => launched.finish().await,
-        Some(launched) => launched.leave().await,
-        None => {}
-    }
+    see_off(launched, sending, ended.is_ok()).await;
     drop(end_service);
     serving.abort();
     let ended = match ended {
@@ -185,6 +187,19 @@ async fn coordinate(
         Err(error) => Ending::interrupted(&error.to_string()),
     };
     Ok(ended.tell(&recipe, config.json))
+}
+
+/// Waits for workers that this process started, and for the last spans to reach their collector.
+async fn see_off(launched: Option<Launched>, sending: Option<JoinHandle<()>>, is_over: bool) {
+    match launched {
+        Some(launched) if is_over => launched.finish().await,
+        Some(launched) => launched.leave().await,
+        None => {}
+    }
+    if let Some(sending) = sending {
+        // A collector that does not answer holds nobody up.
+        let _ = tokio::time::timeout(LAST_SPANS, sending).await;
+    }
 }
 
 fn tell_if_paused(journal: &Journal, store: &Store) {

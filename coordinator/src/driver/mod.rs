@@ -25,6 +25,7 @@ use crate::scheduler::{
     Action, ConnectionId, Decision, Event, FromWorker, Hello, Machine, Outcome, Record, ToWorker,
     View, Weight,
 };
+use crate::spans::Spans;
 
 pub use errands::{Dataset, Errands};
 pub use failures::FailureSeen;
@@ -193,6 +194,7 @@ pub struct Driver {
     decisions: VecDeque<String>,
     failures: failures::Failures,
     metrics: Metrics,
+    spans: Option<Spans>,
     granted: bool,
     /// When it was last looked whether somebody else has the run, and the look if it still lasts.
     looked: Duration,
@@ -221,6 +223,7 @@ impl Driver {
             decisions: VecDeque::new(),
             failures: failures::Failures::default(),
             metrics: Metrics::default(),
+            spans: None,
             granted: false,
             looked: Duration::ZERO,
             looking: None,
@@ -232,6 +235,12 @@ impl Driver {
     /// The same driver with somebody who looks on, such as a check of the machine's invariants.
     pub fn watched_by(mut self, watch: Box<dyn Watch>) -> Self {
         self.watch = Some(watch);
+        self
+    }
+
+    /// The same driver, telling a collector of spans what it does.
+    pub fn told_to(mut self, spans: Option<Spans>) -> Self {
+        self.spans = spans;
         self
     }
 
@@ -327,6 +336,9 @@ impl Driver {
         let now = self.clock.now();
         self.metrics.heard(now, &event);
         self.failures.heard(now, &event);
+        if let Some(spans) = &mut self.spans {
+            spans.heard(&event);
+        }
         let seen = self.watch.as_ref().map(|_| event.clone());
         let actions = self.machine.handle(now, event);
         if let (Some(watch), Some(event)) = (&mut self.watch, seen) {
@@ -371,6 +383,9 @@ impl Driver {
 
     fn act(&mut self, action: Action) {
         self.metrics.acts(&action);
+        if let Some(spans) = &mut self.spans {
+            spans.acts(&action);
+        }
         match action {
             Action::Journal(_) => unreachable!("records are appended before anything is done"),
             Action::Send(connection, message) => self.tell(connection, message),
