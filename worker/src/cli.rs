@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use distillery_common::telemetry::Format;
+use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 
 use crate::agent::JoinSource;
 use crate::app::{self, Config};
@@ -57,6 +57,9 @@ struct JoinArguments {
     /// Seconds to finish the work in hand after a signal.
     #[arg(long, default_value_t = 25, value_name = "SECONDS")]
     drain_grace: u64,
+    /// How logs are written: for people, or a JSON object a line.
+    #[arg(long, env = FORMAT_VARIABLE, default_value_t, value_name = "plain|json")]
+    log_format: Format,
     /// Accept a join string without TLS for another host.
     #[arg(long)]
     insecure: bool,
@@ -78,8 +81,9 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    distillery_common::telemetry::init("info", Format::Plain);
     let Command::Join(arguments) = command;
+    let format = arguments.log_format;
+    distillery_common::telemetry::init("info", format);
     let checked = check(arguments);
     let config = match checked {
         Ok(config) => config,
@@ -88,7 +92,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    match app::run(config) {
+    match app::run(config, format) {
         Ok(code) => code,
         Err(error) => {
             say(&error);

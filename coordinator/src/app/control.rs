@@ -1,7 +1,5 @@
 //! What people ask of a run by its URI: told to its coordinator, or, where none answers, written in its journal.
 
-use anyhow::Context as _;
-
 use super::find::{Found, find};
 use crate::driver::{Clock, unique_id};
 use crate::journal::Journal;
@@ -28,8 +26,12 @@ pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Resul
         anyhow::bail!("the run at {} has ended: it {outcome}", found.store.uri());
     }
     if let Some(client) = &mut found.client {
-        let asked = client.ask(request).await;
-        asked.context("the coordinator did not take the request")?;
+        if let Err(status) = client.ask(request).await {
+            anyhow::bail!(
+                "the coordinator did not take the request: {}",
+                status.message()
+            );
+        }
         return Ok(Heard::Coordinator);
     }
     let record = match request {

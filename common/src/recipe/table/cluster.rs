@@ -2,7 +2,7 @@
 
 use super::Fallback::{Open, Yaml};
 use super::Kind::{List, Or, Path, Secret, Shell, Text, Whole};
-use super::{Kind, Section, field, later, not_built, word};
+use super::{Kind, Section, field, later, word};
 
 pub(super) static CLUSTER: Section = Section {
     name: "cluster",
@@ -32,7 +32,12 @@ pub(super) static CLUSTER: Section = Section {
             Yaml("auto"),
             "address of the gRPC service, host:port; auto = 127.0.0.1:0, or 0.0.0.0:0 where workers run on other hosts",
         ),
-        not_built("http"),
+        field(
+            "http",
+            Or("off", &Text),
+            Yaml("127.0.0.1:0"),
+            "address of the live page and of /metrics, host:port; off = none",
+        ),
         field(
             "tls",
             Kind::Word(&[word("auto"), word("on"), word("off")]),
