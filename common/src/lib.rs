@@ -7,7 +7,7 @@
 pub mod backoff;
 pub mod checkpoint;
 pub mod commit;
-mod cryptography;
+pub mod cryptography;
 pub mod curves;
 pub mod figures;
 pub mod footprint;
@@ -15,6 +15,7 @@ pub mod group;
 pub mod ids;
 pub mod latents;
 pub mod ledger;
+pub mod logs;
 pub mod once;
 pub mod order;
 pub mod prompts;

@@ -247,6 +247,35 @@ impl fmt::Debug for GroupSecret {
     }
 }
 
+/// What admits to the live page of a run, and to nothing else: it follows from (token, run id), and neither follows
+/// from it.
+#[derive(Clone)]
+pub struct PageKey(String);
+
+impl PageKey {
+    /// The key of the run.
+    pub fn derive(token: &Token, run_id: &str) -> Self {
+        let key = derive(token, run_id, b"distillery live page v1");
+        Self(Digest(key).to_string())
+    }
+
+    /// The key as text, for a link that is shown to the run's owner alone, and for the cookie that it leaves.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether `shown` is the key, in time that does not depend on where it differs.
+    pub fn admits(&self, shown: &[u8]) -> bool {
+        shown.ct_eq(self.0.as_bytes()).into()
+    }
+}
+
+impl fmt::Debug for PageKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PageKey(…)")
+    }
+}
+
 /// HKDF-SHA256 of the token, salted with the run id.
 fn derive(token: &Token, run_id: &str, purpose: &[u8]) -> [u8; 32] {
     let mut derived = [0; 32];

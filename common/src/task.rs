@@ -144,14 +144,59 @@ impl FailureClass {
 pub struct Failure {
     /// Decides what happens next.
     pub class: FailureClass,
-    /// For people: what, where, and what to do.
+    /// For people: what, where, and what to do, in the first line. Lines below it are details, and the last that the
+    /// engine has printed.
     pub message: String,
 }
 
+impl Failure {
+    /// What happened, in one line.
+    pub fn headline(&self) -> &str {
+        self.split().0
+    }
+
+    /// Everything below the headline, each line with the line feed before it; empty where there is nothing.
+    pub fn below(&self) -> &str {
+        self.split().1
+    }
+
+    /// The same failure with the last of `lines`, which an engine has printed, below it.
+    pub fn with_output<S: AsRef<str>>(mut self, lines: &[S]) -> Self {
+        self.message.push_str(&crate::logs::tail(lines));
+        self
+    }
+
+    fn split(&self) -> (&str, &str) {
+        let end = self.message.find('\n').unwrap_or(self.message.len());
+        self.message.split_at(end)
+    }
+}
+
+/// One line: whoever wants the rest asks for it.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({:?})", self.message, self.class)
+        write!(f, "{} ({:?})", self.headline(), self.class)
     }
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_told_in_one_line_and_keeps_the_rest_below() {
+        let failure = Failure {
+            class: FailureClass::Unknown,
+            message: "the engine exited".into(),
+        };
+        assert_eq!(
+            (failure.headline(), failure.below()),
+            ("the engine exited", "")
+        );
+        let failure = failure.with_output(&["one", "two"]);
+        assert_eq!(failure.to_string(), "the engine exited (Unknown)");
+        assert_eq!(failure.below(), "\n  one\n  two");
+    }
+}

@@ -18,6 +18,35 @@ pub enum Format {
     Json,
 }
 
+/// Names the format of a program's logs where its command line does not.
+pub const FORMAT_VARIABLE: &str = "DISTILLERY_LOG_FORMAT";
+
+/// Not a format of logs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no format of logs; there are: plain, json")]
+pub struct UnknownFormat(String);
+
+impl std::str::FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(text: &str) -> Result<Self, UnknownFormat> {
+        match text {
+            "plain" => Ok(Self::Plain),
+            "json" => Ok(Self::Json),
+            other => Err(UnknownFormat(other.into())),
+        }
+    }
+}
+
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Json => "json",
+        })
+    }
+}
+
 /// Sends logs of `level` (`info`, `debug`, …) and above to standard error; `RUST_LOG` wins when it is set.
 ///
 /// A second call changes nothing.
@@ -40,15 +69,29 @@ pub fn init(level: &str, format: Format) {
 }
 
 /// Seconds since 1970 by this host's clock, to show beside other clocks.
+pub fn unix_seconds() -> i64 {
+    unix_millis() / 1000
+}
+
+/// Milliseconds since 1970 by this host's clock, to show beside other clocks.
 #[expect(
     clippy::disallowed_methods,
     reason = "it is told to people, and nothing follows from it"
 )]
-pub fn unix_seconds() -> i64 {
+pub fn unix_millis() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| {
-        i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+        i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
     })
+}
+
+/// A moment in milliseconds since 1970 as people and RFC 3339 write it, in UTC.
+pub fn moment(unix_millis: i64) -> String {
+    let moment = chrono::DateTime::from_timestamp_millis(unix_millis);
+    moment.map_or_else(
+        || unix_millis.to_string(),
+        |moment| moment.to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
+    )
 }
 
 /// Measures how long something takes.
@@ -134,6 +177,13 @@ pub fn peak_memory() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_moment_is_written_as_rfc_3339_says() {
+        assert_eq!(moment(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(moment(1_709_210_096_789), "2024-02-29T12:34:56.789Z");
+        assert_eq!(moment(i64::MAX), i64::MAX.to_string());
+    }
 
     #[test]
     fn a_meter_sees_memory_that_is_used_and_given_back() {

@@ -20,6 +20,8 @@ use crate::driver::unique_id;
 
 mod staging;
 
+/// Age from which what an engine printed can go.
+const LOG_SECONDS: i64 = 30 * 24 * 3600;
 /// COMMITs read, and objects deleted, at a time.
 const AT_A_TIME: usize = 32;
 
@@ -36,6 +38,8 @@ pub enum Why {
     Probe,
     /// A write to this disk was interrupted.
     Staging,
+    /// It is what an engine printed long ago.
+    OldLog,
 }
 
 impl Why {
@@ -47,6 +51,7 @@ impl Why {
             Self::Sealed => "of commit indexes that a MANIFEST has replaced",
             Self::Probe => "of interrupted checks of the store",
             Self::Staging => "of interrupted writes to this disk",
+            Self::OldLog => "of what engines printed more than 30 days ago",
         }
     }
 }
@@ -80,9 +85,11 @@ pub struct Found {
     pub unreadable: Vec<(String, String)>,
 }
 
-/// Looks for garbage; what may still be committed counts once it is `grace_seconds` old.
+/// Looks for garbage; what may still be committed counts once it is `grace_seconds` old. Logs are no garbage until they
+/// are old.
 pub async fn find(store: &Store, grace_seconds: u64) -> Result<Found, Error> {
-    let old = store_time(store).await? - i64::try_from(grace_seconds).unwrap_or(i64::MAX / 2);
+    let now = store_time(store).await?;
+    let old = now - i64::try_from(grace_seconds).unwrap_or(i64::MAX / 2);
     let mut found = Found::default();
     let sealed = sealed_datasets(store, &mut found).await?;
     for root in [
@@ -109,6 +116,13 @@ pub async fn find(store: &Store, grace_seconds: u64) -> Result<Found, Error> {
         .garbage
         .extend(probes.map(|entry| object(entry, Why::Probe, None)));
     found.garbage.extend(staging::leftovers(store, old));
+    let logs = store.list(&layout::logs()).await?;
+    let logs = logs.into_iter().filter(|entry| {
+        layout::parse_log_part(&entry.key).is_some() && entry.modified <= now - LOG_SECONDS
+    });
+    found
+        .garbage
+        .extend(logs.map(|entry| object(entry, Why::OldLog, None)));
     Ok(found)
 }
 

@@ -9,11 +9,15 @@
 pub mod app;
 pub mod cli;
 pub mod console;
+pub mod doctor;
 pub mod driver;
 pub mod garbage;
+pub mod http;
 pub mod journal;
 pub mod launch;
+pub mod metrics;
 pub mod plan;
 pub mod report;
 pub mod scheduler;
 pub mod service;
+pub mod spans;

@@ -34,6 +34,8 @@ use crate::scheduler::{
 
 /// How long a new stream may take to say hello.
 const HELLO: Duration = Duration::from_secs(10);
+/// Longest name of a device that is shown.
+const DEVICE_CHARS: usize = 64;
 /// Between two pings of an idle connection, and how long the answer may take.
 const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 
@@ -232,9 +234,12 @@ impl Coordinator for Service {
             Some(Wire::Cancel(cancel)) => Event::CancelRequested {
                 reason: cancel.reason,
             },
-            Some(Wire::Drain(drain)) => Event::DrainRequested {
-                worker: drain.worker,
-            },
+            Some(Wire::Drain(drain)) => {
+                self.known(&drain.worker).await?;
+                Event::DrainRequested {
+                    worker: drain.worker,
+                }
+            }
             None => return Err(Status::invalid_argument("nothing is asked")),
         };
         self.shared
@@ -243,6 +248,27 @@ impl Coordinator for Service {
             .await
             .map_err(|ended| Status::unavailable(ended.to_string()))?;
         Ok(Response::new(wire::ControlReply {}))
+    }
+}
+
+impl Service {
+    /// Refuses the name of a worker that is not here.
+    async fn known(&self, worker: &str) -> Result<(), Status> {
+        let snapshot = self.shared.handle.snapshot().await;
+        let snapshot = snapshot.map_err(|ended| Status::unavailable(ended.to_string()))?;
+        let mut names: Vec<_> = snapshot.view.workers.iter().map(|w| &w.name[..]).collect();
+        if names.contains(&worker) {
+            return Ok(());
+        }
+        names.sort_unstable();
+        names.dedup();
+        Err(Status::not_found(match names.len() {
+            0 => format!("there is no worker {worker:?}, nor any other"),
+            _ => format!(
+                "there is no worker {worker:?}; there are: {}",
+                names.join(", ")
+            ),
+        }))
     }
 }
 
@@ -294,6 +320,7 @@ fn read_hello(hello: wire::Hello) -> Result<Hello, Malformed> {
     Ok(Hello {
         name: hello.name,
         host: hello.host,
+        device: device(&hello.devices),
         slots: u32::try_from(hello.devices.len()).unwrap_or(1).max(1),
         incarnation: (hello.incarnation != 0).then_some(Incarnation(hello.incarnation)),
         leases: hello
@@ -307,6 +334,17 @@ fn read_hello(hello: wire::Hello) -> Result<Hello, Malformed> {
         },
         starting: hello.engine_starting,
     })
+}
+
+/// The devices of a worker, for people.
+fn device(devices: &[wire::Device]) -> String {
+    let names = devices.iter().map(|device| match device.kind.as_str() {
+        "cpu" => "cpu".to_owned(),
+        kind => format!("{kind}:{}", device.index),
+    });
+    let text = names.collect::<Vec<_>>().join(",");
+    let plain = distillery_common::logs::plain(&text);
+    plain.chars().take(DEVICE_CHARS).collect()
 }
 
 fn read_message(message: wire::WorkerMessage) -> Result<FromWorker, Malformed> {
@@ -419,6 +457,19 @@ fn status_reply(identity: &Identity, snapshot: &Snapshot) -> wire::StatusReply {
         stages: snapshot.view.stages.iter().map(stage_status).collect(),
         workers: snapshot.view.workers.iter().map(worker_status).collect(),
         decisions: snapshot.decisions.clone(),
+        failures: snapshot
+            .failures
+            .iter()
+            .map(|failure| wire::FailureReport {
+                worker: failure.worker.clone(),
+                what: failure.what.clone(),
+                message: failure.message.clone(),
+                output: failure.output.clone(),
+                ago_ms: snapshot.elapsed.saturating_sub(failure.at).as_millis() as u64,
+            })
+            .collect(),
+        note: snapshot.view.note.clone().unwrap_or_default(),
+        elapsed_ms: snapshot.elapsed.as_millis() as u64,
     }
 }
 
@@ -442,5 +493,9 @@ fn worker_status(worker: &WorkerView) -> wire::WorkerStatus {
         doing: worker.doing.clone(),
         rss_bytes: worker.rss_bytes,
         silent_ms: worker.silent.as_millis() as u64,
+        host: worker.host.clone(),
+        device: worker.device.clone(),
+        detail: worker.detail.clone(),
+        age_ms: worker.age.as_millis() as u64,
     }
 }

@@ -22,7 +22,7 @@ use anyhow::Context as _;
 use distillery_common::telemetry::Stopwatch;
 use serde_json::{Value, json};
 
-pub use world::{Rule, World};
+pub use world::{Refusal, Rule, World};
 
 /// The namespace that exists.
 pub const NAMESPACE: &str = "distillery";

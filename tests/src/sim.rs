@@ -127,6 +127,7 @@ impl Bench {
     }
 
     fn work(&mut self, lease: &Lease) {
+        tracing::info!(%lease, "task started");
         match tasks::perform(self, lease) {
             Ok(Some(request)) => {
                 // The worker reports what becomes of it.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Parser;
-use distillery_common::telemetry::{self, Format};
+use distillery_common::telemetry::{self, FORMAT_VARIABLE, Format};
 use distillery_tests::sim::{self, Pace};
 
 /// The engine's command line.
@@ -24,6 +24,9 @@ struct Arguments {
     /// This host's address for the engines of other hosts.
     #[arg(long, default_value = "127.0.0.1")]
     advertise: IpAddr,
+    /// How logs are written.
+    #[arg(long, env = FORMAT_VARIABLE, default_value_t)]
+    log_format: Format,
     /// Milliseconds that a task takes at least.
     #[arg(long, env = "SIM_TASK_MS", default_value_t = 0)]
     task_ms: u64,
@@ -40,7 +43,7 @@ enum Command {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    telemetry::init("info", Format::Plain);
+    telemetry::init("info", arguments.log_format);
     let pace = Pace {
         task_ms: arguments.task_ms,
         step_ms: arguments.step_ms,

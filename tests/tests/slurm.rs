@@ -4,7 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use distillery_tests::harness::{programs, repository};
+use std::time::Duration;
+
+use distillery_tests::harness::{
+    EngineKind, Run, Target, programs, repository, signal, sim_recipe,
+};
 
 /// The scripts that `render` writes for the recipe in `deploy/slurm`.
 fn render(style: &str, folder: &Path) {
@@ -91,6 +95,38 @@ fn render_says_what_it_cannot_do() {
         assert!(said.contains(says), "{arguments:?}: {said}");
         assert!(!folder.path().join("scripts").exists(), "{arguments:?}");
     }
+}
+
+/// `scancel` signals a job's script and its worker, and the script passes the signal on: that is one wish to leave, not
+/// two, so the worker ends what it has in hand.
+#[test]
+fn a_signal_and_its_echo_drain_a_worker_once() {
+    let patience = Duration::from_secs(60);
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = Run::new(folder.path(), sim_recipe(), EngineKind::Sim).expect("a run");
+    let mut run = run.with("SIM_TASK_MS", 2000);
+    run.start().expect("it starts");
+    let engine = run.await_process(Target::Engine, patience);
+    engine.expect("an engine, so that its worker works");
+    let worker = run.processes_of(Target::Worker)[0];
+    let log = |name: &str| {
+        let path = run.output().join("logs").join(name);
+        fs::read_to_string(path).unwrap_or_default()
+    };
+    let logs = || log("local-0.log") + &log("local-1.log");
+    let is_ready = || logs().contains("the engine is ready").then_some(());
+    run.await_some(is_ready, "ready engine", patience)
+        .expect("both start");
+    for name in ["TERM", "USR1", "TERM"] {
+        signal(worker, name).expect("it lives");
+    }
+    let has_left = || (!run.processes_of(Target::Worker).contains(&worker)).then_some(());
+    run.await_some(has_left, "end of the worker", patience)
+        .expect("it leaves");
+    let said = logs();
+    assert_eq!(said.matches("told to leave signal=").count(), 1, "{said}");
+    assert!(!said.contains("killing the engine"), "{said}");
+    run.finish(Duration::from_secs(120)).expect("the run ends");
 }
 
 /// The short form of `make test-slurm`. Where there is no root and no Slurm it says so, unless

@@ -7,17 +7,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use distillery_common::telemetry::Format;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::agent::{Agent, Ending, Host, JoinSource, Leave};
+use crate::agent::{Agent, Ending, Host, JoinSource, Leave, Outside};
 use crate::engine_process::Device;
+use crate::logs::Keeper;
 
 /// Exit code that asks whoever started this worker to start it again.
 const TRY_AGAIN: u8 = 75;
 
 /// How long a signal from a scheduler may echo.
 const ECHO: Duration = Duration::from_secs(1);
+
+/// How long the last output of engines may take to be kept with the run.
+const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// Checked settings of this process.
 #[derive(Debug, Clone)]
@@ -56,29 +61,31 @@ impl Config {
     }
 }
 
-/// Runs until every agent has ended.
-pub fn run(config: Config) -> anyhow::Result<ExitCode> {
+/// Runs until every agent has ended; logs are in `format`.
+pub fn run(config: Config, format: Format) -> anyhow::Result<ExitCode> {
     tracing::debug!(?config.devices, "starting");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("the runtime cannot start")?;
-    let code = runtime.block_on(serve(config));
+    let code = runtime.block_on(serve(config, format));
     // A read of the standard input cannot be called back.
     runtime.shutdown_timeout(Duration::from_millis(100));
     code
 }
 
-async fn serve(config: Config) -> anyhow::Result<ExitCode> {
+async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
     let config = Arc::new(config);
+    let (keeper, kept) = Keeper::new();
+    let host: Arc<dyn Outside> = Arc::new(Host::new(keeper, format));
     let (leave, told) = watch::channel(Leave::Stay);
     let watching = tokio::spawn(watch_for_reasons_to_leave(config.parent_stdin, leave));
     let agents: Vec<_> = config
         .devices
         .iter()
         .map(|&device| {
-            let agent = Agent::new(Arc::clone(&config), device, Arc::new(Host));
+            let agent = Agent::new(Arc::clone(&config), device, Arc::clone(&host));
             tokio::spawn(agent.run(told.clone()))
         })
         .collect();
@@ -92,6 +99,8 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
         }
     }
     watching.abort();
+    drop(host);
+    kept.within(LAST_LINES).await;
     match failure {
         Some(error) => Err(error),
         None if deserted => Ok(ExitCode::from(TRY_AGAIN)),

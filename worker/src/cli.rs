@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use distillery_common::telemetry::Format;
+use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 
 use crate::agent::JoinSource;
 use crate::app::{self, Config};
@@ -65,6 +65,9 @@ struct JoinArguments {
         hide_default_value = true
     )]
     signal_exit_code: u8,
+    /// How logs are written: for people, or a JSON object a line.
+    #[arg(long, env = FORMAT_VARIABLE, default_value_t, value_name = "plain|json")]
+    log_format: Format,
     /// Accept a join string without TLS for another host.
     #[arg(long)]
     insecure: bool,
@@ -86,8 +89,9 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    distillery_common::telemetry::init("info", Format::Plain);
     let Command::Join(arguments) = command;
+    let format = arguments.log_format;
+    distillery_common::telemetry::init("info", format);
     let checked = check(arguments);
     let config = match checked {
         Ok(config) => config,
@@ -96,7 +100,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    match app::run(config) {
+    match app::run(config, format) {
         Ok(code) => code,
         Err(error) => {
             say(&error);

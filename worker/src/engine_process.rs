@@ -3,31 +3,27 @@
 //! Everything the engine says comes out as [`Output`]s in order, its exit last. Knows nothing of leases: what an
 //! exit means is the agent's to decide.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::net::IpAddr;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use distillery_common::proto::engine_link::{Command, CommitOutcome, Setup};
 use distillery_common::proto::{framing, wire};
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
+use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{Child, Command as Process};
 use tokio::sync::{mpsc, watch};
 
 mod messages;
+mod output;
 
 pub use self::messages::{FromEngine, Request};
+pub use self::output::{Output as Printed, Tail};
 
-/// Lines of output kept for the report of a failure.
-const TAIL_LINES: usize = 200;
-/// Longest line kept.
-const LINE_BYTES: usize = 4096;
 /// Time from the start of the process until it must have opened its socket.
 const CONNECT: Duration = Duration::from_secs(60);
 /// Time that an engine whose socket has closed gets to end by itself.
@@ -96,6 +92,7 @@ pub struct Engine {
     pid: Option<u32>,
     commands: mpsc::Sender<ToEngine>,
     kill: watch::Sender<bool>,
+    tail: Tail,
 }
 
 /// What an engine is told.
@@ -131,27 +128,29 @@ impl Engine {
             pid,
             commands,
             kill,
+            tail: Tail::default(),
         };
         (engine, FarEnd { told, killed })
     }
 
-    /// Starts an engine; its outputs arrive at `outputs` with its `id`.
+    /// Starts an engine; its outputs arrive at `outputs` with its `id`, and what it prints goes to `printed`.
     pub fn start(
         id: u64,
         program: &Program,
         setup: Setup,
         outputs: mpsc::Sender<(u64, Output)>,
+        printed: Printed,
     ) -> std::io::Result<Self> {
         let folder = tempfile::Builder::new().prefix("distillery-").tempdir()?;
         let socket = folder.path().join("engine.sock");
         let listener = UnixListener::bind(&socket)?;
-        let mut child = spawn(program, &socket)?;
+        let mut child = spawn(program, &socket, printed.format)?;
         let pid = child.id();
-        let tail = Tail::default();
         let piped = "the engine's output is a pipe";
-        tokio::spawn(tail.clone().follow(child.stdout.take().expect(piped)));
-        tokio::spawn(tail.clone().follow(child.stderr.take().expect(piped)));
-        let (engine, far) = Self::between(id, pid);
+        tokio::spawn(printed.clone().follow(child.stdout.take().expect(piped)));
+        tokio::spawn(printed.clone().follow(child.stderr.take().expect(piped)));
+        let (mut engine, far) = Self::between(id, pid);
+        engine.tail = printed.tail.clone();
         let killed = far.killed;
         let watched = Watched { child, killed };
         let conversation = Conversation {
@@ -161,7 +160,7 @@ impl Engine {
             outputs: outputs.clone(),
         };
         tokio::spawn(async move {
-            let exit = watched.run(listener, folder, conversation, tail).await;
+            let exit = watched.run(listener, folder, conversation, printed).await;
             let _ = outputs.send((id, Output::Exited(exit))).await;
         });
         Ok(engine)
@@ -185,6 +184,11 @@ impl Engine {
         self.kill.send_replace(true);
     }
 
+    /// The last lines that it has printed.
+    pub fn tail(&self) -> Vec<String> {
+        self.tail.lines()
+    }
+
     /// Its process id.
     pub fn pid(&self) -> Option<u32> {
         self.pid
@@ -204,7 +208,7 @@ impl Drop for Engine {
     }
 }
 
-fn spawn(program: &Program, socket: &Path) -> std::io::Result<Child> {
+fn spawn(program: &Program, socket: &Path, format: Format) -> std::io::Result<Child> {
     let mut process = Process::new(&program.path);
     process
         .arg("--socket")
@@ -217,6 +221,7 @@ fn spawn(program: &Program, socket: &Path) -> std::io::Result<Child> {
         // Not in the worker's process group: a Ctrl-C in the terminal is the worker's to handle.
         .process_group(0)
         .env_remove("DISTILLERY_JOIN")
+        .env(FORMAT_VARIABLE, format.to_string())
         .kill_on_drop(true);
     if let Some(address) = program.advertise {
         process.arg("--advertise").arg(address.to_string());
@@ -312,7 +317,7 @@ impl Watched {
         listener: UnixListener,
         folder: tempfile::TempDir,
         conversation: Conversation,
-        tail: Tail,
+        printed: Printed,
     ) -> Exit {
         let talk = async {
             let accepted = tokio::time::timeout(CONNECT, listener.accept()).await;
@@ -339,11 +344,13 @@ impl Watched {
         let status = self.child.wait().await;
         // The pipes may still hold the last words.
         tokio::time::sleep(Duration::from_millis(20)).await;
+        let how = describe(&status, asked);
+        printed.ended(&how);
         Exit {
-            how: describe(&status, asked),
+            how,
             killed: asked || status.as_ref().is_ok_and(was_killed),
             clean: status.is_ok_and(|status| status.success()),
-            tail: tail.lines(),
+            tail: printed.tail.lines(),
         }
     }
 }
@@ -370,45 +377,5 @@ fn describe(status: &std::io::Result<ExitStatus>, asked: bool) -> String {
             (None, None) => "ended".into(),
         },
         Err(error) => format!("cannot be waited for: {error}"),
-    }
-}
-
-/// The last lines of an engine's output.
-#[derive(Debug, Clone, Default)]
-struct Tail(Arc<Mutex<VecDeque<String>>>);
-
-impl Tail {
-    /// Logs and keeps every line until the pipe closes.
-    async fn follow(self, pipe: impl AsyncRead + Unpin) {
-        use std::io::Write as _;
-        let mut reader = BufReader::new(pipe);
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            match reader.read_until(b'\n', &mut line).await {
-                Ok(0) | Err(_) => return,
-                Ok(_) => {
-                    line.truncate(LINE_BYTES);
-                    let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                    // Formatted by the engine; a second time stamp would only hide it.
-                    // Whoever reads this may be gone; the engine's output must be taken off it all the same.
-                    let _ = writeln!(std::io::stderr(), "engine: {text}");
-                    self.push(text);
-                }
-            }
-        }
-    }
-
-    fn push(&self, text: String) {
-        let mut lines = self.0.lock().expect("no holder of this lock can panic");
-        if lines.len() == TAIL_LINES {
-            lines.pop_front();
-        }
-        lines.push_back(text);
-    }
-
-    fn lines(&self) -> Vec<String> {
-        let lines = self.0.lock().expect("no holder of this lock can panic");
-        lines.iter().cloned().collect()
     }
 }

@@ -8,3 +8,4 @@ pub mod agent;
 pub mod app;
 pub mod cli;
 pub mod engine_process;
+pub mod logs;

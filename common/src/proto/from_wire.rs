@@ -126,8 +126,18 @@ pub fn failure(failure: Option<wire::Failure>) -> Result<Failure, Malformed> {
     let failure = failure.ok_or(Malformed::Missing("failure"))?;
     Ok(Failure {
         class: failure_class(failure.class),
-        message: plain(failure.message),
+        message: plain(bounded(failure.message)),
     })
+}
+
+/// The most bytes of a failure's message that are kept: what it says, and the last lines of an engine.
+const MESSAGE_BYTES: usize = 4 * crate::logs::TAIL_BYTES;
+
+fn bounded(mut text: String) -> String {
+    if text.len() > MESSAGE_BYTES {
+        text.truncate(text.floor_char_boundary(MESSAGE_BYTES));
+    }
+    text
 }
 
 /// Text that a terminal shows and does not obey: what comes from elsewhere may hold anything.

@@ -120,6 +120,7 @@ fn cluster(cluster: &Cluster) -> Value {
         },
         "workers": { "min": cluster.min_workers, "max": cluster.max_workers },
         "listen": cluster.listen,
+        "http": cluster.http.as_deref().unwrap_or("off"),
         "tls": match cluster.tls {
             Tls::On => "on",
             Tls::Off => "off",

@@ -368,6 +368,8 @@ pub struct Cluster {
     pub max_workers: u32,
     /// Address of the gRPC service.
     pub listen: String,
+    /// Address of the live page and of `/metrics`; none where nobody wants them.
+    pub http: Option<String>,
     /// Whether workers must use TLS; `auto` = on.
     pub tls: Tls,
     /// The run's token; made and kept in a 0600 file beside the run when none is given.

@@ -24,6 +24,9 @@ const MEMBER_NAME: &str = "member.distillery";
 /// The one protocol that both ends speak: messages of HTTP/2.
 const ALPN_H2: &[u8] = b"h2";
 
+/// What the page speaks.
+const ALPN_HTTP: &[u8] = b"http/1.1";
+
 /// The certificates of one run.
 #[derive(Clone)]
 pub struct Authority {
@@ -104,6 +107,23 @@ impl Authority {
                 .map_err(unfit)?;
         config.alpn_protocols = vec![ALPN_H2.to_vec()];
         config.send_tls13_tickets = 0;
+        Ok(Arc::new(config))
+    }
+
+    /// How the coordinator proves who it is to a browser, which has no certificate of the run and shows a key instead.
+    ///
+    /// # Errors
+    /// [`Error::Tls`] should the certificate not fit.
+    pub fn page_config(&self) -> Result<Arc<rustls::ServerConfig>, Error> {
+        cryptography::choose();
+        let chain = vec![CertificateDer::from(self.server.certificate_der.clone())];
+        let key = PrivatePkcs8KeyDer::from(self.server.key_der.clone());
+        let mut config =
+            rustls::ServerConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
+                .with_no_client_auth()
+                .with_single_cert(chain, key.into())
+                .map_err(unfit)?;
+        config.alpn_protocols = vec![ALPN_HTTP.to_vec()];
         Ok(Arc::new(config))
     }
 

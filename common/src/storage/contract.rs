@@ -111,6 +111,9 @@ pub enum Broken {
     /// It failed.
     #[error(transparent)]
     Failed(#[from] Error),
+    /// Nothing can be written and read back.
+    #[error("not tried, since nothing can be written and read back")]
+    Untried,
 }
 
 /// Checks every promise; `now` is this host's time in seconds since 1970. What it wrote is removed again, so far as the
@@ -120,8 +123,14 @@ pub async fn check(store: &Store, now: i64) -> Vec<Kept> {
         store: store.clone(),
         folder: layout::trial(&open::nonce()),
     };
-    let mut kept = Vec::new();
+    let mut kept: Vec<Kept> = Vec::new();
     for promise in Promise::ALL {
+        // A store that cannot be written at all, for want of credentials say, keeps none: each try would take as long.
+        if let [Kept { result: Err(_), .. }, ..] = kept[..] {
+            let result = Err(Broken::Untried);
+            kept.push(Kept { promise, result });
+            continue;
+        }
         let result = match promise {
             Promise::ReadsWhatWasWritten => trial.reads_what_was_written().await,
             Promise::RefusesSecondCreation => trial.refuses_a_second_creation().await,
@@ -138,6 +147,29 @@ pub async fn check(store: &Store, now: i64) -> Vec<Kept> {
         tracing::warn!(%error, "what the checks wrote could not all be removed");
     }
     kept
+}
+
+/// How many seconds the store's clock is ahead of this host's, which says `now`; what it wrote for that is removed again.
+pub async fn skew(store: &Store, now: i64) -> Result<i64, Error> {
+    let key = layout::probe(&open::nonce());
+    store.put(&key, Bytes::from_static(b"time")).await?;
+    let found = store.head(&key).await;
+    store.delete(&key).await?;
+    remove_empty(store, &layout::probes());
+    Ok(found?.modified - now)
+}
+
+/// Removes a folder of a store on disk, and the folders in it, where nothing else is left of it.
+fn remove_empty(store: &Store, folder: &Prefix) {
+    let Some(path) = store.local_folder(folder) else {
+        return;
+    };
+    let inner = std::fs::read_dir(&path).into_iter().flatten().flatten();
+    for entry in inner {
+        // One that is not empty stays, and so does what is no folder.
+        let _ = std::fs::remove_dir(entry.path());
+    }
+    let _ = std::fs::remove_dir(&path);
 }
 
 struct Trial {
@@ -305,7 +337,10 @@ impl Trial {
                 .into_iter()
                 .map(|entry| async move { self.store.delete(&entry.key).await }),
         )
-        .await
+        .await?;
+        remove_empty(&self.store, &self.folder);
+        remove_empty(&self.store, &layout::probes());
+        Ok(())
     }
 }
 

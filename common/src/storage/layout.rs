@@ -10,14 +10,14 @@
 //!   checkpoints/<stage>/<step:010>-g<generation>/[r<rank:04>-]s<part:04>.safetensors  metrics.jsonl  COMMIT
 //!   tasks/<stage>/<index:08>/a<attempt>-<incarnation>/…  COMMIT                evaluation and export parts
 //!   tasks/<stage>/commit-index/t<term:06>-<part:06>
-//!   export/<stage>/…    report/…    logs/<worker>/…
+//!   export/<stage>/…    report/…    logs/<worker>/<incarnation:020>-e<engine:06>/<seq:08>.jsonl
 //! ```
 
 use std::fmt;
 
 use object_store::path::Path;
 
-use crate::ids::{Generation, Term};
+use crate::ids::{Generation, Incarnation, Term};
 use crate::task::Lease;
 
 const SNAPSHOT: &str = "snapshot-";
@@ -306,9 +306,31 @@ pub fn report(name: &str) -> Key {
     Prefix("report".into()).key(name)
 }
 
-/// A log file of `worker`.
-pub fn log(worker: &str, name: &str) -> Key {
-    Prefix("logs".into()).folder(worker).key(name)
+/// What engines have printed.
+pub fn logs() -> Prefix {
+    Prefix("logs".into())
+}
+
+/// What one engine has printed: the `engine`-th that a worker has started, which was registered as `incarnation`.
+pub fn engine_log(worker: &str, incarnation: Incarnation, engine: u64) -> Prefix {
+    let engine = format!("{:020}-e{engine:06}", incarnation.0);
+    logs().folder(worker).folder(&engine)
+}
+
+/// Part `seq` of what an engine has printed.
+pub fn log_part(engine_log: &Prefix, seq: u64) -> Key {
+    engine_log.key(&format!("{seq:08}.jsonl"))
+}
+
+/// Reads (worker, registration, engine, part) back from the key of a part.
+pub fn parse_log_part(key: &Key) -> Option<(&str, Incarnation, u64, u64)> {
+    let (worker, rest) = key.as_str().strip_prefix("logs/")?.split_once('/')?;
+    let (engine, part) = rest.split_once('/')?;
+    let (incarnation, engine) = engine.split_once("-e")?;
+    let incarnation = Incarnation(incarnation.parse().ok()?);
+    let engine = engine.parse().ok()?;
+    let seq = part.strip_suffix(".jsonl")?.parse().ok()?;
+    Some((worker, incarnation, engine, seq))
 }
 
 /// What a check of the store writes and removes; `nonce` keeps checks apart.
@@ -384,7 +406,6 @@ fn attempt(lease: &Lease) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::Incarnation;
     use crate::task::TaskId;
 
     #[test]
@@ -445,6 +466,17 @@ mod tests {
         assert_eq!(parse_task_commit(&commit(&shard)), Some(42));
         assert_eq!(parse_task_commit(&commit(&task("evaluate", 7))), Some(7));
         assert_eq!(parse_task_commit(&shard_rows(&shard, &lease)), None);
+        let log = engine_log("gpu-0.1", lease.incarnation, 3);
+        let part = log_part(&log, 7);
+        assert_eq!(
+            part.as_str(),
+            "logs/gpu-0.1/00000000004294967297-e000003/00000007.jsonl"
+        );
+        assert_eq!(
+            parse_log_part(&part),
+            Some(("gpu-0.1", lease.incarnation, 3, 7))
+        );
+        assert_eq!(parse_log_part(&logs().key("local-0.log")), None);
     }
 
     #[test]

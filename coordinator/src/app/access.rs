@@ -76,8 +76,12 @@ impl Access {
 
     /// Keeps the join string in a file that only its owner may read, for workers that others start.
     pub fn write_join(&self, join: &Join) -> anyhow::Result<PathBuf> {
-        let path = self.folder.join("join");
-        let partial = self.folder.join("join.partial");
+        self.write_private("join", &join.reveal())
+    }
+
+    fn write_private(&self, name: &str, text: &str) -> anyhow::Result<PathBuf> {
+        let path = self.folder.join(name);
+        let partial = self.folder.join(format!("{name}.partial"));
         let write = || {
             // A left-over may have other permissions.
             let _ = std::fs::remove_file(&partial);
@@ -86,11 +90,16 @@ impl Access {
                 .create_new(true)
                 .mode(0o600)
                 .open(&partial)?;
-            writeln!(file, "{}", join.reveal())?;
+            writeln!(file, "{text}")?;
             std::fs::rename(&partial, &path)
         };
         write().with_context(|| format!("{} cannot be written", path.display()))?;
         Ok(path)
+    }
+
+    /// Keeps the link to the live page, key and all, in a file that only its owner may read.
+    pub fn write_page(&self, link: &str) -> anyhow::Result<PathBuf> {
+        self.write_private("page", link)
     }
 
     /// Folder for the logs of workers on this host.

@@ -1,10 +1,9 @@
 //! What people ask of a run by its URI: told to its coordinator, or, where none answers, written in its journal.
 
-use anyhow::Context as _;
-
 use super::find::{Found, find};
 use crate::driver::{Clock, unique_id};
 use crate::journal::Journal;
+use crate::launch::slurm;
 use crate::scheduler::{Outcome, Record};
 use crate::service::client::Request;
 
@@ -27,8 +26,12 @@ pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Resul
         anyhow::bail!("the run at {} has ended: it {outcome}", found.store.uri());
     }
     if let Some(client) = &mut found.client {
-        let asked = client.ask(request).await;
-        asked.context("the coordinator did not take the request")?;
+        if let Err(status) = client.ask(request).await {
+            anyhow::bail!(
+                "the coordinator did not take the request: {}",
+                status.message()
+            );
+        }
         return Ok(Heard::Coordinator);
     }
     let record = match request {
@@ -39,7 +42,14 @@ pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Resul
             anyhow::bail!("no coordinator has the run at {}", found.store.uri())
         }
     };
+    let is_end = matches!(record, Record::RunFinished(_));
     note(&found, record, clock).await?;
+    let launcher = found.record.recipe.pointer("/cluster/launcher");
+    if is_end && launcher.is_some_and(|launcher| launcher == "slurm") {
+        slurm::end_jobs(&found.record.run_id.to_string())
+            .await
+            .context("the run is cancelled")?;
+    }
     Ok(Heard::Journal)
 }
 

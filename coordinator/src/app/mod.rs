@@ -10,7 +10,9 @@ mod memo;
 mod prepare;
 mod progress;
 mod prompt_lists;
+mod sight;
 mod waits;
+mod workers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,21 +21,23 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use distillery_common::checkpoint;
 use distillery_common::recipe::{Launcher, Recipe, Tls};
 use distillery_common::run::RunRecord;
-use distillery_common::security::Join;
 use distillery_common::storage::Store;
 use distillery_common::storage::layout::{self, Key};
+use distillery_common::telemetry::Format;
 
 use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
 use crate::journal::{self, Folded, Journal};
-use crate::launch::{Launched, local, slurm};
+use crate::launch::Launched;
 use crate::report;
 use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
+use crate::spans;
 
 pub use access::Access;
 pub use control::{Heard, control};
@@ -43,6 +47,9 @@ pub use waits::Wait;
 
 /// Exit code of a run that can be resumed by the same command.
 const TRY_AGAIN: u8 = 75;
+
+/// How long the last spans may take to reach their collector.
+const LAST_SPANS: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// How this process runs a recipe; none of it changes a result.
 #[derive(Debug, Clone)]
@@ -59,6 +66,8 @@ pub struct Config {
     pub waits: Vec<Wait>,
     /// Results are for programs.
     pub json: bool,
+    /// Form of the logs of workers that this process starts.
+    pub log_format: Format,
 }
 
 /// Runs `recipe` until it ends or is stopped.
@@ -115,13 +124,10 @@ async fn coordinate(
     let listener = listen(&recipe, config.insecure).await?;
     let endpoint = advertised(&listener, &recipe)?;
     let join = access.join(&endpoint, tls)?;
+    let run_id = prepared.record.run_id.to_string();
+    let port = sight::bind(&recipe, &access, &run_id, config.insecure).await?;
     let journal = Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
-    if journal.durable().paused.is_some() {
-        console::note(format_args!(
-            "the run is paused; `coordinator resume {}` lets it go on",
-            store.uri()
-        ));
-    }
+    tell_if_paused(&journal, &store);
     let machine = Machine::new(
         prepared.plan.clone(),
         timings.clone(),
@@ -136,12 +142,18 @@ async fn coordinate(
     );
     let (driver, handle) = Driver::new(machine, journal, errands, clock);
     let identity = service::Identity {
-        run_id: prepared.record.run_id.to_string(),
+        run_id,
         run_uri: recipe.output.clone(),
         name: recipe.name.clone(),
         term: term.0,
         timings,
     };
+    let (spans, sending) = spans::of_environment(&identity)?.unzip();
+    let driver = driver.told_to(spans);
+    let metrics = driver.metrics();
+    let page = port
+        .map(|port| sight::open(port, &access, identity.clone(), handle.clone(), metrics))
+        .transpose()?;
     let (end_service, service_ends) = oneshot::channel::<()>();
     let serving = tokio::spawn(service::serve(
         listener,
@@ -157,17 +169,14 @@ async fn coordinate(
     if !config.json {
         console::note(&prepared.plan);
     }
-    let launched = launch(&recipe, &config, &access, &join, handle.clone(), clock).await?;
+    let launched = workers::launch(&recipe, &config, &access, &join, handle.clone(), clock).await?;
     let watching = tokio::spawn(watch_signals(handle.clone()));
     let showing = tokio::spawn(progress::show(handle, term.0 > 1));
     let ended = driver.run().await;
     watching.abort();
     showing.abort();
-    match launched {
-        Some(launched) if ended.is_ok() => launched.finish().await,
-        Some(launched) => launched.leave().await,
-        None => {}
-    }
+    page.iter().for_each(JoinHandle::abort);
+    see_off(launched, sending, ended.is_ok()).await;
     drop(end_service);
     serving.abort();
     let ended = match ended {
@@ -178,6 +187,28 @@ async fn coordinate(
         Err(error) => Ending::interrupted(&error.to_string()),
     };
     Ok(ended.tell(&recipe, config.json))
+}
+
+/// Waits for workers that this process started, and for the last spans to reach their collector.
+async fn see_off(launched: Option<Launched>, sending: Option<JoinHandle<()>>, is_over: bool) {
+    match launched {
+        Some(launched) if is_over => launched.finish().await,
+        Some(launched) => launched.leave().await,
+        None => {}
+    }
+    if let Some(sending) = sending {
+        // A collector that does not answer holds nobody up.
+        let _ = tokio::time::timeout(LAST_SPANS, sending).await;
+    }
+}
+
+fn tell_if_paused(journal: &Journal, store: &Store) {
+    if journal.durable().paused.is_some() {
+        console::note(format_args!(
+            "the run is paused; `coordinator resume {}` lets it go on",
+            store.uri()
+        ));
+    }
 }
 
 /// Says how the run ended that another process had. Both write the same report.
@@ -303,97 +334,6 @@ fn advertised(listener: &TcpListener, recipe: &Recipe) -> anyhow::Result<String>
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
         .context("this host's name is not known; name an address in cluster.listen")?;
     Ok(format!("{}:{}", host.trim(), address.port()))
-}
-
-async fn launch(
-    recipe: &Recipe,
-    config: &Config,
-    access: &Access,
-    join: &Join,
-    handle: Handle,
-    clock: Clock,
-) -> anyhow::Result<Option<Launched>> {
-    let file = access.write_join(join)?;
-    match &recipe.cluster.launcher {
-        Launcher::External => {
-            console::note(format_args!(
-                "start workers with: worker join --coordinator @{}",
-                file.display()
-            ));
-            Ok(None)
-        }
-        Launcher::Local => {
-            let workers = local::Workers {
-                worker: config.worker.clone(),
-                engine: Some(config.engine.clone()),
-                count: recipe.cluster.max_workers,
-                fewest: recipe.cluster.min_workers,
-                threads: recipe.compute.threads,
-                join: join.reveal(),
-                logs: access.logs(),
-            };
-            local::start(workers, handle)
-                .context("the folder for the logs of workers cannot be made")
-                .map(|workers| Some(Launched::Local(workers)))
-        }
-        Launcher::Slurm(section) => {
-            let program =
-                |own: &Option<PathBuf>, known: &PathBuf| own.as_ref().unwrap_or(known).clone();
-            let workers = slurm::Workers {
-                worker: slurm::Worker {
-                    name: slurm::name_of(join.run_id()),
-                    worker: program(&section.worker, &config.worker),
-                    engine: program(&section.engine, &config.engine),
-                    join: file,
-                    logs: access.logs().join("slurm"),
-                    log: None,
-                    count: None,
-                    threads: recipe.compute.threads,
-                },
-                slurm: (**section).clone(),
-                most: recipe.cluster.max_workers,
-                fewest: recipe.cluster.min_workers,
-            };
-            slurm::start(workers, handle).map(|workers| Some(Launched::Slurm(workers)))
-        }
-        Launcher::Kubernetes => launch_pods(recipe, config, join, handle, clock)
-            .await
-            .map(Some),
-    }
-}
-
-#[cfg(feature = "kubernetes")]
-async fn launch_pods(
-    recipe: &Recipe,
-    config: &Config,
-    join: &Join,
-    handle: Handle,
-    clock: Clock,
-) -> anyhow::Result<Launched> {
-    use crate::launch::kubernetes;
-    let settings = recipe.cluster.kubernetes.clone();
-    let workers = kubernetes::Workers {
-        kubernetes: settings.context("cluster.kubernetes is missing")?,
-        run_id: join.run_id().to_owned(),
-        count: recipe.cluster.max_workers,
-        join: distillery_common::recipe::Secret::new(join.reveal()),
-        insecure: config.insecure && join.authority().is_none(),
-    };
-    let launched = kubernetes::start(workers, handle, clock).await?;
-    Ok(Launched::Kubernetes(launched))
-}
-
-#[cfg(not(feature = "kubernetes"))]
-async fn launch_pods(
-    _: &Recipe,
-    _: &Config,
-    _: &Join,
-    _: Handle,
-    _: Clock,
-) -> anyhow::Result<Launched> {
-    anyhow::bail!(
-        "cluster.launcher is kubernetes, and this coordinator was built without it; build it with `--features kubernetes`"
-    )
 }
 
 /// Ctrl-C once: checkpoint and stop; twice: stop now.

@@ -11,6 +11,10 @@ use crate::scheduler::StageView;
 /// Between two drawings on a terminal, and between two plain lines.
 const REDRAW: Duration = Duration::from_millis(500);
 const LINE: Duration = Duration::from_secs(5);
+/// Share of a stage, and time in it, from which its pace is worth telling; and the time from which it is told anyway.
+const TELLING: f64 = 0.03;
+const SOON: Duration = Duration::from_secs(5);
+const LATE: Duration = Duration::from_secs(60);
 /// Most characters of a bar; a sixth of a narrow terminal.
 const BAR: usize = 24;
 /// Characters in a line where the terminal does not tell its width.
@@ -45,6 +49,7 @@ pub(super) async fn show(handle: Handle, resumed: bool) {
 struct Display {
     lines: usize,
     last: String,
+    note: String,
     pace: Option<Pace>,
 }
 
@@ -81,7 +86,9 @@ impl Display {
         let pace = self.pace.as_ref().filter(|pace| pace.stage == stage.name)?;
         let done = fraction(stage) - pace.done;
         let spent = snapshot.elapsed.saturating_sub(pace.since);
-        if done <= 0.0 || spent < Duration::from_secs(2) {
+        // The first steps of a stage say little: workers load, and the first tasks all end at once.
+        let is_telling = (done >= TELLING && spent >= SOON) || spent >= LATE;
+        if done <= 0.0 || !is_telling {
             return None;
         }
         let left = spent.as_secs_f64() * (1.0 - fraction(stage)) / done;
@@ -109,6 +116,11 @@ impl Display {
             console::note(format_args!("{} {line}{left}", hms(snapshot.elapsed)));
             self.last = line;
         }
+        let note = snapshot.view.note.clone().unwrap_or_default();
+        if note != self.note && !note.is_empty() {
+            console::note(format_args!("{} {note}", hms(snapshot.elapsed)));
+        }
+        self.note = note;
     }
 
     fn redraw(&mut self, snapshot: &Snapshot) {
@@ -135,7 +147,8 @@ impl Display {
 /// and one to the next redraw. Where not all stages fit, those at work are shown.
 fn frame(snapshot: &Snapshot, left: Option<Duration>, width: usize, height: usize) -> Vec<String> {
     let view = &snapshot.view;
-    let room = height.saturating_sub(2).max(1);
+    let taken = 2 + usize::from(view.note.is_some());
+    let room = height.saturating_sub(taken).max(1);
     let fits = view.stages.len() <= room;
     let shown = view.stages.iter().filter(|stage| fits || is_active(stage));
     let bar = (width / 6).clamp(4, BAR);
@@ -155,6 +168,7 @@ fn frame(snapshot: &Snapshot, left: Option<Duration>, width: usize, height: usiz
         view.workers.len(),
         left.map(clock).unwrap_or_default()
     ));
+    lines.extend(view.note.clone());
     lines.iter().map(|line| cut(line, width)).collect()
 }
 
@@ -274,11 +288,13 @@ mod tests {
             state: "running".into(),
             stages: vec![training; 9],
             workers: vec![],
+            note: Some("a stage waits for workers, and for this line to be cut ".repeat(5)),
         };
         let snapshot = Snapshot {
             view,
             elapsed: Duration::from_secs(3_599),
             decisions: vec![],
+            failures: vec![],
         };
         for (width, height) in [(20, 24), (40, 24), (80, 24), (200, 24), (80, 5)] {
             let lines = frame(&snapshot, Some(Duration::from_secs(60)), width, height);

@@ -5,6 +5,7 @@ mod control;
 mod doctor;
 mod export;
 mod gc;
+mod logs;
 mod one_shot;
 mod plan;
 mod render;
@@ -13,6 +14,7 @@ mod run;
 mod sample;
 mod schema;
 mod status;
+mod workers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,7 +25,7 @@ use serde_json::json;
 
 use distillery_common::recipe::{self, Faults, Recipe};
 use distillery_common::teacher::Folder;
-use distillery_common::telemetry;
+use distillery_common::telemetry::{self, FORMAT_VARIABLE, Format};
 
 use crate::console;
 use crate::driver::Clock;
@@ -46,9 +48,12 @@ struct Arguments {
     /// More of what happens on standard error; twice for everything. RUST_LOG wins.
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     verbose: u8,
-    /// Results and errors as JSON on standard output, logs as JSON lines.
+    /// Results and errors as JSON on standard output, logs as JSON lines unless --log-format says otherwise.
     #[arg(long, global = true)]
     json: bool,
+    /// How logs are written, here and by workers that are started: for people, or a JSON object a line.
+    #[arg(long, env = FORMAT_VARIABLE, value_name = "plain|json", global = true)]
+    log_format: Option<Format>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -65,6 +70,10 @@ enum Command {
     Schema,
     /// Shows how a run is.
     Status(status::Arguments),
+    /// Shows the workers of a run, what each does and for how long.
+    Workers(workers::Arguments),
+    /// Shows what engines have printed, with -f as it comes.
+    Logs(logs::Arguments),
     /// Stops a run, to be resumed: after a checkpoint, or at once.
     Stop(control::Stop),
     /// Lets a run begin nothing new: tasks end, groups leave after a checkpoint.
@@ -75,7 +84,7 @@ enum Command {
     Cancel(control::WithReason),
     /// Lets a worker leave after what it has in hand.
     Drain(control::Drain),
-    /// Checks that a bucket or folder keeps every promise that a run relies on.
+    /// Looks at this host, and tries in a bucket or folder every promise that a run relies on.
     Doctor(doctor::Arguments),
     /// Lists, or with --delete removes, files that attempts left behind and nothing names.
     Gc(gc::Arguments),
@@ -100,6 +109,7 @@ struct RecipeArguments {
 #[derive(Debug, Clone, Copy)]
 struct Context {
     json: bool,
+    log_format: Format,
     clock: Clock,
 }
 
@@ -110,9 +120,18 @@ pub fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return misused(&error),
     };
-    init_logs(&arguments);
+    let log_format = match (arguments.log_format, arguments.json) {
+        (Some(format), _) => format,
+        (None, true) => Format::Json,
+        (None, false) => Format::Plain,
+    };
+    // What a doctor finds is its result: the tries on the way to it would only bury that.
+    let quiet = matches!(arguments.command, Command::Doctor(_));
+    init_logs(arguments.verbose, quiet, log_format);
     let context = Context {
         json: arguments.json,
+        // Logs of workers lie in files: --json is about what this process says.
+        log_format: arguments.log_format.unwrap_or_default(),
         clock,
     };
     let ended = match arguments.command {
@@ -122,12 +141,14 @@ pub fn main() -> ExitCode {
         Command::Render(own) => render::run(own, context),
         Command::Schema => schema::run(),
         Command::Status(own) => status::run(&own, context),
+        Command::Workers(own) => workers::run(&own, context),
+        Command::Logs(own) => logs::run(own, context),
         Command::Stop(own) => control::stop(own, context),
         Command::Pause(own) => control::pause(own, context),
         Command::Resume(own) => control::resume(&own, context),
         Command::Cancel(own) => control::cancel(own, context),
         Command::Drain(own) => control::drain(own, context),
-        Command::Doctor(own) => doctor::run(&own, context),
+        Command::Doctor(own) => doctor::run(own, context),
         Command::Gc(own) => gc::run(&own, context),
         Command::Report(own) => report::run(&own, context),
         Command::Sample(own) => sample::run(own, context),
@@ -151,16 +172,12 @@ fn misused(error: &clap::Error) -> ExitCode {
     ExitCode::from(USAGE)
 }
 
-fn init_logs(arguments: &Arguments) {
-    let level = match arguments.verbose {
+fn init_logs(verbose: u8, quiet: bool, format: Format) {
+    let level = match verbose {
+        0 if quiet => "off",
         0 => "warn",
         1 => "info",
         _ => "debug",
-    };
-    let format = if arguments.json {
-        telemetry::Format::Json
-    } else {
-        telemetry::Format::Plain
     };
     telemetry::init(level, format);
 }

@@ -58,6 +58,7 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
         insecure: arguments.insecure,
         waits: arguments.waits,
         json: context.json,
+        log_format: context.log_format,
     };
     super::runtime()?.block_on(app::run(recipe, config, context.clock))
 }

@@ -10,12 +10,14 @@ use distillery_common::run::RunRecord;
 use super::Context;
 use crate::app;
 use crate::console;
+use crate::plan::{EVALUATE, EXPORT, REFERENCE, TRAJECTORIES};
 use crate::scheduler::Durable;
 use crate::service::client::Status;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// The run URI: what the recipe calls `output`.
+    #[arg(default_value = ".")]
     run: String,
 }
 
@@ -27,7 +29,7 @@ async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCod
     let found = app::find(&arguments.run).await?;
     match found.client {
         Some(mut client) => live(&client.status().await?, context)?,
-        None => stored(&found.record, &found.durable, context)?,
+        None => stored(&found.record, &found.durable, found.store.uri(), context)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -41,7 +43,7 @@ fn live(status: &Status, context: Context) -> io::Result<()> {
 }
 
 /// What is known of a run that nobody works on.
-fn stored(record: &RunRecord, durable: &Durable, context: Context) -> io::Result<()> {
+fn stored(record: &RunRecord, durable: &Durable, uri: &str, context: Context) -> io::Result<()> {
     let state = match &durable.outcome {
         Some(outcome) => outcome.to_string(),
         None if durable.paused.is_some() => {
@@ -49,28 +51,81 @@ fn stored(record: &RunRecord, durable: &Durable, context: Context) -> io::Result
         }
         None => "no coordinator has it; `coordinator run` with its recipe resumes it".into(),
     };
-    let stages: Vec<_> = durable
-        .stages
-        .iter()
-        .map(|(name, log)| {
-            let step = log.newest(&[]).map(|checkpoint| checkpoint.step);
-            (name, log.sealed.is_some(), step)
-        })
-        .collect();
+    let stages = stored_stages(record, durable);
+    let name = record.recipe["name"].as_str().unwrap_or_default();
+    let (run_id, term) = (record.run_id.to_string(), durable.term);
     if context.json {
         let stages: Vec<_> = stages
             .iter()
-            .map(|(name, sealed, step)| json!({"name": name, "sealed": sealed, "step": step}))
+            .map(|stage| {
+                json!({
+                    "name": stage.name, "kind": stage.kind, "sealed": stage.sealed,
+                    "state": stage.state(), "step": stage.step, "total": stage.steps,
+                })
+            })
             .collect();
-        let run_id = record.run_id.to_string();
-        return console::result(json!({"run_id": run_id, "state": state, "stages": stages}));
+        return console::result(json!({
+            "run_id": run_id, "name": name, "output": uri, "term": term.0, "state": state,
+            "stages": stages,
+        }));
     }
-    console::result(format_args!("run {}: {state}", record.run_id))?;
-    for (name, sealed, step) in stages {
-        let state = if sealed { "sealed" } else { "open" };
-        let step = step.map(|step| format!(", checkpoint at step {step}"));
-        let step = step.unwrap_or_default();
-        console::result(format_args!("  {name:<14} {state}{step}"))?;
+    console::result(format_args!(
+        "run {name} ({run_id}) at {uri}: {state}, term {term}"
+    ))?;
+    for stage in stages {
+        let done = match (stage.step, stage.steps) {
+            (Some(step), Some(steps)) => format!("{step:>8} of {steps}"),
+            (None, Some(steps)) => format!("{:>8} of {steps}", 0),
+            (_, None) => String::new(),
+        };
+        let state = stage.state();
+        let line = format!("  {:<14} {:<13} {state:<11} {done}", stage.name, stage.kind);
+        console::result(line.trim_end())?;
     }
     Ok(())
+}
+
+/// A stage as far as the journal and the recipe tell.
+struct StoredStage {
+    name: String,
+    kind: String,
+    sealed: bool,
+    /// Of its newest checkpoint.
+    step: Option<u64>,
+    /// Steps in all, where it trains.
+    steps: Option<u64>,
+}
+
+impl StoredStage {
+    fn state(&self) -> &'static str {
+        if self.sealed { "sealed" } else { "open" }
+    }
+}
+
+/// Stages that the journal knows, in the order of the plan.
+fn stored_stages(record: &RunRecord, durable: &Durable) -> Vec<StoredStage> {
+    let trained: Vec<(&str, Option<u64>)> = record.recipe["stages"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|stage| Some((stage["name"].as_str()?, stage["steps"].as_u64())))
+        .collect();
+    let mut order = vec![TRAJECTORIES];
+    order.extend(trained.iter().map(|(name, _)| *name));
+    order.extend([REFERENCE, EVALUATE, EXPORT]);
+    let known = order
+        .iter()
+        .filter_map(|&name| Some((name, durable.stages.get(name)?)));
+    known
+        .map(|(name, log)| {
+            let training = trained.iter().find(|(trained, _)| *trained == name);
+            StoredStage {
+                name: name.to_owned(),
+                kind: training.map_or(name, |_| "distill").to_owned(),
+                sealed: log.sealed.is_some(),
+                step: log.newest(&[]).map(|checkpoint| checkpoint.step),
+                steps: training.and_then(|(_, steps)| *steps),
+            }
+        })
+        .collect()
 }

@@ -6,6 +6,7 @@
 
 mod commit_index;
 mod errands;
+mod failures;
 mod trouble;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -18,13 +19,16 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::journal::{self, Journal, Spent};
+use crate::metrics::Metrics;
 use crate::plan::Plan;
 use crate::scheduler::{
     Action, ConnectionId, Decision, Event, FromWorker, Hello, Machine, Outcome, Record, ToWorker,
-    View,
+    View, Weight,
 };
+use crate::spans::Spans;
 
 pub use errands::{Dataset, Errands};
+pub use failures::FailureSeen;
 
 /// Inputs that may wait for the machine; senders wait beyond that.
 const QUEUE: usize = 1024;
@@ -63,6 +67,8 @@ pub struct Snapshot {
     pub view: View,
     /// The last decisions, newest last.
     pub decisions: Vec<String>,
+    /// The last failures, newest last.
+    pub failures: Vec<FailureSeen>,
 }
 
 /// The way to the driver. Cheap to clone.
@@ -186,6 +192,9 @@ pub struct Driver {
     handle: Handle,
     outbound: BTreeMap<ConnectionId, mpsc::Sender<ToWorker>>,
     decisions: VecDeque<String>,
+    failures: failures::Failures,
+    metrics: Metrics,
+    spans: Option<Spans>,
     granted: bool,
     /// When it was last looked whether somebody else has the run, and the look if it still lasts.
     looked: Duration,
@@ -212,6 +221,9 @@ impl Driver {
             handle: handle.clone(),
             outbound: BTreeMap::new(),
             decisions: VecDeque::new(),
+            failures: failures::Failures::default(),
+            metrics: Metrics::default(),
+            spans: None,
             granted: false,
             looked: Duration::ZERO,
             looking: None,
@@ -224,6 +236,17 @@ impl Driver {
     pub fn watched_by(mut self, watch: Box<dyn Watch>) -> Self {
         self.watch = Some(watch);
         self
+    }
+
+    /// The same driver, telling a collector of spans what it does.
+    pub fn told_to(mut self, spans: Option<Spans>) -> Self {
+        self.spans = spans;
+        self
+    }
+
+    /// What it counts; more may be counted beside it.
+    pub fn metrics(&self) -> Metrics {
+        self.metrics.clone()
     }
 
     /// Drives until the run ends.
@@ -291,12 +314,14 @@ impl Driver {
             Input::Event(event) => self.step(event).await,
             Input::Replaced(by) => Err(journal::Error::Fenced { by }),
             Input::Status(reply) => {
+                self.metrics.asked();
                 let elapsed = self.clock.now();
                 // Whoever asked may have gone; that is no matter.
                 let _ = reply.send(Snapshot {
                     elapsed,
                     view: self.machine.view(elapsed),
                     decisions: self.decisions.iter().cloned().collect(),
+                    failures: self.failures.seen(),
                 });
                 Ok(())
             }
@@ -309,6 +334,11 @@ impl Driver {
             self.outbound.remove(connection);
         }
         let now = self.clock.now();
+        self.metrics.heard(now, &event);
+        self.failures.heard(now, &event);
+        if let Some(spans) = &mut self.spans {
+            spans.heard(&event);
+        }
         let seen = self.watch.as_ref().map(|_| event.clone());
         let actions = self.machine.handle(now, event);
         if let (Some(watch), Some(event)) = (&mut self.watch, seen) {
@@ -323,7 +353,9 @@ impl Driver {
             self.append(&mut records).await?;
             self.act(action);
         }
-        self.append(&mut records).await
+        self.append(&mut records).await?;
+        self.metrics.stepped(self.clock.now().saturating_sub(now));
+        Ok(())
     }
 
     async fn append(&mut self, records: &mut Vec<Record>) -> Result<(), journal::Error> {
@@ -331,6 +363,7 @@ impl Driver {
             return Ok(());
         }
         let spent = self.clock.spent();
+        let count = records.len();
         let mut tries = 0;
         while !records.is_empty() {
             match self.journal.append(records, spent).await {
@@ -343,10 +376,16 @@ impl Driver {
                 Err(error) => return Err(error),
             }
         }
+        let took = self.clock.now().saturating_sub(spent.elapsed);
+        self.metrics.appended(count, took);
         Ok(())
     }
 
     fn act(&mut self, action: Action) {
+        self.metrics.acts(&action);
+        if let Some(spans) = &mut self.spans {
+            spans.acts(&action);
+        }
         match action {
             Action::Journal(_) => unreachable!("records are appended before anything is done"),
             Action::Send(connection, message) => self.tell(connection, message),
@@ -414,30 +453,10 @@ impl Driver {
 
     fn explain(&mut self, decision: &Decision) {
         let text = decision.to_string();
-        match decision {
-            Decision::Granted { .. } => tracing::debug!("{text}"),
-            Decision::Lost { .. }
-            | Decision::Retrying { .. }
-            | Decision::Quarantined { .. }
-            | Decision::Aborted { .. }
-            | Decision::Resized { .. }
-            | Decision::Suspected { .. }
-            | Decision::Postponed { .. } => tracing::warn!("{text}"),
-            Decision::Welcomed { .. }
-            | Decision::StageStarted { .. }
-            | Decision::StageSealed { .. }
-            | Decision::Formed { .. }
-            | Decision::Exchanged { .. }
-            | Decision::Trains { .. }
-            | Decision::Checkpoint { .. }
-            | Decision::Ignored { .. }
-            | Decision::Cleared { .. }
-            | Decision::Reserved { .. }
-            | Decision::Paused { .. }
-            | Decision::Resumed
-            | Decision::Draining { .. }
-            | Decision::Stopping { .. }
-            | Decision::Finished(_) => tracing::info!("{text}"),
+        match decision.weight() {
+            Weight::Detail => tracing::debug!("{text}"),
+            Weight::Ordinary => tracing::info!("{text}"),
+            Weight::Trouble => tracing::warn!("{text}"),
         }
         if self.decisions.len() == DECISIONS {
             self.decisions.pop_front();

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use distillery_common::backoff::Backoff;
+use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 
 use super::tail;
 use crate::driver::Handle;
@@ -55,6 +56,8 @@ pub struct Workers {
     pub join: String,
     /// Folder for their logs.
     pub logs: PathBuf,
+    /// Form of their logs.
+    pub format: Format,
 }
 
 /// The started workers. Dropping it kills them.
@@ -233,6 +236,7 @@ fn spawn(workers: &Workers, name: &str, log: &Path) -> io::Result<Child> {
         .args(["--name", name])
         .arg("--parent-stdin")
         .env("DISTILLERY_JOIN", &workers.join)
+        .env(FORMAT_VARIABLE, workers.format.to_string())
         .stdin(Stdio::piped())
         .stdout(log.try_clone()?)
         .stderr(log)

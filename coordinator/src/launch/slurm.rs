@@ -15,7 +15,7 @@ mod script;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::DirBuilder;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -61,6 +61,18 @@ pub fn name_of(run_id: &str) -> String {
     format!("distill-{run_id}")
 }
 
+/// Ends the jobs of a run that nobody has.
+///
+/// # Errors
+/// When Slurm cannot be asked from here, with what to do.
+pub async fn end_jobs(run_id: &str) -> anyhow::Result<()> {
+    let client = Client::of(name_of(run_id))?;
+    let name = &client.name;
+    client.cancel_all().await.with_context(|| {
+        format!("its jobs may still be in Slurm's queue; `scancel --name={name}` ends them")
+    })
+}
+
 /// What becomes of the jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Until {
@@ -99,13 +111,9 @@ pub fn start(workers: Workers, handle: Handle) -> anyhow::Result<Launched> {
     let script = logs.join("worker.sbatch");
     std::fs::write(&script, script::worker(&workers.slurm, &workers.worker))
         .with_context(|| format!("{} cannot be written", script.display()))?;
-    let own = std::fs::metadata("/proc/self").context("/proc/self")?;
     let jobs = |engines: u32| engines.div_ceil(workers.slurm.engines());
     let keeper = Keeper {
-        client: Client {
-            name: workers.worker.name.clone(),
-            user: own.uid(),
-        },
+        client: Client::of(workers.worker.name.clone())?,
         fleet: Fleet::new(jobs(workers.most), jobs(workers.fewest)),
         logs: logs.clone(),
         script,
@@ -115,6 +123,11 @@ pub fn start(workers: Workers, handle: Handle) -> anyhow::Result<Launched> {
     };
     let (until, told) = watch::channel(Until::Further);
     let poll = Duration::from_secs(workers.slurm.poll_s.into());
+    console::note(format_args!(
+        "workers are Slurm jobs named {}; their logs are in {}",
+        keeper.client.name,
+        keeper.logs.display()
+    ));
     let task = tokio::spawn(keeper.keep(poll, told));
     Ok(Launched { task, until })
 }
@@ -178,6 +191,10 @@ impl Keeper {
         }
         // The driver may have ended meanwhile; then nobody has joined any more.
         let snapshot = self.handle.snapshot().await;
+        let is_ending = match &snapshot {
+            Ok(snapshot) => snapshot.view.state == "stopping",
+            Err(_) => true,
+        };
         let workers = snapshot.map(|s| s.view.workers).unwrap_or_default();
         let joined: BTreeSet<JobId> = workers
             .iter()
@@ -190,6 +207,7 @@ impl Keeper {
             queue: &queue,
             ends: &ends,
             joined: &joined,
+            is_ending,
         });
         for step in steps {
             self.take(step).await;
@@ -198,8 +216,7 @@ impl Keeper {
 
     async fn take(&mut self, step: Step) {
         match step {
-            Step::Tell(text) => tracing::warn!("{text}"),
-            Step::GiveUp(why, job) => self.give_up(why, job).await,
+            Step::Tell(_) | Step::GiveUp(..) => self.say(step).await,
             Step::Cancel(ids) => {
                 if let Err(trouble) = self.client.cancel(&ids).await {
                     tracing::warn!(%trouble, "jobs cannot be cancelled");
@@ -219,28 +236,32 @@ impl Keeper {
                         }
                     };
                     let now = self.watch.elapsed();
-                    for step in self.fleet.not_submitted(now, refusal) {
-                        match step {
-                            Step::GiveUp(why, job) => self.give_up(why, job).await,
-                            step => tracing::warn!("{step:?}"),
-                        }
+                    let steps = self.fleet.not_submitted(now, refusal);
+                    for step in steps {
+                        self.say(step).await;
                     }
                 }
             },
         }
     }
 
-    fn not_answered(&mut self, trouble: &Trouble) {
-        if !std::mem::replace(&mut self.is_away, true) {
-            tracing::warn!(%trouble, "Slurm does not answer; jobs that run go on, and it is asked again");
-        }
-    }
-
-    async fn give_up(&self, why: String, job: Option<JobId>) {
+    /// What only has to be told: to people, or to the run.
+    async fn say(&self, step: Step) {
+        let (why, job) = match step {
+            Step::GiveUp(why, job) => (why, job),
+            Step::Tell(text) => return tracing::warn!("{text}"),
+            Step::Submit(_) | Step::Cancel(_) => return,
+        };
         let evidence = job.map_or_else(String::new, |id| self.evidence(&id));
         let message = format!("{why}{evidence}");
         // The driver may have ended meanwhile; then nobody needs to know.
         let _ = self.handle.event(Event::LauncherFailed { message }).await;
+    }
+
+    fn not_answered(&mut self, trouble: &Trouble) {
+        if !std::mem::replace(&mut self.is_away, true) {
+            tracing::warn!(%trouble, "Slurm does not answer; jobs that run go on, and it is asked again");
+        }
     }
 
     /// What the script of a job wrote last.

@@ -41,6 +41,8 @@ impl Machine {
                 link: Link::Up(connection),
                 heard: now,
                 suspect: false,
+                device: hello.device.clone(),
+                since: now,
                 slots: hello.slots.max(1),
                 leases: Default::default(),
                 group: None,
@@ -392,6 +394,8 @@ impl Machine {
             incarnation,
             cause: cause.to_owned(),
             requeued: worker.leases.len(),
+            // What counts against nobody was said by the worker itself.
+            on_purpose: !counts,
         }));
         if let Some(id) = &worker.group
             && let Some(at) = self.live_group(id)

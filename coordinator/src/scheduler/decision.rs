@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use distillery_common::group::GroupId;
 use distillery_common::ids::{Generation, Incarnation};
-use distillery_common::task::{Failure, Lease, TaskId};
+use distillery_common::task::{Failure, FailureClass, Lease, TaskId};
 
 use super::run::Outcome;
 
@@ -31,6 +31,8 @@ pub enum Decision {
         cause: String,
         /// Leases that are pending again.
         requeued: usize,
+        /// It said goodbye.
+        on_purpose: bool,
     },
     /// A worker has gone silent and is given nothing new.
     Suspected {
@@ -134,6 +136,8 @@ pub enum Decision {
         reached: u64,
         /// Counted generations in a row that got no further.
         fruitless: u32,
+        /// The run is paused or stops, and its group with it.
+        with_run: bool,
     },
     /// A checkpoint counts.
     Checkpoint {
@@ -173,6 +177,56 @@ pub enum Decision {
     },
     /// The run ended.
     Finished(Outcome),
+}
+
+/// How loudly a decision is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Weight {
+    /// One of very many.
+    Detail,
+    /// The ordinary course of a run.
+    Ordinary,
+    /// Something went wrong, and the run goes on.
+    Trouble,
+}
+
+impl Decision {
+    /// How loudly it is told.
+    pub fn weight(&self) -> Weight {
+        match self {
+            Self::Granted { .. } => Weight::Detail,
+            Self::Lost { on_purpose, .. } if *on_purpose => Weight::Ordinary,
+            Self::Aborted { with_run, .. } if *with_run => Weight::Ordinary,
+            Self::Retrying { failure, .. } if is_told(failure.class) => Weight::Ordinary,
+            Self::Lost { .. }
+            | Self::Retrying { .. }
+            | Self::Quarantined { .. }
+            | Self::Aborted { .. }
+            | Self::Resized { .. }
+            | Self::Suspected { .. }
+            | Self::Postponed { .. } => Weight::Trouble,
+            Self::Welcomed { .. }
+            | Self::StageStarted { .. }
+            | Self::StageSealed { .. }
+            | Self::Formed { .. }
+            | Self::Exchanged { .. }
+            | Self::Trains { .. }
+            | Self::Checkpoint { .. }
+            | Self::Ignored { .. }
+            | Self::Cleared { .. }
+            | Self::Reserved { .. }
+            | Self::Paused { .. }
+            | Self::Resumed
+            | Self::Draining { .. }
+            | Self::Stopping { .. }
+            | Self::Finished(_) => Weight::Ordinary,
+        }
+    }
+}
+
+/// Whether an attempt ended because it was told to.
+fn is_told(class: FailureClass) -> bool {
+    matches!(class, FailureClass::Preempted | FailureClass::Superseded)
 }
 
 /// Why a task was given to a worker.
@@ -256,6 +310,7 @@ impl fmt::Display for Decision {
                 reason,
                 reached,
                 fruitless,
+                ..
             } => write!(
                 f,
                 "gave up {group} at step {reached}: {reason}; {fruitless} groups in a row got no further"

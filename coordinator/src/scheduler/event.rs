@@ -100,6 +100,8 @@ pub struct Hello {
     pub name: String,
     /// Where it runs.
     pub host: String,
+    /// What it computes on, for people.
+    pub device: String,
     /// Tasks it can hold at a time, at least 1.
     pub slots: u32,
     /// Registration held before its stream broke.

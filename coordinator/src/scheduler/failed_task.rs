@@ -59,7 +59,9 @@ impl Machine {
             Remedy::RetryFree => {}
             Remedy::RetryCounted => self.task_failure_counts(&task, &failure, now, out),
             Remedy::Quarantine => self.quarantine(&task, &failure, out),
-            Remedy::FailRun => self.fail(format!("{task}: {failure}"), out),
+            Remedy::FailRun => {
+                self.fail(format!("{task}: {failure}{}", failure.below()), out);
+            }
         }
         let log = self.durable.stage(&task.stage);
         out.push(Action::Explain(Decision::Retrying {
@@ -88,10 +90,9 @@ impl Machine {
         );
         let counted = self.durable.stage(&task.stage).failures[&task.index];
         if counted >= self.timings.counted_failures {
-            self.fail(
-                format!("{task} failed {counted} times; the last time: {failure}"),
-                out,
-            );
+            let below = failure.below();
+            let message = format!("{task} failed {counted} times; the last time: {failure}{below}");
+            self.fail(message, out);
             return;
         }
         let until = now + Duration::from_millis(self.timings.retry_ms(counted));
@@ -118,7 +119,8 @@ impl Machine {
         let aside = self.durable.stage(&task.stage).quarantined.len() as u64;
         if aside >= limit {
             let message = format!(
-                "{task}: {failure}; {limit} tasks of this stage may be set aside for bad input (trajectories.quarantine)"
+                "{task}: {failure}; {limit} tasks of this stage may be set aside for bad input (trajectories.quarantine){}",
+                failure.below()
             );
             self.fail(message, out);
             return;
@@ -127,7 +129,7 @@ impl Machine {
             Record::Quarantined {
                 stage: task.stage.clone(),
                 index: task.index,
-                message: failure.message.clone(),
+                message: failure.headline().to_owned(),
             },
             out,
         );
@@ -140,7 +142,7 @@ impl Machine {
         }
         out.push(Action::Explain(Decision::Quarantined {
             task: task.clone(),
-            message: failure.message.clone(),
+            message: failure.headline().to_owned(),
         }));
     }
 }

@@ -14,6 +14,9 @@ use super::event::ConnectionId;
 pub(super) struct Worker {
     pub(super) name: String,
     pub(super) host: String,
+    pub(super) device: String,
+    /// When it registered, or came back after a restart of this side.
+    pub(super) since: Duration,
     pub(super) link: Link,
     /// When it was last heard.
     pub(super) heard: Duration,

@@ -266,6 +266,7 @@ impl Machine {
             reason: reason.to_owned(),
             reached,
             fruitless,
+            with_run: !counted && !self.is_running(),
         }));
         self.stages[at] = stage::State::Training(Group::gathering(now, false));
         if fruitless >= self.timings.fruitless_generations {

@@ -157,7 +157,8 @@ impl Machine {
             }
             Remedy::RetryCounted => self.abort(at, &reason, true, now, out),
             Remedy::Quarantine | Remedy::FailRun => {
-                self.fail(format!("stage {}: {reason}", id.stage), out);
+                let below = failure.below();
+                self.fail(format!("stage {}: {reason}{below}", id.stage), out);
             }
         }
     }

@@ -357,6 +357,11 @@ impl Machine {
         matches!(self.run, run::State::Stopping { .. })
     }
 
+    /// Whether work is begun: the run is neither paused nor stopping nor at its end.
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self.run, run::State::Running)
+    }
+
     /// Writes down, and takes in, a durable fact.
     pub(super) fn journal(&mut self, record: Record, out: &mut Vec<Action>) {
         self.durable.apply(&record);

@@ -24,7 +24,7 @@ mod task;
 mod view;
 
 pub use action::{Action, ToWorker};
-pub use decision::{Decision, Why};
+pub use decision::{Decision, Weight, Why};
 pub use durable::{Checkpoint, Durable, Formed, StageLog};
 pub use event::{ConnectionId, Event, Finding, FromWorker, Hello, Trouble};
 pub use invariants::Violation;

@@ -10,7 +10,7 @@ pub enum Outcome {
     Succeeded,
     /// It cannot go on.
     Failed {
-        /// What, where, and what to do.
+        /// What, where, and what to do, in the first line; below it what the engine printed last.
         message: String,
     },
     /// Somebody gave it up for good.
@@ -35,11 +35,15 @@ impl Outcome {
     }
 }
 
+/// In one line.
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Succeeded => write!(f, "succeeded"),
-            Self::Failed { message } => write!(f, "failed: {message}"),
+            Self::Failed { message } => {
+                let headline = message.lines().next().unwrap_or_default();
+                write!(f, "failed: {headline}")
+            }
             Self::Cancelled { reason } => write!(f, "cancelled: {reason}"),
             Self::Stopped { reason } => write!(f, "stopped: {reason}"),
         }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use distillery_common::group::Progress;
+use distillery_common::group::{Phase, Progress};
 use distillery_common::ids::{Incarnation, Term};
 
-use super::fleet::Link;
+use super::fleet::{Link, Worker};
 use super::group::Group;
 use super::machine::Machine;
 use super::run;
@@ -23,6 +23,8 @@ pub struct View {
     pub stages: Vec<StageView>,
     /// By registration.
     pub workers: Vec<WorkerView>,
+    /// What everything waits for, and what to do, where that is not plain.
+    pub note: Option<String>,
 }
 
 /// A stage at one moment.
@@ -53,12 +55,18 @@ pub struct WorkerView {
     pub name: String,
     /// Where it runs.
     pub host: String,
+    /// What it computes on.
+    pub device: String,
     /// Its registration.
     pub incarnation: Incarnation,
     /// One word.
     pub state: &'static str,
     /// What it holds.
     pub doing: String,
+    /// How far it is with that.
+    pub detail: String,
+    /// How long it has been here.
+    pub age: Duration,
     /// Memory of it and its engines.
     pub rss_bytes: u64,
     /// How long it was not heard.
@@ -80,7 +88,50 @@ impl Machine {
                 .map(|at| self.stage_view(at))
                 .collect(),
             workers: self.worker_views(now),
+            note: self.note(),
         }
+    }
+
+    /// What everything waits for, and what to do, where that is not plain.
+    fn note(&self) -> Option<String> {
+        if let (run::State::Paused, Some(reason)) = (&self.run, &self.durable.paused) {
+            return Some(format!(
+                "paused: {reason}; `coordinator resume` lets it go on"
+            ));
+        }
+        if !self.is_running() {
+            return None;
+        }
+        if self.fleet.is_empty() {
+            return Some("no worker is here; they join with `worker join`".into());
+        }
+        let stages = self.stages.iter().zip(&self.plan.stages);
+        let is_at_work = |state: &State| {
+            matches!(state, State::Training(group) if group.formed().is_some())
+                || matches!(state, State::Tasks(board) if !board.leased.is_empty())
+        };
+        if self.stages.iter().any(is_at_work) {
+            return None;
+        }
+        stages
+            .into_iter()
+            .find_map(|(state, stage)| match (state, &stage.work) {
+                (State::Training(Group::Gathering { .. }), Work::Training(training)) => {
+                    self.gathers(&stage.name, training.min_world as usize)
+                }
+                _ => None,
+            })
+    }
+
+    fn gathers(&self, stage: &str, fewest: usize) -> Option<String> {
+        let (free, here) = (self.fleet.free().count(), self.fleet.eligible());
+        if here < fewest {
+            return Some(format!(
+                "stage {stage} waits for workers: {here} of at least {fewest} are here (cluster.workers.min)"
+            ));
+        }
+        (free < fewest)
+            .then(|| format!("stage {stage} waits for {fewest} engines to be ready: {free} are"))
     }
 
     fn stage_view(&self, at: usize) -> StageView {
@@ -156,9 +207,11 @@ impl Machine {
                 let leases = worker.leases.iter().map(|lease| lease.task.to_string());
                 let group = worker.group.iter().map(ToString::to_string);
                 let doing: Vec<_> = leases.chain(group).collect();
+                let detail = self.detail(worker);
                 WorkerView {
                     name: worker.name.clone(),
                     host: worker.host.clone(),
+                    device: worker.device.clone(),
                     incarnation,
                     state: match (worker.link, worker.draining, doing.is_empty()) {
                         (Link::Down(_), _, _) => "disconnected",
@@ -168,10 +221,50 @@ impl Machine {
                         (Link::Up(_), false, false) => "busy",
                     },
                     doing: doing.join(", "),
+                    detail,
+                    age: now.saturating_sub(worker.since),
                     rss_bytes: worker.rss_bytes,
                     silent: now.saturating_sub(worker.heard),
                 }
             })
             .collect()
+    }
+
+    /// How far a worker is with what it holds.
+    fn detail(&self, worker: &Worker) -> String {
+        let mut parts = Vec::new();
+        for lease in &worker.leases {
+            parts.push(format!("attempt {}", lease.attempt));
+        }
+        let at = worker.group.as_ref().and_then(|id| self.live_group(id));
+        match at.map(|at| self.stages[at].group()) {
+            Some(Some(Group::Stepping {
+                progress: Some(progress),
+                ..
+            })) => parts.push(format!(
+                "{}, step {} of {}",
+                phase(progress.phase),
+                progress.step,
+                progress.total_steps
+            )),
+            Some(Some(Group::Exchanging { .. })) => parts.push("connecting".into()),
+            _ => {}
+        }
+        if let (Some((done, total)), false) = (worker.progress, worker.leases.is_empty()) {
+            parts.push(format!("{done} of {total}"));
+        }
+        if worker.starting {
+            parts.push("engine starting".into());
+        }
+        parts.join(", ")
+    }
+}
+
+fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Exchanging => "connecting",
+        Phase::Syncing => "copying the state",
+        Phase::Stepping => "stepping",
+        Phase::Sealing => "writing the last checkpoint",
     }
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
+use distillery_common::ids::Incarnation;
 use distillery_common::proto::wire;
 use distillery_common::proto::wire::coordinator_client::CoordinatorClient;
 use distillery_common::security::{Join, ShowToken};
@@ -118,15 +119,56 @@ impl Status {
                 stage.name, stage.kind, stage.state, stage.done, stage.total
             );
         }
-        for worker in &status.workers {
-            let _ = writeln!(
-                text,
-                "  worker {:<12} {:<12} {}",
-                worker.name, worker.state, worker.doing
-            );
+        if !status.workers.is_empty() {
+            text.push_str(&self.workers_text());
         }
         for decision in status.decisions.iter().rev().take(10).rev() {
             let _ = writeln!(text, "  - {decision}");
+        }
+        if !status.note.is_empty() {
+            let _ = writeln!(text, "  {}", status.note);
+        }
+        if let Some(failure) = status.failures.last() {
+            text.push_str(&failure_text(failure, &status.run_uri));
+        }
+        text
+    }
+
+    /// The workers for people: a line each.
+    pub fn workers_text(&self) -> String {
+        let workers = &self.0.workers;
+        if workers.is_empty() {
+            return "no worker is here\n".into();
+        }
+        let width = |of: fn(&wire::WorkerStatus) -> &str, least: usize| {
+            workers
+                .iter()
+                .map(|worker| of(worker).chars().count())
+                .max()
+                .unwrap_or(0)
+                .max(least)
+        };
+        let name = width(|worker| &worker.name, 6);
+        let host = width(|worker| &worker.host, 4);
+        let device = width(|worker| &worker.device, 6);
+        let doing = width(|worker| &worker.doing, 5);
+        let mut text = format!(
+            "  {:<name$}  {:<host$}  {:<device$}  {:<12}  {:>8}  {:>12}  {:<doing$}  detail\n",
+            "worker", "host", "device", "state", "since", "registration", "doing"
+        );
+        for worker in workers {
+            let since = hms(worker.age_ms);
+            let line = format!(
+                "  {:<name$}  {:<host$}  {:<device$}  {:<12}  {since:>8}  {:>12}  {:<doing$}  {}",
+                worker.name,
+                worker.host,
+                worker.device,
+                worker.state,
+                Incarnation(worker.incarnation).to_string(),
+                worker.doing,
+                worker.detail,
+            );
+            let _ = writeln!(text, "{}", line.trim_end());
         }
         text
     }
@@ -151,14 +193,51 @@ impl Status {
                 json!({
                     "name": worker.name, "incarnation": worker.incarnation, "state": worker.state,
                     "doing": worker.doing, "rss_bytes": worker.rss_bytes,
-                    "silent_ms": worker.silent_ms,
+                    "silent_ms": worker.silent_ms, "host": worker.host, "device": worker.device,
+                    "detail": worker.detail, "age_ms": worker.age_ms,
                 })
             })
             .collect();
+        let failures: Vec<_> = status.failures.iter().map(failure_json).collect();
         json!({
             "run_id": status.run_id, "output": status.run_uri, "name": status.name,
             "term": status.term, "state": status.state, "stages": stages,
-            "workers": workers, "decisions": status.decisions,
+            "workers": workers, "decisions": status.decisions, "failures": failures,
+            "note": status.note, "elapsed_ms": status.elapsed_ms,
         })
     }
+}
+
+/// Lines of output that are shown of the last failure.
+const SHOWN: usize = 10;
+
+fn failure_text(failure: &wire::FailureReport, uri: &str) -> String {
+    let mut text = format!(
+        "  last failure, {} ago: {} by worker {}: {}\n",
+        hms(failure.ago_ms),
+        failure.what,
+        failure.worker,
+        failure.message
+    );
+    let lines: Vec<_> = failure.output.lines().collect();
+    for line in &lines[lines.len().saturating_sub(SHOWN)..] {
+        let _ = writeln!(text, "    {line}");
+    }
+    if !lines.is_empty() {
+        let worker = &failure.worker;
+        let _ = writeln!(text, "    (more: coordinator logs {uri} --worker {worker})");
+    }
+    text
+}
+
+fn failure_json(failure: &wire::FailureReport) -> Value {
+    json!({
+        "worker": failure.worker, "what": failure.what, "message": failure.message,
+        "output": failure.output, "ago_ms": failure.ago_ms,
+    })
+}
+
+fn hms(ms: u64) -> String {
+    let s = ms / 1000;
+    format!("{:02}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60)
 }

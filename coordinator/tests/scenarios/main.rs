@@ -221,6 +221,7 @@ impl Scene {
             hello: Hello {
                 name: format!("w{n}"),
                 host: "h".into(),
+                device: "cpu".into(),
                 slots: 1,
                 incarnation,
                 leases,

@@ -115,6 +115,7 @@ fn a_cancelled_run_stays_cancelled() {
         hello: Hello {
             name: "late".into(),
             host: "h".into(),
+            device: "cpu".into(),
             slots: 1,
             incarnation: None,
             leases: vec![],

@@ -39,6 +39,7 @@ pub(super) enum Ending {
 
 /// Takes part in a group until the stage, the group or the engine ends.
 pub(super) fn train(bench: &mut Bench, membership: &Membership) -> Ending {
+    tracing::info!(group = %membership.group, rank = membership.rank, "joining");
     match Work::prepare(bench, membership).and_then(|mut work| work.run(bench)) {
         Ok(ending) => ending,
         Err(failure) => {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 
 /// Computes for a Distillery worker: one process per device.
 #[derive(Debug, Parser)]
@@ -12,6 +13,9 @@ pub struct Cli {
     /// How to serve a worker.
     #[command(flatten)]
     pub serve: Serve,
+    /// How logs are written: for people, or a JSON object a line.
+    #[arg(long, env = FORMAT_VARIABLE, default_value_t, value_name = "plain|json")]
+    pub log_format: Format,
     /// What to do instead.
     #[command(subcommand)]
     pub command: Option<Command>,

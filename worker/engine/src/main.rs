@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use distillery_common::telemetry::{self, Format};
+use distillery_common::telemetry;
 use distillery_engine::cli::{Cli, Command};
 use distillery_engine::raw_tensor::keep_freed_memory;
 use distillery_engine::{app, once};
@@ -23,7 +23,7 @@ fn main() -> ExitCode {
             };
         }
     };
-    telemetry::init("info", Format::Plain);
+    telemetry::init("info", cli.log_format);
     keep_freed_memory();
     let done = match (&cli.command, &cli.serve.socket) {
         (Some(Command::Once), _) => return once::main(),

@@ -5,14 +5,17 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::sync::Arc;
 
 use distillery_common::proto::engine_link::Setup;
 use distillery_common::security::Join;
-use distillery_common::storage::{self, Store};
+use distillery_common::storage::{self, Store, layout};
+use distillery_common::telemetry::Format;
 use tokio::sync::mpsc;
 
 use super::client::{self, Closed, Heard, Said};
-use crate::engine_process::{Engine, Output, Program};
+use crate::engine_process::{Engine, Output, Printed, Program, Tail};
+use crate::logs::{Keeper, Secrets};
 
 /// The world round an agent.
 #[tonic::async_trait]
@@ -43,8 +46,42 @@ pub trait Outside: Send + Sync {
 }
 
 /// This host, and the network that it is connected to.
-#[derive(Debug, Clone, Copy)]
-pub struct Host;
+#[derive(Debug)]
+pub struct Host {
+    keeper: Keeper,
+    secrets: Arc<Secrets>,
+    format: Format,
+}
+
+impl Host {
+    /// The host, whose engines' output `keeper` keeps and the worker's log shows in `format`.
+    pub fn new(keeper: Keeper, format: Format) -> Self {
+        Self {
+            keeper,
+            secrets: Arc::new(Secrets::of_environment()),
+            format,
+        }
+    }
+
+    /// Where what engine `id` prints goes. An engine works whether it can be kept or not.
+    fn printed(&self, id: u64, setup: &Setup) -> Printed {
+        let folder = layout::engine_log(&setup.worker, setup.incarnation, id);
+        let intake = match Store::open(&setup.run_uri) {
+            Ok(store) => Some(self.keeper.keep(store, folder)),
+            Err(error) => {
+                tracing::warn!(%error, "output of the engine cannot be kept with the run");
+                None
+            }
+        };
+        Printed {
+            engine: (setup.worker.clone(), id),
+            format: self.format,
+            secrets: Arc::clone(&self.secrets),
+            intake,
+            tail: Tail::default(),
+        }
+    }
+}
 
 #[tonic::async_trait]
 impl Outside for Host {
@@ -63,7 +100,8 @@ impl Outside for Host {
         setup: Setup,
         outputs: mpsc::Sender<(u64, Output)>,
     ) -> io::Result<Engine> {
-        Engine::start(id, program, setup, outputs)
+        let printed = self.printed(id, &setup);
+        Engine::start(id, program, setup, outputs, printed)
     }
 
     fn facing(&self, address: &str) -> io::Result<IpAddr> {

@@ -7,16 +7,13 @@ use distillery_common::proto::engine_link::{
     Command, CommitOutcome, CommitRequest, Committed, Event, Setup,
 };
 use distillery_common::storage::{self, Created};
-use distillery_common::task::{CommitSummary, Failure, FailureClass, Lease};
+use distillery_common::task::{CommitSummary, Failure, FailureClass, Lease, Remedy};
 use tokio::time::Instant;
 
 use super::client::FromCoordinator;
 use super::outbox::Report;
 use super::{Agent, Ended, FAILED_STARTS, OBEY, Put, Seat, now};
 use crate::engine_process::{Exit, FromEngine, Output, Program, Request};
-
-/// Lines of an engine's output that go into the message of a failure; the log has more.
-const SHOWN_LINES: usize = 20;
 
 impl Agent {
     /// Acts on what the coordinator said.
@@ -211,6 +208,7 @@ impl Agent {
                 self.ending.remove(&Ended::Task(lease.clone()));
                 if self.held.release(&lease) {
                     tracing::warn!(%lease, %failure, "the task failed");
+                    let failure = self.with_output(failure);
                     self.report(Report::TaskFailed { lease, failure });
                 }
             }
@@ -241,6 +239,7 @@ impl Agent {
                 if self.held.member_of(&group).is_some() {
                     tracing::warn!(%group, %failure, "the engine left its group");
                     self.held.leave();
+                    let failure = self.with_output(failure);
                     self.report(Report::GroupFailed {
                         group,
                         rank,
@@ -248,6 +247,14 @@ impl Agent {
                     });
                 }
             }
+        }
+    }
+
+    /// A failure of the living engine, with its last output unless it is none of its faults.
+    fn with_output(&self, failure: Failure) -> Failure {
+        match (failure.class.remedy(), &self.seat) {
+            (Remedy::RetryFree, _) | (_, Seat::Empty(_)) => failure,
+            (_, Seat::Taken { engine, .. }) => failure.with_output(&engine.tail()),
         }
     }
 
@@ -382,13 +389,8 @@ fn engine_failure(worker: &str, exit: &Exit, was_ready: bool) -> Failure {
     } else {
         FailureClass::Unknown
     };
-    let shown = &exit.tail[exit.tail.len().saturating_sub(SHOWN_LINES)..];
-    let mut message = format!("the engine of worker {worker} {}", exit.how);
-    for line in shown {
-        message.push_str("\n  ");
-        message.push_str(line);
-    }
-    Failure { class, message }
+    let message = format!("the engine of worker {worker} {}", exit.how);
+    Failure { class, message }.with_output(&exit.tail)
 }
 
 fn preempted(message: &str) -> Failure {

@@ -379,14 +379,21 @@ impl Rules<'_> {
                 format!("use {min} or more"),
             );
         }
-        let port = cluster.listen.rsplit_once(':');
+        let help = "write HOST:PORT, like 127.0.0.1:0; port 0 picks a free one";
+        self.address("cluster.listen", &cluster.listen, help);
+        if let Some(http) = &cluster.http {
+            self.address("cluster.http", http, &format!("{help}; or write off"));
+        }
+    }
+
+    fn address(&mut self, path: &str, address: &str, help: &str) {
+        let port = address.rsplit_once(':');
         let usable =
             port.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
         if !usable {
-            let message = format!("cluster.listen {:?} is not an address", cluster.listen);
-            let help = "write HOST:PORT, like 127.0.0.1:0; port 0 picks a free one".to_owned();
+            let message = format!("{path} {address:?} is not an address");
             let label = "expected host:port".to_owned();
-            self.refuse(Code::Address, &["cluster.listen"], message, label, help);
+            self.refuse(Code::Address, &[path], message, label, help.to_owned());
         }
     }
 

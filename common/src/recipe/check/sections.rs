@@ -382,6 +382,7 @@ fn cluster(v: View<'_>) -> Cluster {
             _ => Tls::On,
         },
         listen,
+        http: v.get("http").maybe_text().map(str::to_owned),
         token: v.get("token").maybe_text().map(|t| Secret::new(t.into())),
         kubernetes: v.section("kubernetes").map(kubernetes::kubernetes),
     }

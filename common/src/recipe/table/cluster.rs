@@ -3,7 +3,7 @@
 use super::Fallback::{Open, Yaml};
 use super::Kind::{List, Or, Path, Secret, Shell, Text, Whole};
 use super::kubernetes::KUBERNETES;
-use super::{Kind, Section, field, not_built, word};
+use super::{Kind, Section, field, word};
 
 pub(super) static CLUSTER: Section = Section {
     name: "cluster",
@@ -39,7 +39,12 @@ pub(super) static CLUSTER: Section = Section {
             Yaml("auto"),
             "address of the gRPC service, host:port; auto = 127.0.0.1:0, 0.0.0.0:0 with slurm, 0.0.0.0:7070 with kubernetes",
         ),
-        not_built("http"),
+        field(
+            "http",
+            Or("off", &Text),
+            Yaml("127.0.0.1:0"),
+            "address of the live page and of /metrics, host:port; off = none",
+        ),
         field(
             "tls",
             Kind::Word(&[word("auto"), word("on"), word("off")]),

@@ -1,5 +1,7 @@
 //! Slurm's own programs, each call with an end: a controller that is away lets them hang.
 
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -20,8 +22,12 @@ const AWAY: [&str; 7] = [
     "Communication connection failure",
     "Unexpected message received",
 ];
-/// Variables that hold secrets of ours: sbatch would hand its environment on to the job.
-const SECRETS: [&str; 2] = ["DISTILLERY_TOKEN", "DISTILLERY_JOIN"];
+/// Variables that a job must not have of us, since sbatch hands its environment on: our secrets, and this host's GPUs.
+const OURS: [&str; 3] = [
+    "DISTILLERY_TOKEN",
+    "DISTILLERY_JOIN",
+    "CUDA_VISIBLE_DEVICES",
+];
 
 /// Why a call gave nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +50,12 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// The jobs of this name that are ours.
+    pub(super) fn of(name: String) -> io::Result<Self> {
+        let user = std::fs::metadata("/proc/self")?.uid();
+        Ok(Self { name, user })
+    }
+
     /// Programs that are not on this host's path.
     pub(super) fn missing() -> Vec<&'static str> {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -112,7 +124,7 @@ async fn call(program: &str, arguments: &[&str]) -> Result<String, Trouble> {
     let is_foreign = |name: &str| name.starts_with("SLURM_") && name != "SLURM_CONF";
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
-        if is_foreign(&text) || SECRETS.contains(&text.as_ref()) {
+        if is_foreign(&text) || OURS.contains(&text.as_ref()) {
             command.env_remove(&name);
         }
     }

@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use super::queue::{Job, JobId, State};
 
-/// Looks in a row at which a job's worker was with the coordinator: it was well, and failures are counted anew.
+/// Looks at which a job's worker was with the coordinator: it was well, and failures are counted anew.
 const WELL: u32 = 3;
+/// Jobs in one array, so many that every cluster takes them: Slurm's `MaxArraySize` is 1001 unless a site says otherwise.
+const ARRAY: u32 = 1000;
 /// Jobs in a row that ended before that, after which no more are submitted.
 const FAILURES: u32 = 8;
 /// Submissions in a row that Slurm refused, after which it is not asked again unless some job of ours lives.
@@ -36,6 +38,8 @@ pub(super) struct Look<'a> {
     pub(super) ends: &'a BTreeMap<JobId, Code>,
     /// Those whose worker is with the coordinator.
     pub(super) joined: &'a BTreeSet<JobId>,
+    /// The run is about to stop: nobody is replaced.
+    pub(super) is_ending: bool,
 }
 
 /// What is to be done.
@@ -53,7 +57,7 @@ pub(super) enum Step {
 
 #[derive(Debug, Clone, Default)]
 struct Known {
-    /// Looks in a row at which its worker was there.
+    /// Looks at which its worker was there.
     joined: u32,
     nodes: String,
     reason: String,
@@ -145,19 +149,20 @@ impl Fleet {
         if !cancel.is_empty() {
             steps.push(Step::Cancel(cancel));
         }
-        if !self.given_up && live < self.wanted && look.now >= self.not_before {
-            steps.push(Step::Submit(self.wanted - live));
+        let may_submit = !self.given_up && !look.is_ending && look.now >= self.not_before;
+        if may_submit && live < self.wanted {
+            steps.push(Step::Submit(ARRAY.min(self.wanted - live)));
         }
         steps
     }
 
     /// Takes in the living: those that we did not submit in this life are adopted.
     fn see(&mut self, look: Look<'_>, steps: &mut Vec<Step>) {
+        let mut reasons: BTreeMap<&str, u32> = BTreeMap::new();
         for job in look.queue.iter().filter(|job| job.is_live()) {
             let known = self.known.entry(job.id.clone()).or_default();
             if job.state == State::Waiting && known.reason != job.reason {
-                let text = format!("job {} waits in Slurm's queue: {}", job.id, job.reason);
-                steps.push(Step::Tell(text));
+                *reasons.entry(&job.reason).or_default() += 1;
             }
             known.reason.clone_from(&job.reason);
             known.nodes.clone_from(&job.nodes);
@@ -167,6 +172,10 @@ impl Fleet {
             if known.joined == WELL {
                 self.failures = 0;
             }
+        }
+        for (reason, count) in reasons {
+            let text = format!("jobs that wait in Slurm's queue: {count}, because of {reason}");
+            steps.push(Step::Tell(text));
         }
     }
 
@@ -248,6 +257,7 @@ mod tests {
         now: Duration,
         ends: BTreeMap<JobId, Code>,
         joined: BTreeSet<JobId>,
+        is_ending: bool,
     }
 
     impl Scene {
@@ -257,6 +267,7 @@ mod tests {
                 now: Duration::ZERO,
                 ends: BTreeMap::new(),
                 joined: BTreeSet::new(),
+                is_ending: false,
             }
         }
 
@@ -273,6 +284,7 @@ mod tests {
                 queue: &parse(&text),
                 ends: &self.ends,
                 joined: &self.joined,
+                is_ending: self.is_ending,
             });
             let kept = |step: &Step| !matches!(step, Step::Tell(_));
             steps.into_iter().filter(kept).collect()
@@ -309,6 +321,7 @@ mod tests {
         for _ in 0..100 {
             assert_eq!(second_life.look(&all), []);
         }
+        assert_eq!(Scene::new(4096, 1).look(&[]), [Step::Submit(ARRAY)]);
         let mut smaller = Scene::new(1, 1);
         let cancelled = Step::Cancel(ids(&["8_0", "7_2"]));
         assert_eq!(smaller.look(&all), [cancelled]);
@@ -333,13 +346,16 @@ mod tests {
         scene.ended("2", 0, 0);
         assert_eq!(scene.look(&[("1_0", "RUNNING")]), []);
         scene.ended("1", 0, 0);
+        scene.is_ending = true;
+        assert_eq!(scene.look(&[]), []);
+        scene.is_ending = false;
         assert_eq!(scene.look(&[]), [Step::Submit(1)]);
     }
 
     #[test]
     fn workers_that_end_before_they_did_anything_are_given_up() {
         let mut scene = Scene::new(1, 1);
-        let mut number = 0;
+        let (mut number, mut waits) = (0, 0);
         let gave_up = loop {
             let steps = scene.look(&[]);
             match steps.as_slice() {
@@ -351,11 +367,13 @@ mod tests {
                     scene.ended(&number.to_string(), 0, 1);
                 }
                 // It waits longer and longer.
-                [] => assert!(number > 3 && number < FAILURES),
+                [] => waits += 1,
                 _ => break steps,
             }
         };
         assert_eq!(number, FAILURES);
+        // Looks are ten seconds apart; waits are 1, 2, 4, … 60 s.
+        assert_eq!(waits, 1 + 1 + 1 + 1 + 2 + 4 + 6);
         let [Step::GiveUp(why, Some(id))] = gave_up.as_slice() else {
             panic!("{gave_up:?}");
         };

@@ -7,8 +7,10 @@ use std::path::PathBuf;
 
 use distillery_common::recipe::slurm::{Devices, Slurm};
 
-/// Times that a job may put itself back into the queue.
+/// Times that a job may put itself back into the queue, for another turn after its time limit…
 const REQUEUES: u32 = 50;
+/// …and because it found no coordinator, for half an hour each time.
+const DESERTED: u32 = 8;
 /// Seconds before its time limit that a worker is told to leave: its grace for the work in hand, and time to report.
 const WORKER_NOTICE_S: u32 = 60;
 /// The same for a coordinator, which waits for its workers.
@@ -68,6 +70,12 @@ fn output(logs: &std::path::Path) -> (String, &'static str) {
     }
 }
 
+/// CPUs of a worker's job, where anybody says how many.
+fn cpus(slurm: &Slurm, threads: Option<u32>) -> Option<u32> {
+    let of_engines = || threads.map(|threads| threads.saturating_mul(slurm.engines()));
+    slurm.cpus.or_else(of_engines)
+}
+
 /// `#SBATCH` lines, in which nobody finds a value that is not there.
 struct Options(Vec<String>);
 
@@ -104,11 +112,8 @@ impl Options {
 
     /// What a worker needs.
     fn worker(mut self, slurm: &Slurm, threads: Option<u32>) -> Self {
-        let cpus = slurm
-            .cpus
-            .or_else(|| threads.map(|threads| threads * slurm.engines()));
         self = self
-            .maybe("cpus-per-task", cpus)
+            .maybe("cpus-per-task", cpus(slurm, threads))
             .maybe("mem", slurm.memory.as_deref())
             .maybe("gres", slurm.gres.as_deref());
         self.0.extend(slurm.extra.iter().cloned());
@@ -123,18 +128,27 @@ impl Options {
     }
 }
 
-/// The part of a script that keeps a child: it passes signals on, and waits however often a trap interrupts it.
-/// `$told` is then `limit`, `term` or nothing, and `$code` the child's exit code. `signal` is what the child is sent
-/// shortly before the time limit.
+/// The first part of a script: from here on it passes on what it is told. `$told` is then `limit` shortly before the time
+/// limit, `term` when somebody ends the job, or nothing; `signal` is what the child is sent.
+fn listen(signal: &str) -> String {
+    format!(
+        "\
+told=
+child=
+trap 'told=limit; [ -z \"$child\" ] || kill -{signal} \"$child\"' USR1
+trap 'told=term; [ -z \"$child\" ] || kill -{signal} \"$child\"' TERM
+"
+    )
+}
+
+/// The part of a script after a child was started: waits for it, however often a trap interrupts that. `$code` is then
+/// the child's exit code.
 fn keep(signal: &str) -> String {
     format!(
         "\
 child=$!
-told=
-trap 'told=limit; kill -{signal} \"$child\"' USR1
-trap 'told=term; kill -{signal} \"$child\"' TERM
+[ -z \"$told\" ] || kill -{signal} \"$child\"
 wait \"$child\"
-code=$?
 while kill -0 \"$child\" 2>/dev/null; do
     wait \"$child\"
 done
@@ -190,13 +204,13 @@ pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
 # A worker on one host. What its exit code asks for is done here, whoever submitted this and whether they still live.
 # The files beside the log say which incarnation of this job is the last, and how it ended: a node that was cut off may
 # still run an earlier one.
-job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}_${{SLURM_ARRAY_TASK_ID:-0}}
+{listen}job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}_${{SLURM_ARRAY_TASK_ID:-0}}
 restarts=${{SLURM_RESTART_COUNT:-0}}
 logs={logs}
 join={join}
 # Who submitted this may be a moment ahead of who writes the join string.
 for _ in {{1..300}}; do
-    [ -s \"$join\" ] && break
+    [ -s \"$join\" ] || [ -n \"$told\" ] && break
     sleep 2
 done
 mkdir -p -m 700 \"$logs\"
@@ -210,13 +224,14 @@ echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
     --engine {engine} &
 {keep}
 [ \"$(cat \"$logs/$job.started\")\" = \"$restarts\" ] || exit \"$code\"
-# 75: no coordinator was found for long. After a warning of the time limit another turn is wanted as well. Not after
-# anything else, and not when somebody ends this job.
-if [ \"$told\" = limit ] || {{ [ \"$code\" = 75 ] && [ -z \"$told\" ]; }}; then
-    if [ \"$restarts\" -lt {REQUEUES} ] && scontrol requeue \"$SLURM_JOB_ID\"; then
-        sleep 60
-        exit 0
-    fi
+# Another turn after a warning of the time limit, and when no coordinator was found for long (75). Not when somebody ends
+# this job, and not for ever.
+turns=0
+[ \"$code\" = 75 ] && [ -z \"$told\" ] && turns={DESERTED}
+[ \"$told\" = limit ] && turns={REQUEUES}
+if [ \"$restarts\" -lt \"$turns\" ] && scontrol requeue \"$SLURM_JOB_ID\"; then
+    sleep 60
+    exit 0
 fi
 echo \"$code\" >\"$logs/$job.ended\"
 exit \"$code\"
@@ -228,6 +243,7 @@ exit \"$code\"
         devices = devices(&slurm.devices),
         program = quoted(worker.worker.display()),
         engine = quoted(worker.engine.display()),
+        listen = listen("USR1"),
         keep = keep("USR1"),
     )
 }
@@ -249,7 +265,7 @@ pub fn head(slurm: &Slurm, head: &Head) -> String {
 #!/bin/bash
 {options}#
 # The coordinator. It leaves a checkpoint before the time limit, and the same command resumes.
-restarts=${{SLURM_RESTART_COUNT:-0}}
+{listen}restarts=${{SLURM_RESTART_COUNT:-0}}
 {setup}
 {coordinator} run {recipe}{sets} &
 {keep}
@@ -263,6 +279,7 @@ fi
         coordinator = quoted(head.coordinator.display()),
         recipe = quoted(head.recipe.display()),
         sets = sets(&head.sets),
+        listen = listen("TERM"),
         keep = keep("TERM"),
     )
 }
@@ -286,6 +303,7 @@ pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) ->
         .with(format!("--nodes={hosts}"))
         .with(format!("--ntasks={hosts}"))
         .with("--ntasks-per-node=1")
+        .with("--no-kill")
         .place(slurm)
         .worker(slurm, worker.threads);
     format!(
@@ -294,10 +312,10 @@ pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) ->
 {of_head}#SBATCH hetjob
 {of_workers}#
 # The coordinator on the first component, a worker on each host of the second. All end together.
-restarts=${{SLURM_RESTART_COUNT:-0}}
+{listen}restarts=${{SLURM_RESTART_COUNT:-0}}
 join={join}
 {setup}
-srun --het-group=1 --kill-on-bad-exit=0 --no-kill --wait=0 bash -c '
+srun --het-group=1 --kill-on-bad-exit=0 --no-kill --wait=0{cpus} bash -c '
 {devices}for _ in {{1..300}}; do
     [ -s \"$1\" ] && break
     sleep 2
@@ -317,6 +335,8 @@ exit \"$code\"
 ",
         of_head = of_head.lines(),
         of_workers = of_workers.lines(),
+        // A step does not inherit them from its job.
+        cpus = cpus(slurm, worker.threads).map_or_else(String::new, |n| format!(" --cpus-per-task={n}")),
         setup = setup(slurm),
         // Within single quotes.
         devices = devices(&slurm.devices).replace('\'', r"'\''"),
@@ -326,95 +346,10 @@ exit \"$code\"
         coordinator = quoted(head.coordinator.display()),
         recipe = quoted(head.recipe.display()),
         sets = sets(&head.sets),
+        listen = listen("TERM"),
         keep = keep("TERM"),
     )
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write as _;
-    use std::process::{Command, Stdio};
-
-    use super::*;
-
-    fn worker_of(path: &str) -> Worker {
-        Worker {
-            name: "distill-1".into(),
-            worker: format!("{path}/worker").into(),
-            engine: "/bin/engine".into(),
-            join: format!("{path}/join").into(),
-            logs: format!("{path}/50% logs").into(),
-            log: None,
-            count: None,
-            threads: Some(4),
-        }
-    }
-
-    fn head_of(path: &str) -> Head {
-        Head {
-            name: "head".into(),
-            coordinator: format!("{path}/coordinator").into(),
-            recipe: "/r.yaml".into(),
-            sets: vec!["cluster.listen=0.0.0.0:0".into()],
-            workers: Some("distill-1".into()),
-        }
-    }
-
-    fn slurm() -> Slurm {
-        Slurm {
-            partition: Some("gpu".into()),
-            gres: Some("gpu:2".into()),
-            setup: vec!["module load x".into()],
-            extra: vec!["--exclude=n7".into()],
-            ..Slurm::default()
-        }
-    }
-
-    #[test]
-    fn scripts_are_bash_whatever_a_path_holds() {
-        let path = "/it's \"here\"/$HOME";
-        let (slurm, worker_, head_) = (slurm(), worker_of(path), head_of(path));
-        let scripts = [
-            worker(&slurm, &worker_),
-            head(&slurm, &head_),
-            heterogeneous(&slurm, &head_, &worker_, 3),
-        ];
-        for script in scripts {
-            let mut bash = Command::new("bash")
-                .arg("-n")
-                .stdin(Stdio::piped())
-                .stderr(Stdio::piped())
-                .spawn()
-                .expect("bash");
-            let mut stdin = bash.stdin.take().expect("a pipe");
-            stdin.write_all(script.as_bytes()).expect("it reads");
-            drop(stdin);
-            let said = bash.wait_with_output().expect("it ends");
-            let errors = String::from_utf8_lossy(&said.stderr);
-            assert!(
-                said.status.success() && errors.is_empty(),
-                "{errors}\n{script}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_worker_asks_for_what_the_recipe_says() {
-        let script = worker(&slurm(), &worker_of("/x"));
-        for line in [
-            "#SBATCH --partition=gpu\n",
-            "#SBATCH --gres=gpu:2\n",
-            "#SBATCH --cpus-per-task=8\n",
-            "#SBATCH --exclude=n7\n",
-            "#SBATCH --output=/dev/null\n",
-            "\nexec >>\"$logs/$job.log\" 2>&1\n",
-            "\nmodule load x\n",
-        ] {
-            assert!(script.contains(line), "{line}: {script}");
-        }
-        assert!(
-            !script.contains("--account") && !script.contains("--mem"),
-            "{script}"
-        );
-    }
-}
+mod tests;

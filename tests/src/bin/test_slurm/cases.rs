@@ -1,6 +1,12 @@
 //! What happens to runs on a cluster.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use super::site::{Job, Site, Undisturbed, Work};
+
+/// What undisturbed runs made.
+pub(crate) type Baselines = BTreeMap<Work, Undisturbed>;
 
 /// One thing that happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,17 +89,25 @@ impl Case {
     }
 
     /// Lives through it; says what was seen.
-    pub(crate) fn run(self, short: bool, keep: bool) -> anyhow::Result<String> {
+    pub(crate) fn run(
+        self,
+        baselines: &mut Baselines,
+        short: bool,
+        keep: bool,
+    ) -> anyhow::Result<String> {
         let mut seen = Vec::new();
         for &work in self.works(short) {
-            let undisturbed = Undisturbed::new(work)?;
+            let undisturbed = match baselines.entry(work) {
+                Entry::Occupied(made) => made.into_mut(),
+                Entry::Vacant(place) => place.insert(Undisturbed::new(work)?),
+            };
             let mut site = match self.style() {
                 Some(style) => Site::rendered(work, style)?,
                 None => Site::begin(work)?,
             };
             let ended = self
                 .happen(&mut site)
-                .and_then(|said| site.end_well(&undisturbed).map(|()| said))
+                .and_then(|said| site.end_well(undisturbed).map(|()| said))
                 .and_then(|said| self.count(&site).map(|()| said));
             match ended {
                 Ok(said) => seen.push(format!("{work:?}: {said}")),

@@ -19,7 +19,7 @@ mod cases;
 mod cluster;
 mod site;
 
-use cases::Case;
+use cases::{Baselines, Case};
 
 /// Set by Ctrl-C: everything that waits gives up, and cleans up on its way out.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -65,10 +65,11 @@ fn main() -> anyhow::Result<ExitCode> {
         });
     }
     let watch = Stopwatch::start();
+    let mut baselines = Baselines::new();
     let mut good = 0;
     for case in cases {
         let watch = Stopwatch::start();
-        let ended = case.run(arguments.short, arguments.keep);
+        let ended = case.run(&mut baselines, arguments.short, arguments.keep);
         let seconds = watch.elapsed().as_secs_f64();
         match ended {
             Ok(said) => {

@@ -22,8 +22,11 @@ const WAITS: &str = "beat=200ms,suspect=600ms,lease_ttl=1500ms,lease_grace=500ms
      member_silence=1500ms,hang=20s,reattach=2s,first_formation=500ms,\
      last_call=200ms,keep_for_group=2s,sweep=200ms,retry=200ms,retry_cap=2s";
 
+/// Milliseconds that a task takes, and a step: so slow that whatever happens to a run meets it at work.
+const PACE: (u32, u32) = (100, 150);
+
 /// What is run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Work {
     /// Every kind of stage, on the stand-in for the engine.
     StandIn,
@@ -55,12 +58,10 @@ impl Work {
         }
     }
 
-    /// A run in `folder`, so slow that whatever happens to it meets it at work.
+    /// A run in `folder`.
     fn run_in(self, folder: &tempfile::TempDir, cluster: &str) -> anyhow::Result<Run> {
         Ok(
             Run::new(folder.path(), &self.recipe(cluster), self.engine())?
-                .with("SIM_TASK_MS", 100)
-                .with("SIM_STEP_MS", 100)
                 .with("DISTILLERY_TIMINGS", WAITS),
         )
     }
@@ -154,7 +155,10 @@ impl Site {
              slurm: {{poll: 1, cpus: 2, engine: \"{}\"}}}}",
             engine.display()
         );
-        let run = work.run_in(&folder, &section)?;
+        let run = work
+            .run_in(&folder, &section)?
+            .with("SIM_TASK_MS", PACE.0)
+            .with("SIM_STEP_MS", PACE.1);
         Ok(Self {
             lives: Vec::new(),
             run,

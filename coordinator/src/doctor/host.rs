@@ -1,0 +1,185 @@
+//! This host: its engine, devices, network and limits.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, lookup_host};
+
+use super::{Check, LOOK, answer};
+
+/// How long an engine may take to say what it is: it loads libtorch first.
+const ENGINE: Duration = Duration::from_secs(60);
+/// Open files that a coordinator of a few hundred workers, or an engine that reads many shards, may want.
+const FILES: u64 = 4096;
+/// Ports that a host should have for connections of its own.
+const PORTS: u32 = 10_000;
+
+/// The engine, GPUs and NCCL.
+pub(super) async fn programs(engine: &Path) -> Vec<Check> {
+    const ENGINE_NAME: &str = "libtorch";
+    let described = answer(&engine.display().to_string(), &["describe"], ENGINE).await;
+    let build = "build it (deploy/README.md), or say where it is with DISTILLERY_ENGINE";
+    let engine_check = match &described {
+        None => Check::missing(
+            ENGINE_NAME,
+            format!("there is no engine at {}", engine.display()),
+            build,
+        ),
+        Some(Err(why)) => Check::missing(
+            ENGINE_NAME,
+            format!("the engine cannot start: {why}"),
+            "`engine describe` says more; is libtorch where the engine was built with it?",
+        ),
+        Some(Ok(said)) => match serde_json::from_str::<serde_json::Value>(said) {
+            Ok(said) => Check::well(
+                ENGINE_NAME,
+                format!(
+                    "libtorch {}, instruction set {}",
+                    said["libtorch"].as_str().unwrap_or("unknown"),
+                    said["cpu_capability"].as_str().unwrap_or("unknown")
+                ),
+            ),
+            Err(error) => Check::missing(
+                ENGINE_NAME,
+                format!(
+                    "{} does not answer as an engine does: {error}",
+                    engine.display()
+                ),
+                build,
+            ),
+        },
+    };
+    let without_cuda = engine_check.seen.contains("+cpu") || !engine_check.seen.contains("+cu");
+    let gpus = match answer("nvidia-smi", &["-L"], LOOK).await {
+        Some(Ok(listed)) => listed
+            .lines()
+            .filter(|line| line.starts_with("GPU "))
+            .count(),
+        Some(Err(_)) | None => 0,
+    };
+    vec![engine_check, devices(gpus, without_cuda), nccl(gpus)]
+}
+
+fn devices(gpus: usize, without_cuda: bool) -> Check {
+    const NAME: &str = "devices";
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    match (gpus, without_cuda) {
+        (0, _) => Check::well(NAME, format!("{cpus} CPUs, no NVIDIA GPU")),
+        (_, false) => Check::well(NAME, format!("{cpus} CPUs, {gpus} NVIDIA GPUs")),
+        (_, true) => Check::warn(
+            NAME,
+            format!("{gpus} NVIDIA GPUs, but a libtorch without CUDA"),
+            "`deploy/libtorch.sh cuda`, then build again; CPU engines work as it is",
+        ),
+    }
+}
+
+/// NCCL is loaded by engines at run time; here only its file is looked for.
+fn nccl(gpus: usize) -> Check {
+    const NAME: &str = "NCCL";
+    match (nccl_file(), gpus) {
+        (Some(path), _) => Check::well(NAME, path.display().to_string()),
+        (None, 0) => Check::well(NAME, "not found, and not needed without a GPU"),
+        (None, _) => Check::warn(
+            NAME,
+            "libnccl.so.2 was not found; groups of GPUs fall back to TCP",
+            "install NCCL 2, or say where it is with DISTILLERY_NCCL",
+        ),
+    }
+}
+
+fn nccl_file() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("DISTILLERY_NCCL").map(PathBuf::from) {
+        return path.is_file().then_some(path);
+    }
+    let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let usual = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/local/cuda/lib64",
+        "/usr/local/lib",
+    ];
+    std::env::split_paths(&given)
+        .chain(usual.map(PathBuf::from))
+        .map(|folder| folder.join("libnccl.so.2"))
+        .find(|file| file.is_file())
+}
+
+/// Ports, and this host's name.
+pub(super) async fn network() -> Vec<Check> {
+    vec![listening().await, ephemeral(), own_name().await]
+}
+
+async fn listening() -> Check {
+    const NAME: &str = "listening";
+    for address in ["127.0.0.1:0", "0.0.0.0:0"] {
+        if let Err(error) = TcpListener::bind(address).await {
+            return Check::missing(
+                NAME,
+                format!("{address} cannot be bound: {error}"),
+                "coordinator and engines listen for each other; what forbids it here?",
+            );
+        }
+    }
+    Check::well(NAME, "ports can be bound")
+}
+
+fn ephemeral() -> Check {
+    const NAME: &str = "ports";
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+    let text = text.unwrap_or_default();
+    let mut bounds = text
+        .split_whitespace()
+        .filter_map(|n| n.parse::<u32>().ok());
+    match (bounds.next(), bounds.next()) {
+        (Some(low), Some(high)) if high.saturating_sub(low) < PORTS => Check::warn(
+            NAME,
+            format!("only {low} to {high} for connections of this host's own"),
+            "sysctl -w net.ipv4.ip_local_port_range='32768 60999'",
+        ),
+        (Some(low), Some(high)) => Check::well(NAME, format!("{low} to {high}")),
+        _ => Check::warn(NAME, "the range of ports is not known", ""),
+    }
+}
+
+/// Where `cluster.listen` names no address, workers on other hosts are told this host's name.
+async fn own_name() -> Check {
+    const NAME: &str = "name";
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim().to_owned();
+    let help = "workers elsewhere would not find it: name an address in cluster.listen";
+    let asked = tokio::time::timeout(LOOK, lookup_host((name.as_str(), 0))).await;
+    let found: Vec<_> = match asked {
+        Err(_) => return Check::warn(NAME, format!("looking up {name} takes too long"), help),
+        Ok(Err(error)) => {
+            return Check::warn(NAME, format!("{name} has no address: {error}"), help);
+        }
+        Ok(Ok(found)) => found.map(|address| address.ip()).collect(),
+    };
+    let shown: Vec<_> = found.iter().map(ToString::to_string).collect();
+    let seen = format!("{name} is {}", shown.join(", "));
+    if found.iter().all(std::net::IpAddr::is_loopback) {
+        return Check::warn(NAME, seen, help);
+    }
+    Check::well(NAME, seen)
+}
+
+/// The limit of open files.
+pub(super) fn files() -> Check {
+    const NAME: &str = "open files";
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"));
+    let most = line
+        .and_then(|line| line.split_whitespace().next())
+        .unwrap_or("unknown");
+    match most.parse::<u64>() {
+        Ok(limit) if limit < FILES => Check::warn(
+            NAME,
+            format!("at most {limit}"),
+            "ulimit -n 65536, for more than a few dozen workers",
+        ),
+        _ => Check::well(NAME, format!("at most {most}")),
+    }
+}
