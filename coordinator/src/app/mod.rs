@@ -122,7 +122,11 @@ async fn coordinate(
     let timings = timings(&recipe, &config.waits)?;
     let tls = recipe.cluster.tls == Tls::On;
     let listener = listen(&recipe, config.insecure).await?;
-    let endpoint = advertised(&listener, &recipe)?;
+    let endpoint = match &recipe.cluster.kubernetes {
+        // Whoever starts them: pods know the coordinator's Service, and no pod by its name.
+        Some(pods) => pods.endpoint(listener.local_addr()?.port()),
+        None => advertised(&listener)?,
+    };
     let join = access.join(&endpoint, tls)?;
     let run_id = prepared.record.run_id.to_string();
     let port = sight::bind(&recipe, &access, &run_id, config.insecure).await?;
@@ -322,12 +326,8 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
 }
 
 /// Where workers on other hosts reach `listener`.
-fn advertised(listener: &TcpListener, recipe: &Recipe) -> anyhow::Result<String> {
+fn advertised(listener: &TcpListener) -> anyhow::Result<String> {
     let address = listener.local_addr()?;
-    // Whoever starts them: pods know the coordinator's Service, and no pod by its name.
-    if let Some(kubernetes) = &recipe.cluster.kubernetes {
-        return Ok(kubernetes.endpoint(address.port()));
-    }
     if !address.ip().is_unspecified() {
         return Ok(address.to_string());
     }

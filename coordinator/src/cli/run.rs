@@ -49,7 +49,9 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
             Launcher::Local => {
                 program(arguments.worker, "worker", "--worker or DISTILLERY_WORKER")?
             }
-            Launcher::Slurm(_) => program(arguments.worker, "worker", "--worker or DISTILLERY_WORKER")?,
+            Launcher::Slurm(_) => {
+                program(arguments.worker, "worker", "--worker or DISTILLERY_WORKER")?
+            }
             // Theirs lies elsewhere.
             Launcher::External | Launcher::Kubernetes => arguments.worker.unwrap_or_default(),
         },

@@ -182,10 +182,7 @@ fn follow(world: &mut World, name: &str, pod: &Value, leaving: bool, now: Durati
     let Some(process) = world.processes.get_mut(name) else {
         return;
     };
-    let ended = match process.child.try_wait() {
-        Ok(ended) => ended,
-        Err(_) => None,
-    };
+    let ended = process.child.try_wait().ok().flatten();
     match (ended, process.told) {
         (Some(status), _) => {
             let code = status
