@@ -107,7 +107,7 @@ fn undisturbed() -> Made {
 
 #[test]
 fn a_run_goes_through_pods_although_one_and_the_coordinator_are_killed() {
-    let mut scene = Scene::new(Ways::default(), 25, |_| {});
+    let mut scene = Scene::new(Ways::default(), 120, |_| {});
     scene.run.start().expect("starts");
     let pods = scene.both_run();
     let pid = scene
@@ -162,7 +162,7 @@ fn pods_of_a_dead_node_are_released_and_replaced() {
 
 #[test]
 fn an_evicted_worker_leaves_in_order_and_is_replaced() {
-    let mut scene = Scene::new(Ways::default(), 25, |_| {});
+    let mut scene = Scene::new(Ways::default(), 120, |_| {});
     scene.run.start().expect("starts");
     let pods = scene.both_run();
     scene.fake.world(|world| world.evict(&pods[0]));
@@ -214,7 +214,7 @@ fn waiting_for_room_or_an_image_is_told_and_fails_nothing() {
 
 #[test]
 fn trouble_with_the_api_server_costs_no_pod() {
-    let mut scene = Scene::new(Ways::default(), 60, |_| {});
+    let mut scene = Scene::new(Ways::default(), 150, |_| {});
     let refusal = |verb, resource, code, retry_after| Refusal {
         verb,
         resource,
@@ -256,7 +256,7 @@ fn trouble_with_the_api_server_costs_no_pod() {
 
 #[test]
 fn a_job_that_somebody_deletes_is_made_again() {
-    let mut scene = Scene::new(Ways::default(), 25, |_| {});
+    let mut scene = Scene::new(Ways::default(), 120, |_| {});
     scene.run.start().expect("starts");
     scene.both_run();
     let name = scene.fake.world(|world| world.jobs()).pop().expect("a Job");
