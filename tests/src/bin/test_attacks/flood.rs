@@ -9,7 +9,7 @@ use distillery_common::proto::wire;
 use distillery_common::telemetry::Stopwatch;
 use distillery_tests::figure::{Figure, at_most};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
@@ -17,6 +17,8 @@ use super::site::{Site, Trial};
 
 /// All of them must be gone after this.
 const GONE: Duration = Duration::from_secs(180);
+/// How long a connection is silent before it says a byte.
+const SILENCE: Duration = Duration::from_secs(15);
 /// Between two questions of a member.
 const ASK: Duration = Duration::from_millis(100);
 /// Files of this process beside the connections.
@@ -36,18 +38,8 @@ pub(crate) async fn idle(site: &Site, count: usize) -> Result<(Trial, Vec<Figure
     allow_files(count as u64 + OTHER_FILES)?;
     let before = site.holdings()?;
     let closed = Arc::new(AtomicUsize::new(0));
-    let mut connections = JoinSet::new();
     let watch = Stopwatch::start();
-    for _ in 0..count {
-        let (address, closed) = (site.join.address().to_owned(), Arc::clone(&closed));
-        connections.spawn(async move {
-            if let Ok(mut stream) = TcpStream::connect(address).await {
-                let mut heard = [0; 64];
-                while matches!(stream.read(&mut heard).await, Ok(count) if count > 0) {}
-            }
-            closed.fetch_add(1, Ordering::SeqCst);
-        });
-    }
+    let mut connections = open(site.join.address(), count, &closed);
     let over = AtomicBool::new(false);
     let wait = async {
         let ended = tokio::time::timeout(GONE, async {
@@ -107,6 +99,35 @@ pub(crate) async fn idle(site: &Site, count: usize) -> Result<(Trial, Vec<Figure
         Trial::of(format!("{count} connections that say nothing"), outcome),
         figures,
     ))
+}
+
+/// Connections that wait for their end, and count it.
+fn open(address: &str, count: usize, closed: &Arc<AtomicUsize>) -> JoinSet<()> {
+    let mut connections = JoinSet::new();
+    for _ in 0..count {
+        let (address, closed) = (address.to_owned(), Arc::clone(closed));
+        connections.spawn(async move {
+            if let Ok(stream) = TcpStream::connect(address).await {
+                await_end(stream).await;
+            }
+            closed.fetch_add(1, Ordering::SeqCst);
+        });
+    }
+    connections
+}
+
+/// Waits until the other side has hung up. What the kernel's queue had no place for is open on this side alone, which only
+/// shows when something is said: the first byte of a handshake that never goes on.
+async fn await_end(mut stream: TcpStream) {
+    let mut heard = [0; 64];
+    loop {
+        match tokio::time::timeout(SILENCE, stream.read(&mut heard)).await {
+            Ok(Ok(count)) if count > 0 => {}
+            Ok(_) => return,
+            Err(_) if stream.write_all(&[0x16]).await.is_err() => return,
+            Err(_) => {}
+        }
+    }
 }
 
 /// Asks as a member and as a newcomer, and looks at the coordinator, until it is over.
