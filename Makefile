@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm test-attacks fuzz lint libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -91,6 +91,15 @@ MEMORY ?=
 sdxl-memory: libtorch ## Train at SDXL's full size on the CPU (7 GB of scratch, 12 GiB of memory) and hold its memory against the plan.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin sdxl-memory
 	$(target)/release/sdxl-memory $(MEMORY)
+
+IDLE ?= 10000
+test-attacks: ## Attack a living run in every way of the threat model (deploy/README.md), with IDLE connections that say nothing.
+	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
+	$(target)/release/test-attacks --idle $(IDLE)
+
+fuzz: ## Feed every parser of foreign bytes with changed inputs for MINUTES (SEED).
+	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
+	$(target)/release/fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, licences and bans.
 	cargo fmt --all --check
