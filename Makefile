@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm test-attacks fuzz lint libtorch servers
+.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm test-attacks fuzz lint deny libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -109,6 +109,9 @@ lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, lice
 	else \
 	    echo "WARNING: no cargo-deny: licences and bans of deny.toml were NOT checked" >&2; \
 	fi
+
+deny: ## Check licences, bans and sources of the dependencies, and advisories where their database can be reached.
+	deploy/cargo-deny.sh
 
 libtorch: ## Find or fetch libtorch (deploy/README.md).
 	@deploy/libtorch.sh

@@ -233,6 +233,24 @@ fn absurd_configuration_values() {
     }
 }
 
+/// A few digits used to ask for gigabytes of tensor names; found by fuzzing.
+#[test]
+fn more_layers_than_anybody_has() {
+    for (file, key, most) in [
+        (UNET_CONFIG, "layers_per_block", 16),
+        (UNET_CONFIG, "transformer_layers_per_block", 32),
+        ("vae/config.json", "layers_per_block", 16),
+        ("text_encoder/config.json", "num_hidden_layers", 128),
+    ] {
+        Broken::new("sd15").set(file, key, json!(1 << 20)).check(&[
+            file,
+            key,
+            "is 1048576",
+            &format!("at most {most} layers"),
+        ]);
+    }
+}
+
 #[test]
 fn a_file_that_is_cut_short() {
     let broken = Broken::new("sd15");
