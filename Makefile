@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm test-attacks fuzz lint deny libtorch servers
+.PHONY: help demo test manifests kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm test-attacks fuzz lint deny libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -39,6 +39,13 @@ sim: ## Live through SEEDS simulated fleets from seed FROM on, in virtual time.
 sim-mutants: ## Break the shipping code in each way of tests/mutants.txt and see that the simulation notices.
 	cargo build $(cargo_flags) -p distillery-tests --bin mutants
 	$(target)/release/mutants
+
+manifests: ## Hold the manifests of deploy/kubernetes against their recipes and the three newest versions of Kubernetes.
+	@mkdir -p $(target)
+	@deploy/manifest-checker.sh >$(target)/manifest-checker.env
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin manifests
+	set -a; . $(target)/manifest-checker.env; set +a; \
+	$(target)/release/manifests
 
 MINUTES ?= 10
 chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audited; some ways take root.

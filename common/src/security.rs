@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use ring::rand::{SecureRandom as _, SystemRandom};
@@ -139,23 +139,32 @@ impl fmt::Debug for Token {
 }
 
 /// The text of a file that only its owner may read.
+///
+/// The system's administrator may keep it for this user's group: so a kubelet mounts a Secret.
 pub fn read_private(path: &Path) -> Result<String, Error> {
     let failed = |source| Error::TokenFile {
         path: path.to_owned(),
         source,
     };
-    let mode = std::fs::metadata(path)
-        .map_err(failed)?
-        .permissions()
-        .mode()
-        & 0o777;
-    if mode & 0o077 != 0 {
+    let file = std::fs::metadata(path).map_err(failed)?;
+    let mode = file.permissions().mode() & 0o777;
+    // A process's own folder in /proc belongs to whom the process runs as.
+    let own = std::fs::metadata("/proc/self").map(|me| me.uid());
+    if is_exposed(mode, file.uid(), own.unwrap_or(file.uid())) {
         return Err(Error::Exposed {
             path: path.to_owned(),
             mode,
         });
     }
     std::fs::read_to_string(path).map_err(failed)
+}
+
+/// Whether others than `owner` may read a file of this mode, as `me` sees it: what root keeps for a group that `me` is
+/// in was meant for it.
+fn is_exposed(mode: u32, owner: u32, me: u32) -> bool {
+    let for_my_group = owner == 0 && me != 0;
+    let own = if for_my_group { 0o740 } else { 0o700 };
+    mode & 0o777 & !own != 0
 }
 
 /// Shows the token with every request of a client.

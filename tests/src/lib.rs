@@ -9,6 +9,8 @@ pub mod figure;
 pub mod fleet;
 pub mod fuzz;
 pub mod harness;
+pub mod kubernetes;
+pub mod manifests;
 pub mod mutants;
 pub mod sim;
 pub mod simulation;

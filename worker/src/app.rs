@@ -45,6 +45,8 @@ pub struct Config {
     pub advertise: Option<IpAddr>,
     /// Time to finish the work in hand when told to leave.
     pub drain_grace: Duration,
+    /// Exit code after a signal to leave.
+    pub signal_exit_code: u8,
     /// Whether to end when the standard input closes.
     pub parent_stdin: bool,
 }
@@ -87,12 +89,12 @@ async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
             tokio::spawn(agent.run(told.clone()))
         })
         .collect();
-    let mut code = ExitCode::SUCCESS;
+    let mut deserted = false;
     let mut failure = None;
     for agent in agents {
         match agent.await.context("an agent panicked")? {
             Ok(Ending::Left) => {}
-            Ok(Ending::Deserted) => code = ExitCode::from(TRY_AGAIN),
+            Ok(Ending::Deserted) => deserted = true,
             Err(error) => failure = failure.or(Some(error)),
         }
     }
@@ -101,7 +103,9 @@ async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
     kept.within(LAST_LINES).await;
     match failure {
         Some(error) => Err(error),
-        None => Ok(code),
+        None if deserted => Ok(ExitCode::from(TRY_AGAIN)),
+        None if *told.borrow() == Leave::Stay => Ok(ExitCode::SUCCESS),
+        None => Ok(ExitCode::from(config.signal_exit_code)),
     }
 }
 

@@ -57,6 +57,14 @@ struct JoinArguments {
     /// Seconds to finish the work in hand after a signal.
     #[arg(long, default_value_t = 25, value_name = "SECONDS")]
     drain_grace: u64,
+    /// Exit code after a signal made this worker leave, for whoever starts it again then; 0 when not given.
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "CODE",
+        hide_default_value = true
+    )]
+    signal_exit_code: u8,
     /// How logs are written: for people, or a JSON object a line.
     #[arg(long, env = FORMAT_VARIABLE, default_value_t, value_name = "plain|json")]
     log_format: Format,
@@ -132,6 +140,7 @@ fn check(arguments: JoinArguments) -> anyhow::Result<Config> {
         threads: arguments.threads,
         advertise: arguments.advertise,
         drain_grace: Duration::from_secs(arguments.drain_grace),
+        signal_exit_code: arguments.signal_exit_code,
         parent_stdin: arguments.parent_stdin,
     })
 }

@@ -115,6 +115,7 @@ fn cluster(cluster: &Cluster) -> Value {
         "launcher": match &cluster.launcher {
             Launcher::Local => "local",
             Launcher::External => "external",
+            Launcher::Kubernetes => "kubernetes",
             Launcher::Slurm(_) => "slurm",
         },
         "workers": { "min": cluster.min_workers, "max": cluster.max_workers },
@@ -125,6 +126,9 @@ fn cluster(cluster: &Cluster) -> Value {
             Tls::Off => "off",
         },
     });
+    if let Some(kubernetes) = &cluster.kubernetes {
+        stored["kubernetes"] = kubernetes.to_stored();
+    }
     if let Launcher::Slurm(section) = &cluster.launcher {
         stored["slurm"] = slurm(section);
     }

@@ -7,6 +7,7 @@
 mod check;
 mod digest;
 mod fault;
+mod kubernetes;
 mod load;
 mod nearest;
 mod raw;
@@ -17,6 +18,7 @@ mod table;
 
 pub use digest::canonical;
 pub use fault::{Code, Fault, Faults};
+pub use kubernetes::{Kubernetes, Toleration, Volume};
 pub use load::{load, load_for_elsewhere, parse};
 pub use raw::{Origin, Span};
 pub use schema::json_schema;
@@ -372,6 +374,8 @@ pub struct Cluster {
     pub tls: Tls,
     /// The run's token; made and kept in a 0600 file beside the run when none is given.
     pub token: Option<Secret>,
+    /// What workers are as pods; always there with [`Launcher::Kubernetes`].
+    pub kubernetes: Option<Kubernetes>,
 }
 
 /// Who starts workers.
@@ -381,6 +385,8 @@ pub enum Launcher {
     Local,
     /// Somebody else: `worker join …`.
     External,
+    /// The coordinator, as pods of a Kubernetes cluster.
+    Kubernetes,
     /// Slurm: an array of jobs of one host each, which the coordinator submits and replaces.
     Slurm(Box<slurm::Slurm>),
 }

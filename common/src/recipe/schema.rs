@@ -80,6 +80,10 @@ fn kind(kind_: &'static Kind) -> Value {
         Kind::Pair(of) => {
             json!({ "type": "array", "minItems": 2, "maxItems": 2, "items": kind(of) })
         }
+        Kind::DnsName => json!({ "type": "string", "pattern": "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$" }),
+        Kind::Map(_) => {
+            json!({ "type": "object", "additionalProperties": { "type": ["string", "number", "boolean"] } })
+        }
         Kind::ShareOrPath => json!({ "anyOf": [
             { "type": "number", "minimum": 0, "maximum": 0.9 },
             { "type": "string", "minLength": 1 },

@@ -4,6 +4,7 @@
 //! two keys to each other is in `check::cross`. This module must never know where a value came from.
 
 mod cluster;
+mod kubernetes;
 mod learning;
 mod results;
 
@@ -72,10 +73,23 @@ pub(super) enum Kind {
     ShareOrPath,
     /// A preset's name, or a list of module names.
     Targets,
+    /// A name as Kubernetes allows one: a DNS label or several, in lower case.
+    DnsName,
+    /// Keys of the user's own choice, each with a text.
+    Map(MapOf),
     /// Lines of shell, as a list or as one text: taken as they are.
     Shell,
     /// Known, refused.
     NotBuilt,
+}
+
+/// What a map of the user's own keys holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MapOf {
+    /// Labels of Kubernetes.
+    Labels,
+    /// Amounts of resources of Kubernetes.
+    Quantities,
 }
 
 /// One of the words a value may be.

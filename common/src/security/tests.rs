@@ -265,6 +265,24 @@ mod handshake {
 }
 
 #[test]
+fn a_file_of_root_may_be_for_the_group_of_another_user() {
+    for (mode, owner, me, exposed) in [
+        (0o600, 1000, 1000, false),
+        (0o640, 1000, 1000, true),
+        (0o440, 0, 65_532, false),
+        (0o444, 0, 65_532, true),
+        (0o460, 0, 65_532, true),
+        (0o440, 0, 0, true),
+    ] {
+        assert_eq!(
+            is_exposed(mode, owner, me),
+            exposed,
+            "{mode:o} {owner} {me}"
+        );
+    }
+}
+
+#[test]
 fn a_seal_is_of_its_words_and_its_secret() {
     let secret = GroupSecret::derive(&token(1), RUN);
     let seal = secret.seal(b"rank 1 of 2");

@@ -12,6 +12,7 @@ mod progress;
 mod prompt_lists;
 mod sight;
 mod waits;
+mod workers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -25,7 +26,6 @@ use tokio::task::JoinHandle;
 use distillery_common::checkpoint;
 use distillery_common::recipe::{Launcher, Recipe, Tls};
 use distillery_common::run::RunRecord;
-use distillery_common::security::Join;
 use distillery_common::storage::Store;
 use distillery_common::storage::layout::{self, Key};
 use distillery_common::telemetry::Format;
@@ -33,7 +33,7 @@ use distillery_common::telemetry::Format;
 use crate::console;
 use crate::driver::{self, Clock, Driver, Errands, Handle};
 use crate::journal::{self, Folded, Journal};
-use crate::launch::{Launched, local, slurm};
+use crate::launch::Launched;
 use crate::report;
 use crate::scheduler::{Event, Machine, Outcome, Timings};
 use crate::service::{self, client::Client};
@@ -122,7 +122,7 @@ async fn coordinate(
     let timings = timings(&recipe, &config.waits)?;
     let tls = recipe.cluster.tls == Tls::On;
     let listener = listen(&recipe, config.insecure).await?;
-    let endpoint = advertised(&listener)?;
+    let endpoint = endpoint(&recipe, &listener)?;
     let join = access.join(&endpoint, tls)?;
     let run_id = prepared.record.run_id.to_string();
     let port = sight::bind(&recipe, &access, &run_id, config.insecure).await?;
@@ -169,7 +169,7 @@ async fn coordinate(
     if !config.json {
         console::note(&prepared.plan);
     }
-    let launched = launch(&recipe, &config, &access, &join, handle.clone())?;
+    let launched = workers::launch(&recipe, &config, &access, &join, handle.clone(), clock).await?;
     let watching = tokio::spawn(watch_signals(handle.clone()));
     let showing = tokio::spawn(progress::show(handle, term.0 > 1));
     let ended = driver.run().await;
@@ -321,6 +321,15 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
     Ok(listener)
 }
 
+/// Where workers reach `listener`.
+fn endpoint(recipe: &Recipe, listener: &TcpListener) -> anyhow::Result<String> {
+    match &recipe.cluster.kubernetes {
+        // Whoever starts them: pods know the coordinator's Service, and no pod by its name.
+        Some(pods) => Ok(pods.endpoint(listener.local_addr()?.port())),
+        None => advertised(listener),
+    }
+}
+
 /// Where workers on other hosts reach `listener`.
 fn advertised(listener: &TcpListener) -> anyhow::Result<String> {
     let address = listener.local_addr()?;
@@ -330,60 +339,6 @@ fn advertised(listener: &TcpListener) -> anyhow::Result<String> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
         .context("this host's name is not known; name an address in cluster.listen")?;
     Ok(format!("{}:{}", host.trim(), address.port()))
-}
-
-fn launch(
-    recipe: &Recipe,
-    config: &Config,
-    access: &Access,
-    join: &Join,
-    handle: Handle,
-) -> anyhow::Result<Option<Launched>> {
-    let file = access.write_join(join)?;
-    match &recipe.cluster.launcher {
-        Launcher::External => {
-            console::note(format_args!(
-                "start workers with: worker join --coordinator @{}",
-                file.display()
-            ));
-            Ok(None)
-        }
-        Launcher::Local => {
-            let workers = local::Workers {
-                worker: config.worker.clone(),
-                engine: Some(config.engine.clone()),
-                count: recipe.cluster.max_workers,
-                fewest: recipe.cluster.min_workers,
-                threads: recipe.compute.threads,
-                join: join.reveal(),
-                logs: access.logs(),
-                format: config.log_format,
-            };
-            local::start(workers, handle)
-                .context("the folder for the logs of workers cannot be made")
-                .map(|workers| Some(Launched::Local(workers)))
-        }
-        Launcher::Slurm(section) => {
-            let program =
-                |own: &Option<PathBuf>, known: &PathBuf| own.as_ref().unwrap_or(known).clone();
-            let workers = slurm::Workers {
-                worker: slurm::Worker {
-                    name: slurm::name_of(join.run_id()),
-                    worker: program(&section.worker, &config.worker),
-                    engine: program(&section.engine, &config.engine),
-                    join: file,
-                    logs: access.logs().join("slurm"),
-                    log: None,
-                    count: None,
-                    threads: recipe.compute.threads,
-                },
-                slurm: (**section).clone(),
-                most: recipe.cluster.max_workers,
-                fewest: recipe.cluster.min_workers,
-            };
-            slurm::start(workers, handle).map(|workers| Some(Launched::Slurm(workers)))
-        }
-    }
 }
 
 /// Ctrl-C once: checkpoint and stop; twice: stop now.

@@ -138,7 +138,7 @@ pub fn main() -> ExitCode {
         Command::Run(own) => run::run(own, context),
         Command::Check(own) => check::run(&own, context),
         Command::Plan(own) => plan::run(&own, context),
-        Command::Render(own) => render::run(own),
+        Command::Render(own) => render::run(own, context),
         Command::Schema => schema::run(),
         Command::Status(own) => status::run(&own, context),
         Command::Workers(own) => workers::run(&own, context),

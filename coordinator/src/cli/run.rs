@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use distillery_common::recipe::Launcher;
 
 use super::{Context, RecipeArguments};
 use crate::app;
@@ -44,7 +45,16 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
     }
     let recipe = super::load(&arguments.recipe)?;
     let config = app::Config {
-        worker: program(arguments.worker, "worker", "--worker or DISTILLERY_WORKER")?,
+        worker: match recipe.cluster.launcher {
+            Launcher::Local => {
+                program(arguments.worker, "worker", "--worker or DISTILLERY_WORKER")?
+            }
+            Launcher::Slurm(_) => {
+                program(arguments.worker, "worker", "--worker or DISTILLERY_WORKER")?
+            }
+            // Theirs lies elsewhere.
+            Launcher::External | Launcher::Kubernetes => arguments.worker.unwrap_or_default(),
+        },
         engine: program(arguments.engine, "engine", "--engine or DISTILLERY_ENGINE")?,
         takeover: arguments.takeover,
         insecure: arguments.insecure,

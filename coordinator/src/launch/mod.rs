@@ -2,6 +2,8 @@
 //!
 //! Must never know what workers do.
 
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 pub mod local;
 pub mod slurm;
 
@@ -15,6 +17,9 @@ const TAIL: usize = 2000;
 pub enum Launched {
     /// On this host.
     Local(local::Launched),
+    /// As pods of a Kubernetes cluster.
+    #[cfg(feature = "kubernetes")]
+    Kubernetes(kubernetes::Launched),
     /// By Slurm.
     Slurm(slurm::Launched),
 }
@@ -24,6 +29,8 @@ impl Launched {
     pub async fn finish(self) {
         match self {
             Self::Local(workers) => workers.finish().await,
+            #[cfg(feature = "kubernetes")]
+            Self::Kubernetes(workers) => workers.finish().await,
             Self::Slurm(workers) => workers.finish().await,
         }
     }
@@ -33,6 +40,8 @@ impl Launched {
     pub async fn leave(self) {
         match self {
             Self::Local(workers) => workers.finish().await,
+            #[cfg(feature = "kubernetes")]
+            Self::Kubernetes(workers) => workers.leave().await,
             Self::Slurm(workers) => workers.leave().await,
         }
     }

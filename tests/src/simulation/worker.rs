@@ -66,6 +66,7 @@ fn config(worker: usize) -> Config {
         threads: None,
         advertise: None,
         drain_grace: DRAIN,
+        signal_exit_code: 0,
         parent_stdin: false,
     }
 }

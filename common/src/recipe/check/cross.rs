@@ -3,6 +3,7 @@
 //! A rule that touches a value with a fault of its own stays silent, so that one mistake is told once. This
 //! module must never touch a disk.
 
+mod kubernetes;
 mod lineage;
 mod slurm;
 
@@ -48,6 +49,7 @@ pub(super) fn check(recipe: &Recipe, top: &Resolved) -> Vec<Fault> {
     rules.sampling(recipe);
     rules.export(recipe);
     rules.cluster(recipe);
+    rules.kubernetes(&recipe.cluster);
     rules.slurm(recipe);
     rules.faults
 }

@@ -6,6 +6,7 @@
 
 mod cross;
 mod files;
+mod map;
 mod numbers;
 mod resolve;
 mod scalar;

@@ -8,8 +8,8 @@ use std::path::Path;
 use super::super::fault::{Code, Fault};
 use super::super::raw::{self, Entry, Node, Origin, Span, Value};
 use super::super::table::{Fallback, Field, Kind, Section};
-use super::scalar;
 use super::words::{describe, is_text, join, same_scalar, unknown_key_help, unplaced};
+use super::{map, scalar};
 
 /// A checked value.
 #[derive(Debug, Clone)]
@@ -30,6 +30,8 @@ pub(super) enum Checked {
     Real(f64),
     Text(String),
     List(Vec<Resolved>),
+    /// Keys of the user's own choice.
+    Map(BTreeMap<String, String>),
     Section(BTreeMap<&'static str, Resolved>),
 }
 
@@ -51,7 +53,8 @@ impl Resolved {
             | Checked::Bool(_)
             | Checked::Whole(_)
             | Checked::Real(_)
-            | Checked::Text(_) => None,
+            | Checked::Text(_)
+            | Checked::Map(_) => None,
         }
     }
 }
@@ -190,7 +193,9 @@ impl Resolver<'_> {
             Kind::Whole(min, _) => Checked::Whole(*min),
             Kind::Section(section) => self.section(section, path, None, None).value,
             Kind::List(_) => Checked::List(Vec::new()),
-            Kind::Text | Kind::Name | Kind::Path | Kind::Uri => Checked::Text("-".into()),
+            Kind::Text | Kind::Name | Kind::Path | Kind::Uri | Kind::DnsName => {
+                Checked::Text("-".into())
+            }
             Kind::Word(words) => Checked::Text(words[0].name.into()),
             Kind::Real { max, .. } => Checked::Real(*max),
             Kind::Bool
@@ -201,6 +206,7 @@ impl Resolver<'_> {
             | Kind::Targets
             | Kind::Shell
             | Kind::Secret
+            | Kind::Map(_)
             | Kind::NotBuilt => Checked::Absent,
         }
     }
@@ -230,6 +236,7 @@ impl Resolver<'_> {
             Kind::List(of) => self.list(of, at, None),
             Kind::Pair(of) => self.list(of, at, Some(2)),
             Kind::Targets => self.targets(at),
+            Kind::Map(of) => map::check(self, *of, at),
             Kind::Shell => self.shell(at),
             Kind::NotBuilt => {
                 let key = at.path.rsplit('.').next().unwrap_or(at.path);
@@ -256,6 +263,7 @@ impl Resolver<'_> {
             | Kind::Path
             | Kind::Uri
             | Kind::Secret
+            | Kind::DnsName
             | Kind::ShareOrPath => scalar::check(self, kind, at),
         }
     }

@@ -51,6 +51,7 @@ pub(super) fn check(
         Kind::Word(words) => one_of(resolver, at, text, words),
         Kind::Text => non_empty(resolver, at, text),
         Kind::Name => name(resolver, at, text),
+        Kind::DnsName => dns_name(resolver, at, text),
         Kind::Path => non_empty(resolver, at, text)
             .map(|_| Checked::Text(absolute(resolver.base, text).display().to_string())),
         Kind::Uri => uri(resolver, at, text),
@@ -67,6 +68,7 @@ pub(super) fn check(
         | Kind::List(_)
         | Kind::Pair(_)
         | Kind::Targets
+        | Kind::Map(_)
         | Kind::Shell
         | Kind::NotBuilt => unreachable!("{kind:?} is not a scalar kind"),
     }?;
@@ -230,6 +232,17 @@ fn name(resolver: &mut Resolver<'_>, at: &At<'_>, text: &str) -> Option<Checked>
     let message = format!("{} {:?} is not a plain name", at.path, text);
     let label = "only letters, digits and . _ = - (at most 64)";
     let help = Some("it becomes part of storage keys".to_owned());
+    resolver.fault(Code::OutOfRange, at.path, at.span, &message, label, help);
+    None
+}
+
+fn dns_name(resolver: &mut Resolver<'_>, at: &At<'_>, text: &str) -> Option<Checked> {
+    if super::map::is_dns_name(text) {
+        return Some(Checked::Text(text.to_owned()));
+    }
+    let message = format!("{} {text:?} is no name in Kubernetes", at.path);
+    let label = "only a-z, 0-9, - and . between them";
+    let help = Some("such as distillery-runs".to_owned());
     resolver.fault(Code::OutOfRange, at.path, at.span, &message, label, help);
     None
 }

@@ -2,6 +2,7 @@
 //! values were replaced. What depends on several keys is decided here: defaults of one key that follow from
 //! another. This module must never know where a value stood.
 
+mod kubernetes;
 mod slurm;
 
 use std::path::PathBuf;
@@ -357,11 +358,13 @@ fn cluster(v: View<'_>) -> Cluster {
     let min_workers = v.get("workers").get("min").small();
     let launcher = match v.get("launcher").text() {
         "external" => Launcher::External,
+        "kubernetes" => Launcher::Kubernetes,
         "slurm" => Launcher::Slurm(Box::new(slurm::slurm(v.get("slurm")))),
         _ => Launcher::Local,
     };
     let listen = match (v.get("listen").maybe_text(), &launcher) {
         (Some(listen), _) => listen,
+        (None, Launcher::Kubernetes) => "0.0.0.0:7070",
         (None, Launcher::Slurm(_)) => "0.0.0.0:0",
         (None, Launcher::Local | Launcher::External) => "127.0.0.1:0",
     };
@@ -381,6 +384,7 @@ fn cluster(v: View<'_>) -> Cluster {
         listen,
         http: v.get("http").maybe_text().map(str::to_owned),
         token: v.get("token").maybe_text().map(|t| Secret::new(t.into())),
+        kubernetes: v.section("kubernetes").map(kubernetes::kubernetes),
     }
 }
 

@@ -476,6 +476,59 @@ fn what_slurm_is_told_is_checked_and_kept() {
 }
 
 #[test]
+fn what_pods_are_told_is_checked_and_kept() {
+    let launched = "cluster.launcher=kubernetes";
+    let image = "cluster.kubernetes.image=registry/worker:1";
+    let sets = [
+        launched,
+        "cluster.kubernetes={image: registry/worker:1, gpus: 4, resources: {memory: 16Gi, cpu: 4}, labels: {team: a}, tolerations: [{key: gpu, effect: NoSchedule}], env_from: [bucket], volumes: [{claim: runs, path: /runs}]}",
+    ];
+    let recipe = read(SMALL, &sets);
+    assert_eq!(recipe.cluster.listen, "0.0.0.0:7070");
+    let pods = recipe.cluster.kubernetes.as_ref().expect("pods");
+    assert_eq!((pods.pods(9), pods.pods(8), pods.pods(1)), (3, 2, 1));
+    assert_eq!(pods.endpoint(7070), "distillery-coordinator:7070");
+    assert_eq!(pods.resources["memory"], "16Gi");
+    assert_eq!((pods.grace_seconds, pods.unreachable_seconds), (120, 30));
+    let stored = recipe.to_stored();
+    assert_eq!(Recipe::from_stored(&stored), Ok(recipe));
+    for (set, code, path) in [
+        ("namespace=Not_A_Name", Code::OutOfRange, "namespace"),
+        ("service=coordinator:7070", Code::Address, "service"),
+        (
+            "resources={memory: 16GB}",
+            Code::OutOfRange,
+            "resources.memory",
+        ),
+        ("resources=[cpu]", Code::WrongType, "resources"),
+        ("labels={a b: c}", Code::OutOfRange, "labels.a b"),
+        ("labels={distillery/run: x}", Code::OutOfRange, "labels"),
+        ("gpus=-1", Code::OutOfRange, "gpus"),
+        ("node_selektor={a: b}", Code::UnknownKey, "node_selektor"),
+    ] {
+        let set = format!("cluster.kubernetes.{set}");
+        check_one(
+            &[launched, image, &set],
+            code,
+            &format!("cluster.kubernetes.{path}"),
+        );
+    }
+    check_one(&[launched], Code::Missing, "cluster.kubernetes");
+    check_one(&[image], Code::NotApplicable, "cluster.kubernetes");
+    for listen in ["127.0.0.1:7070", "localhost:7070", "0.0.0.0:0"] {
+        let listen = format!("cluster.listen={listen}");
+        check_one(&[launched, image, &listen], Code::Address, "cluster.listen");
+    }
+    // External workers may be pods too, as `render` writes them.
+    let external = [
+        "cluster.launcher=external",
+        image,
+        "cluster.listen=0.0.0.0:7070",
+    ];
+    assert!(read(SMALL, &external).cluster.kubernetes.is_some());
+}
+
+#[test]
 fn the_plan_digest_follows_results_not_processes() {
     let digest = |sets: &[&str], teacher: &[u8]| {
         read(SMALL, sets).plan_digest(&[("teacher", Digest::of(teacher))])
@@ -486,6 +539,7 @@ fn the_plan_digest_follows_results_not_processes() {
         "name=other",
         "cluster.workers={min: 2, max: 2}",
         "cluster={launcher: slurm, slurm: {partition: a}}",
+        "cluster={launcher: kubernetes, kubernetes: {image: a}}",
         "checkpoint.every_steps=5",
         "compute.recompute=true",
         "stages.0.compute={recompute: true}",

@@ -2,7 +2,8 @@
 
 use super::Fallback::{Open, Yaml};
 use super::Kind::{List, Or, Path, Secret, Shell, Text, Whole};
-use super::{Kind, Section, field, later, word};
+use super::kubernetes::KUBERNETES;
+use super::{Kind, Section, field, word};
 
 pub(super) static CLUSTER: Section = Section {
     name: "cluster",
@@ -13,7 +14,7 @@ pub(super) static CLUSTER: Section = Section {
                 word("local"),
                 word("external"),
                 word("slurm"),
-                later("kubernetes"),
+                word("kubernetes"),
             ]),
             Yaml("local"),
             "who starts workers",
@@ -27,10 +28,16 @@ pub(super) static CLUSTER: Section = Section {
         )
         .only("launcher", "slurm"),
         field(
+            "kubernetes",
+            Or("none", &Kind::Section(&KUBERNETES)),
+            Yaml("none"),
+            "what workers are as pods",
+        ),
+        field(
             "listen",
             Or("auto", &Text),
             Yaml("auto"),
-            "address of the gRPC service, host:port; auto = 127.0.0.1:0, or 0.0.0.0:0 where workers run on other hosts",
+            "address of the gRPC service, host:port; auto = 127.0.0.1:0, 0.0.0.0:0 with slurm, 0.0.0.0:7070 with kubernetes",
         ),
         field(
             "http",

@@ -1,0 +1,32 @@
+# syntax=docker/dockerfile:1
+# A worker with its engine and libtorch for CUDA 13 (about 4 GB; it runs on CPUs too). Build from the repository's root:
+#   docker build -f deploy/containers/worker.Dockerfile -t REGISTRY/distillery/worker:0.1.0 .
+# LIBTORCH=cpu leaves CUDA out. Nodes need the driver and the container toolkit of NVIDIA, and nothing else.
+
+FROM rust:1.95.0-bookworm AS build
+ARG LIBTORCH=cuda
+WORKDIR /src
+COPY . .
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3-pip \
+    && rm -rf /var/lib/apt/lists/*
+# Wheels pinned by their digests; the folder's path goes into the engine, so that it is the same in the image below.
+RUN DISTILLERY_CACHE=/opt deploy/libtorch.sh "$LIBTORCH"
+RUN cargo build --release --locked --bin worker --bin engine
+
+FROM debian:12.12-slim
+ARG LIBTORCH=cuda
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates libstdc++6 \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 65532 distillery \
+    && useradd --uid 65532 --gid 65532 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin distillery
+COPY --from=build /opt/libtorch-2.11.0-${LIBTORCH}/lib /opt/libtorch-2.11.0-${LIBTORCH}/lib
+COPY --from=build /src/target/release/worker /src/target/release/engine /usr/local/bin/
+COPY configs/teachers/scenes /opt/distillery/teachers/scenes
+COPY configs/prompts /opt/distillery/prompts
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 65532:65532
+ENTRYPOINT ["/usr/local/bin/worker"]
+CMD ["--help"]

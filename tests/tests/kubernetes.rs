@@ -1,0 +1,304 @@
+//! Runs whose workers are pods, against a Kubernetes API server in this process that runs them as real processes.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use distillery_tests::harness::{EngineKind, Made, Run, Target, repository, signal, sim_recipe};
+use distillery_tests::kubernetes::{Fake, Program, Refusal, Room, Rule, Ways, rules};
+
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The recipe of the stand-in with workers as pods of this host's network.
+fn recipe() -> String {
+    let local = sim_recipe();
+    let (before, _) = local
+        .split_once("cluster:")
+        .expect("the recipe says who works");
+    format!(
+        "{before}cluster:\n  launcher: kubernetes\n  listen: \"127.0.0.1:0\"\n  workers: {{min: 2, max: 2}}\n  kubernetes: {{image: \"registry.example.com/worker:1\", service: 127.0.0.1, grace_seconds: 10, unreachable_seconds: 30}}\n"
+    )
+}
+
+fn role() -> Vec<Rule> {
+    let manifest = repository().join("deploy/kubernetes/launcher/role.yaml");
+    rules(&manifest).expect("the Role that is deployed")
+}
+
+/// A run and the cluster that it asks for workers.
+struct Scene {
+    run: Run,
+    fake: Fake,
+    _folder: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new(ways: Ways, pace_ms: u32, change: impl FnOnce(&mut Program)) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path();
+        let kubeconfig: PathBuf = path.join("cluster/kubeconfig");
+        let run = Run::new(path, &recipe(), EngineKind::Sim)
+            .expect("the programs are built")
+            .with("SIM_STEP_MS", pace_ms)
+            .with("SIM_TASK_MS", pace_ms * 4)
+            .with("KUBECONFIG", kubeconfig.display());
+        let mut program = Program::of(&run.command("worker"));
+        change(&mut program);
+        let ways = Ways {
+            role: Some(role()),
+            ..ways
+        };
+        let fake = Fake::start(&path.join("cluster"), program, ways).expect("a cluster");
+        Self {
+            run,
+            fake,
+            _folder: folder,
+        }
+    }
+
+    /// Waits until both pods run, and gives their names.
+    fn both_run(&self) -> Vec<String> {
+        let both = self.fake.until("two pods that run", PATIENCE, |world| {
+            let running = world.running();
+            (running.len() == 2).then_some(running)
+        });
+        both.unwrap_or_else(|error| panic!("{error}\n{}", self.run.log_tail()))
+    }
+
+    /// Waits until the coordinator has said `words`.
+    fn said(&self, words: &str) {
+        let log = || self.run.log_tail().contains(words).then_some(());
+        self.run
+            .await_some(log, words, PATIENCE)
+            .expect("it is said");
+    }
+
+    /// The run ends well and leaves nothing in the cluster.
+    fn finish(&mut self) -> Made {
+        self.run.finish(PATIENCE).expect("it finishes");
+        self.nothing_left();
+        self.run.made().expect("everything is readable")
+    }
+
+    fn nothing_left(&self) {
+        let empty = self.fake.until("empty cluster", PATIENCE, |world| {
+            let left = world.jobs().len() + world.secrets().len() + world.phases().len();
+            (left == 0).then_some(())
+        });
+        empty.expect("Job, Secret and pods are gone");
+        self.run
+            .no_orphans(Duration::from_secs(10))
+            .expect("all processes end");
+        let forbidden = self.fake.world(|world| world.forbidden.clone());
+        assert_eq!(forbidden, [], "the Role allows what is asked");
+    }
+
+    fn jobs_made(&self) -> usize {
+        self.fake.world(|world| world.jobs_made.len())
+    }
+}
+
+/// What the same recipe makes with workers of this host.
+fn undisturbed() -> Made {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = Run::new(folder.path(), sim_recipe(), EngineKind::Sim).expect("built");
+    run.finish(PATIENCE).expect("it finishes");
+    run.made().expect("everything is readable")
+}
+
+#[test]
+fn a_run_goes_through_pods_although_one_and_the_coordinator_are_killed() {
+    let mut scene = Scene::new(Ways::default(), 25, |_| {});
+    scene.run.start().expect("starts");
+    let pods = scene.both_run();
+    let pid = scene
+        .fake
+        .world(|world| world.pid_of(&pods[0]))
+        .expect("it runs");
+    signal(pid, "KILL").expect("killed");
+    let others = scene.fake.until("a pod in its place", PATIENCE, |world| {
+        let running = world.running();
+        (running.len() == 2 && !running.contains(&pods[0])).then_some(running)
+    });
+    let others = others.expect("it is replaced");
+    assert_eq!(scene.run.kill(Target::Coordinator, 0).expect("killed"), 1);
+    scene.run.wait(PATIENCE).expect("it is dead");
+    assert_eq!(scene.fake.running(), others, "pods outlive a coordinator");
+    scene.run.start().expect("starts again");
+    let made = scene.finish();
+    assert_eq!(scene.jobs_made(), 1, "the Job is adopted");
+    assert_eq!(scene.fake.world(|world| world.made), 3);
+    assert_eq!(made, undisturbed(), "the same bits");
+}
+
+/// And in doing so it asks for everything that the Role allows, and for nothing else.
+#[test]
+fn pods_of_a_dead_node_are_released_and_replaced() {
+    let mut scene = Scene::new(Ways::default(), 50, |_| {});
+    scene.run.start().expect("starts");
+    let pods = scene.both_run();
+    let node = scene
+        .fake
+        .world(|world| world.node_of(&pods[0]))
+        .expect("it is bound");
+    scene.fake.world(|world| world.power_off(&node));
+    let leaving =
+        |world: &distillery_tests::kubernetes::World| world.is_leaving(&pods[0]).then_some(());
+    scene
+        .fake
+        .until("pod that leaves", PATIENCE, leaving)
+        .expect("its toleration ends");
+    scene.said("its node is given up");
+    let replaced = scene.fake.until("a pod in its place", PATIENCE, |world| {
+        let running = world.running();
+        (running.len() == 2 && !running.contains(&pods[0])).then_some(())
+    });
+    replaced.expect("it is replaced");
+    scene.finish();
+    let asked: Vec<Rule> = scene.fake.asked().into_iter().collect();
+    let mut allowed = role();
+    allowed.sort();
+    assert_eq!(asked, allowed, "what is asked is what the Role allows");
+}
+
+#[test]
+fn an_evicted_worker_leaves_in_order_and_is_replaced() {
+    let mut scene = Scene::new(Ways::default(), 25, |_| {});
+    scene.run.start().expect("starts");
+    let pods = scene.both_run();
+    scene.fake.world(|world| world.evict(&pods[0]));
+    scene.said("had to leave (EvictionByEvictionAPI)");
+    let replaced = scene.fake.until("a pod in its place", PATIENCE, |world| {
+        let running = world.running();
+        (running.len() == 2 && !running.contains(&pods[0])).then_some(())
+    });
+    replaced.expect("an index whose pod was made to leave is not done");
+    scene.finish();
+}
+
+#[test]
+fn a_worker_that_was_started_wrongly_ends_the_run_with_its_words() {
+    let wrong = |program: &mut Program| program.before = vec!["--nonsense".into()];
+    let mut scene = Scene::new(Ways::default(), 0, wrong);
+    scene.run.start().expect("starts");
+    let status = scene.run.wait(PATIENCE).expect("it ends");
+    assert_eq!(status.code(), Some(1), "{}", scene.run.log_tail());
+    let said = scene.run.log_tail();
+    assert!(said.contains("PodFailurePolicy"), "{said}");
+    assert!(said.contains("unexpected argument '--nonsense'"), "{said}");
+    scene.nothing_left();
+    // The same command makes another Job, once the cause is gone.
+    scene.fake.world(|world| world.correct_program());
+    scene.run.start().expect("starts again");
+    scene.finish();
+    assert_eq!(scene.jobs_made(), 2);
+}
+
+#[test]
+fn waiting_for_room_or_an_image_is_told_and_fails_nothing() {
+    let ways = Ways {
+        room: Room::None,
+        ..Ways::default()
+    };
+    let mut scene = Scene::new(ways, 0, |_| {});
+    scene.run.start().expect("starts");
+    scene.said("no node has room: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.");
+    scene.fake.world(|world| world.set_room(Room::NoImage));
+    scene.said(
+        "the image cannot be pulled: Back-off pulling image \"registry.example.com/worker:1\"",
+    );
+    scene.fake.world(|world| world.set_room(Room::Free));
+    scene.finish();
+    let told = scene.run.log_tail().matches("no node has room").count();
+    assert_eq!(told, 1, "{}", scene.run.log_tail());
+}
+
+#[test]
+fn trouble_with_the_api_server_costs_no_pod() {
+    let mut scene = Scene::new(Ways::default(), 60, |_| {});
+    let refusal = |verb, resource, code, retry_after| Refusal {
+        verb,
+        resource,
+        code,
+        retry_after,
+    };
+    scene.fake.world(|world| {
+        world.refusals = vec![
+            refusal("create", "jobs", 409, None),
+            refusal("patch", "secrets", 429, Some(1)),
+            refusal("list", "pods", 429, Some(1)),
+            refusal("get", "jobs", 500, None),
+            refusal("watch", "pods", 410, None),
+        ];
+    });
+    scene.run.start().expect("starts");
+    scene.both_run();
+    scene.fake.compact();
+    let expired = scene.fake.until("a watch that expired", PATIENCE, |world| {
+        (world.expired > 0).then_some(())
+    });
+    expired.expect("watches see that their version is too old");
+    scene.fake.away(true);
+    scene.said("the Kubernetes API: ");
+    std::thread::sleep(Duration::from_secs(3));
+    scene.fake.away(false);
+    scene.said("the Kubernetes API answers again");
+    scene.finish();
+    let (made, refused, left) = scene
+        .fake
+        .world(|world| (world.made, world.refused, world.refusals.len()));
+    assert_eq!(
+        (made, refused, left),
+        (2, 5, 0),
+        "pods made, requests refused, refusals left"
+    );
+    assert_eq!(scene.jobs_made(), 1);
+}
+
+#[test]
+fn a_job_that_somebody_deletes_is_made_again() {
+    let mut scene = Scene::new(Ways::default(), 25, |_| {});
+    scene.run.start().expect("starts");
+    scene.both_run();
+    let name = scene.fake.world(|world| world.jobs()).pop().expect("a Job");
+    scene.fake.world(|world| world.delete_a_job(&name));
+    let again = scene.fake.until("another Job", PATIENCE, |world| {
+        (world.jobs_made.len() == 2).then_some(())
+    });
+    again.expect("the run needs workers");
+    scene.finish();
+}
+
+/// A Job that an earlier coordinator left is not what the recipe says any more.
+#[test]
+fn a_job_of_other_settings_is_replaced_after_a_restart() {
+    let mut scene = Scene::new(Ways::default(), 40, |_| {});
+    scene.run.start().expect("starts");
+    scene.both_run();
+    scene.run.kill(Target::Coordinator, 0).expect("killed");
+    scene.run.wait(PATIENCE).expect("it is dead");
+    let recipe = scene.run.output().with_file_name("recipe.yaml");
+    let text = std::fs::read_to_string(&recipe).expect("the recipe");
+    let changed = text.replace("grace_seconds: 10", "grace_seconds: 11");
+    assert_ne!(text, changed);
+    std::fs::write(&recipe, changed).expect("written");
+    scene.run.start().expect("starts again");
+    scene.said("made from other settings");
+    scene.finish();
+    assert_eq!(scene.jobs_made(), 2);
+}
+
+#[test]
+fn without_a_cluster_the_run_says_what_is_missing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let nowhere = folder.path().join("nowhere");
+    let run = Run::new(folder.path(), &recipe(), EngineKind::Sim).expect("built");
+    let mut run = run.with("KUBECONFIG", nowhere.display());
+    run.start().expect("starts");
+    let status = run.wait(PATIENCE).expect("it ends");
+    assert_eq!(status.code(), Some(1));
+    let said = run.log_tail();
+    assert!(
+        said.contains("there is no cluster") && said.contains("KUBECONFIG"),
+        "{said}"
+    );
+}
