@@ -1,5 +1,7 @@
 //! What people ask of a run by its URI: told to its coordinator, or, where none answers, written in its journal.
 
+use anyhow::Context as _;
+
 use super::find::{Found, find};
 use crate::driver::{Clock, unique_id};
 use crate::journal::Journal;
