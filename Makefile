@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test manifests kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm test-attacks fuzz lint deny libtorch servers
+.PHONY: help demo test manifests kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale bench-steps sdxl-memory test-hosts test-slurm test-attacks fuzz lint deny libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -84,6 +84,10 @@ bench-engine: libtorch ## Measure guided evaluations and training steps beside P
 
 bench-allreduce: libtorch ## Measure the sum over a TCP ring beside Gloo, by processes on this machine (PYTHON has torch).
 	cargo bench --locked -p distillery-engine --bench bench-allreduce
+
+bench-steps: libtorch ## Measure a step with 1, 2 and 4 real engines: what rows and sums take of it, shared moments, reproducible batches.
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin bench-steps
+	$(target)/release/bench-steps
 
 bench-data: ## Measure rows and checkpoints against the bytes themselves and pyarrow, side by side (PYTHON has pyarrow).
 	cargo build $(cargo_flags) -p distillery-tests --bin bench-data
