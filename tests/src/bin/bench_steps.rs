@@ -6,6 +6,7 @@
 //! others, so the time of the sum alone is at most what is shown. The runs take turns, round by round.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -112,9 +113,9 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut found: BTreeMap<Way, Vec<Figures>> = BTreeMap::new();
     for _ in 0..arguments.rounds {
         for &way in &ways {
-            if !drawn.contains_key(&way.threads) {
+            if let Entry::Vacant(place) = drawn.entry(way.threads) {
                 let rows = draw(way.threads, &arguments, folder.path());
-                drawn.insert(way.threads, rows.context("drawing trajectories")?);
+                place.insert(rows.context("drawing trajectories")?);
             }
             let figures = measure(way, &arguments, &drawn[&way.threads])
                 .with_context(|| format!("{way:?}"))?;

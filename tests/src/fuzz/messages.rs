@@ -22,15 +22,14 @@ fn group() -> Option<wire::GroupId> {
     })
 }
 
-/// What workers say.
-pub(super) fn of_workers() -> Vec<Vec<u8>> {
+/// What workers report, and repeat until it is acknowledged.
+fn reports() -> [report::Report; 5] {
     use report::Report;
-    use worker_message::Message;
     let failure = Some(wire::Failure {
         class: 1,
         message: "broken".into(),
     });
-    let reports = [
+    [
         Report::TaskCommitted(wire::TaskCommitted {
             lease: lease(),
             commit: Some(wire::CommitSummary {
@@ -63,8 +62,13 @@ pub(super) fn of_workers() -> Vec<Vec<u8>> {
             rank: 1,
             failure,
         }),
-    ];
-    let reports = reports.map(|report| {
+    ]
+}
+
+/// What workers say.
+pub(super) fn of_workers() -> Vec<Vec<u8>> {
+    use worker_message::Message;
+    let reports = reports().map(|report| {
         let report = Some(report);
         Message::Report(wire::Report { seq: 1, report })
     });

@@ -21,8 +21,11 @@ pub struct Target {
     /// Most memory that it may take for one input, in MiB.
     pub memory_mib: f64,
     /// Parses, and throws away what comes of it.
-    pub parse: Box<dyn Fn(&[u8])>,
+    pub parse: Parse,
 }
+
+/// A parser that keeps nothing.
+pub type Parse = Box<dyn Fn(&[u8])>;
 
 impl std::fmt::Debug for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

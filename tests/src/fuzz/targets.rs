@@ -178,31 +178,6 @@ fn configuration(name: &'static str, file: &str) -> Result<Target> {
 
 /// Objects of a bucket, which others may write into.
 pub(super) fn stored(corpus: &Corpus) -> Result<Vec<Target>> {
-    let commits = |key: &str| key.ends_with("/COMMIT") && key.starts_with("trajectories");
-    let tasks = corpus.objects(commits)?;
-    let (key, _) = tasks.first().context("no COMMIT of a task")?;
-    let dataset = layout::dataset(key.split('/').nth(1).context("a dataset")?);
-    let shard = layout::shard(&dataset, 0);
-    let checkpoints =
-        corpus.objects(|key| key.ends_with("/COMMIT") && key.starts_with("checkpoints"))?;
-    let (checkpoint, bytes) = checkpoints
-        .first()
-        .context("no COMMIT of a checkpoint")?
-        .clone();
-    let (stage, step, generation) =
-        layout::parse_checkpoint_commit(&checkpoint).context("a checkpoint's key")?;
-    let folder = layout::checkpoint(stage, step, generation);
-    // What a rank tells of its share is a part of what the COMMIT says of all.
-    let whole: serde_json::Value = serde_json::from_slice(&bytes)?;
-    let part = serde_json::json!({"files": whole["files"], "tensors": whole["tensors"]});
-    anyhow::ensure!(
-        Part::from_bytes(&folder, part.to_string().as_bytes()).is_ok(),
-        "no part"
-    );
-    let part = part.to_string().into_bytes();
-    let manifests = corpus.contents(|key| key.ends_with("/MANIFEST"))?;
-    let of =
-        |objects: Vec<(String, Vec<u8>)>| objects.into_iter().map(|(_, bytes)| bytes).collect();
     let mut all = vec![
         target(
             "run.json",
@@ -220,13 +195,64 @@ pub(super) fn stored(corpus: &Corpus) -> Result<Vec<Target>> {
                 drop(journal::parse(bytes));
             },
         ),
-        target("COMMIT of a task", LITTLE_MIB, of(tasks), move |bytes| {
-            drop(TaskCommit::from_bytes(&shard, bytes));
-        }),
+    ];
+    all.extend(stored_rows(corpus)?);
+    all.extend(stored_states(corpus)?);
+    Ok(all)
+}
+
+/// What is stored of trajectories.
+fn stored_rows(corpus: &Corpus) -> Result<Vec<Target>> {
+    let commits = |key: &str| key.ends_with("/COMMIT") && key.starts_with("trajectories");
+    let tasks = corpus.objects(commits)?;
+    let (key, _) = tasks.first().context("no COMMIT of a task")?;
+    let dataset = layout::dataset(key.split('/').nth(1).context("a dataset")?);
+    let shard = layout::shard(&dataset, 0);
+    let manifests = corpus.contents(|key| key.ends_with("/MANIFEST"))?;
+    let first = manifests.first().context("no MANIFEST")?;
+    Ok(vec![
+        target(
+            "COMMIT of a task",
+            LITTLE_MIB,
+            contents(tasks),
+            move |bytes| {
+                drop(TaskCommit::from_bytes(&shard, bytes));
+            },
+        ),
+        rows(corpus, &dataset, first)?,
+        target(
+            "MANIFEST of a dataset",
+            LITTLE_MIB,
+            manifests,
+            move |bytes| {
+                drop(DatasetManifest::from_bytes(&dataset, bytes));
+            },
+        ),
+    ])
+}
+
+/// What is stored of training.
+fn stored_states(corpus: &Corpus) -> Result<Vec<Target>> {
+    let commits = |key: &str| key.ends_with("/COMMIT") && key.starts_with("checkpoints");
+    let checkpoints = corpus.objects(commits)?;
+    let first = checkpoints.first().context("no COMMIT of a checkpoint")?;
+    let (checkpoint, bytes) = first.clone();
+    let (stage, step, generation) =
+        layout::parse_checkpoint_commit(&checkpoint).context("a checkpoint's key")?;
+    let folder = layout::checkpoint(stage, step, generation);
+    // What a rank tells of its share is a part of what the COMMIT says of all.
+    let whole: serde_json::Value = serde_json::from_slice(&bytes)?;
+    let part = serde_json::json!({"files": whole["files"], "tensors": whole["tensors"]});
+    anyhow::ensure!(
+        Part::from_bytes(&folder, part.to_string().as_bytes()).is_ok(),
+        "no part"
+    );
+    let part = part.to_string().into_bytes();
+    Ok(vec![
         target(
             "COMMIT of a checkpoint",
             LITTLE_MIB,
-            of(checkpoints),
+            contents(checkpoints),
             move |bytes| {
                 drop(Manifest::from_bytes(&checkpoint, bytes));
             },
@@ -247,21 +273,12 @@ pub(super) fn stored(corpus: &Corpus) -> Result<Vec<Target>> {
                 drop(curves::from_jsonl(bytes));
             },
         ),
-    ];
-    all.push(rows(
-        corpus,
-        &dataset,
-        manifests.first().context("no MANIFEST")?,
-    )?);
-    all.push(target(
-        "MANIFEST of a dataset",
-        LITTLE_MIB,
-        manifests,
-        move |bytes| {
-            drop(DatasetManifest::from_bytes(&dataset, bytes));
-        },
-    ));
-    Ok(all)
+    ])
+}
+
+/// Objects without their keys.
+fn contents(objects: Vec<(String, Vec<u8>)>) -> Vec<Vec<u8>> {
+    objects.into_iter().map(|(_, bytes)| bytes).collect()
 }
 
 /// Rows whose digest was forged with them.
