@@ -36,7 +36,7 @@ fn forms(join: &Join) -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("the token", token.clone().into_bytes()),
         ("the token in capitals", token.to_uppercase().into_bytes()),
-        ("half of the token", token[..32].as_bytes().to_vec()),
+        ("half of the token", token.as_bytes()[..32].to_vec()),
         ("the token's bytes", bytes.to_vec()),
         ("the token as a list", format!("{bytes:?}").into_bytes()),
         ("the group's secret", group.to_vec()),
