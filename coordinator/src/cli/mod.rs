@@ -175,7 +175,8 @@ fn misused(error: &clap::Error) -> ExitCode {
 fn init_logs(verbose: u8, quiet: bool, format: Format) {
     let level = match verbose {
         0 if quiet => "off",
-        0 => "warn",
+        // The launcher tells of failed calls itself, once each.
+        0 => "warn,kube_client=off",
         1 => "info",
         _ => "debug",
     };
