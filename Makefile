@@ -7,7 +7,7 @@ SHELL := /bin/bash
 target := $(or $(CARGO_TARGET_DIR),target)
 cargo_flags := --release --locked
 
-.PHONY: help demo test manifests kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale sdxl-memory test-hosts test-slurm lint libtorch servers
+.PHONY: help demo test manifests kill-resume sim sim-mutants chaos elastic compare bench-allreduce bench-data bench-engine bench-recovery bench-scale bench-steps sdxl-memory test-hosts test-slurm test-attacks fuzz lint deny libtorch servers
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -85,6 +85,10 @@ bench-engine: libtorch ## Measure guided evaluations and training steps beside P
 bench-allreduce: libtorch ## Measure the sum over a TCP ring beside Gloo, by processes on this machine (PYTHON has torch).
 	cargo bench --locked -p distillery-engine --bench bench-allreduce
 
+bench-steps: libtorch ## Measure a step with 1, 2 and 4 real engines: what rows and sums take of it, shared moments, reproducible batches.
+	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin bench-steps
+	$(target)/release/bench-steps
+
 bench-data: ## Measure rows and checkpoints against the bytes themselves and pyarrow, side by side (PYTHON has pyarrow).
 	cargo build $(cargo_flags) -p distillery-tests --bin bench-data
 	$(target)/release/bench-data
@@ -99,6 +103,15 @@ sdxl-memory: libtorch ## Train at SDXL's full size on the CPU (7 GB of scratch, 
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin sdxl-memory
 	$(target)/release/sdxl-memory $(MEMORY)
 
+IDLE ?= 10000
+test-attacks: ## Attack a living run in every way of the threat model (deploy/README.md), with IDLE connections that say nothing.
+	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
+	$(target)/release/test-attacks --idle $(IDLE)
+
+fuzz: ## Feed every parser of foreign bytes with changed inputs for MINUTES (SEED).
+	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
+	$(target)/release/fuzz --minutes $(MINUTES) --seed $(SEED)
+
 lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, licences and bans.
 	cargo fmt --all --check
 	cargo clippy $(cargo_flags) --workspace --all-targets -- -D warnings
@@ -107,6 +120,9 @@ lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, lice
 	else \
 	    echo "WARNING: no cargo-deny: licences and bans of deny.toml were NOT checked" >&2; \
 	fi
+
+deny: ## Check licences, bans and sources of the dependencies, and advisories where their database can be reached.
+	deploy/cargo-deny.sh
 
 libtorch: ## Find or fetch libtorch (deploy/README.md).
 	@deploy/libtorch.sh

@@ -38,6 +38,10 @@ pub struct StepRecord {
     pub step_ms: f64,
     /// Part of it that waited for rows.
     pub wait_ms: f64,
+    /// Part of it that the group's sums and copies took, waiting for other ranks in them included; none in curves of older
+    /// versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sum_ms: Option<f64>,
     /// Part of it that took a copy of the state for a checkpoint; none where no checkpoint was due.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub save_ms: Option<f64>,
@@ -110,6 +114,7 @@ mod tests {
             rows: Some(Ledger::of(step * 8..step * 8 + 8)),
             step_ms: 3.25,
             wait_ms: 0.0,
+            sum_ms: Some(0.5),
             save_ms: step.is_multiple_of(2).then_some(0.5),
             peak_bytes: step.is_multiple_of(2).then_some(1 << 20),
         }

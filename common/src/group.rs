@@ -155,6 +155,30 @@ pub fn batch_share(global_batch: u64, rank: u32, world: u32) -> std::ops::Range<
     cut(rank)..cut(rank + 1)
 }
 
+/// The share of things of these `sizes`, one after the other, that `rank` of `world` takes: their whole length is cut into
+/// as many equal lengths as there are ranks, and a thing belongs to the rank in whose length it begins.
+///
+/// Shares are consecutive, cover all things exactly once, and cut none; one may be empty.
+pub fn share_of(sizes: &[usize], rank: u32, world: u32) -> std::ops::Range<usize> {
+    let total: u128 = sizes.iter().map(|&size| size as u128).sum();
+    let world = u128::from(world);
+    let mut start = 0;
+    let owner = |start: u128| match total {
+        0 => 0,
+        total => (start * world / total).min(world - 1),
+    };
+    let owners: Vec<u128> = sizes
+        .iter()
+        .map(|&size| {
+            let owner = owner(start);
+            start += size as u128;
+            owner
+        })
+        .collect();
+    let below = |rank: u128| owners.partition_point(|&owner| owner < rank);
+    below(rank.into())..below(u128::from(rank) + 1)
+}
+
 /// The leaves of a reproducible sum that `rank` of `world` computes: consecutive, shared out like a batch.
 pub fn leaves_of(virtual_ranks: u32, rank: u32, world: u32) -> std::ops::Range<u32> {
     let share = batch_share(u64::from(virtual_ranks), rank, world);
@@ -237,5 +261,42 @@ mod tests {
             }
             assert_eq!(next, 64);
         }
+    }
+
+    /// The shares of all ranks.
+    fn shares(sizes: &[usize], world: u32) -> Vec<std::ops::Range<usize>> {
+        (0..world)
+            .map(|rank| share_of(sizes, rank, world))
+            .collect()
+    }
+
+    #[test]
+    fn shares_of_things_are_consecutive_and_leave_none_out() {
+        let uneven: Vec<usize> = (0..100).map(|i| (i * 7919) % 1000).collect();
+        for sizes in [&uneven[..], &[5], &[], &[0, 0, 0], &[0, 0, 9, 0]] {
+            for world in 1..=9 {
+                let mut next = 0;
+                for share in shares(sizes, world) {
+                    assert_eq!(share.start, next, "{sizes:?} over {world}");
+                    next = share.end;
+                }
+                assert_eq!(next, sizes.len(), "{sizes:?} over {world}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_share_is_longer_than_an_even_one_and_its_last_thing() {
+        let sizes: Vec<usize> = (0..100).map(|i| (i * 7919) % 1000).collect();
+        let total: usize = sizes.iter().sum();
+        for world in 1..=9 {
+            for share in shares(&sizes, world) {
+                let long: usize = sizes[share.clone()].iter().sum();
+                let last = sizes[share].last().copied().unwrap_or(0);
+                assert!(long <= total.div_ceil(world as usize) + last);
+            }
+        }
+        assert_eq!(shares(&[4, 4, 4, 4], 2), [0..2, 2..4]);
+        assert_eq!(shares(&[1, 1, 10], 3), [0..3, 3..3, 3..3]);
     }
 }

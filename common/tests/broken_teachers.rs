@@ -233,6 +233,24 @@ fn absurd_configuration_values() {
     }
 }
 
+/// A few digits used to ask for gigabytes of tensor names; found by fuzzing.
+#[test]
+fn more_layers_than_anybody_has() {
+    for (file, key, most) in [
+        (UNET_CONFIG, "layers_per_block", 16),
+        (UNET_CONFIG, "transformer_layers_per_block", 32),
+        ("vae/config.json", "layers_per_block", 16),
+        ("text_encoder/config.json", "num_hidden_layers", 128),
+    ] {
+        Broken::new("sd15").set(file, key, json!(1 << 20)).check(&[
+            file,
+            key,
+            "is 1048576",
+            &format!("at most {most} layers"),
+        ]);
+    }
+}
+
 #[test]
 fn a_file_that_is_cut_short() {
     let broken = Broken::new("sd15");
@@ -661,10 +679,13 @@ fn links_that_lead_out_of_the_folder() {
     use std::os::unix::fs::symlink;
     let elsewhere = tempfile::tempdir().expect("a folder");
     let secret = elsewhere.path().join("credentials");
-    fs::write(&secret, "#version: 0.2\nk e\ny 1\n").expect("written");
-    let says = ["merges.txt is a link that leads out", "put the file itself"];
-    let broken = Broken::new("sd15").remove("tokenizer/merges.txt");
-    symlink(&secret, broken.path("tokenizer/merges.txt")).expect("linked");
+    fs::write(&secret, "key=1").expect("written");
+    let says = [
+        "tokenizer.json is a link that leads out",
+        "put the file itself",
+    ];
+    let broken = Broken::new("sd15").remove("tokenizer/tokenizer.json");
+    symlink(&secret, broken.path("tokenizer/tokenizer.json")).expect("linked");
     broken.check(&says);
 
     let broken = Broken::new("sd15");
@@ -688,7 +709,7 @@ fn the_links_of_a_download_cache_are_followed() {
     fs::create_dir_all(&blobs).expect("a folder");
     let sound = Broken::new("sd15");
     copy(sound.folder.path(), &snapshot);
-    for (file, blob) in [(UNET, "aa11"), ("tokenizer/merges.txt", "bb22")] {
+    for (file, blob) in [(UNET, "aa11"), ("tokenizer/tokenizer.json", "bb22")] {
         fs::rename(snapshot.join(file), blobs.join(blob)).expect("moved");
         symlink(format!("../../../blobs/{blob}"), snapshot.join(file)).expect("linked");
     }

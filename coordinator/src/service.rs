@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod gate;
+mod status;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -27,10 +28,9 @@ use distillery_common::proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, to_wire, wir
 use distillery_common::security::{self, Authority, RequireToken, Token};
 
 use self::gate::{Limits, Visit};
-use crate::driver::{Handle, Snapshot};
-use crate::scheduler::{
-    ConnectionId, Event, FromWorker, Hello, StageView, Timings, ToWorker, WorkerView,
-};
+use self::status::status_reply;
+use crate::driver::Handle;
+use crate::scheduler::{ConnectionId, Event, FromWorker, Hello, Timings, ToWorker};
 
 /// How long a new stream may take to say hello.
 const HELLO: Duration = Duration::from_secs(10);
@@ -444,58 +444,5 @@ impl Shared {
         wire::CoordinatorMessage {
             message: Some(message),
         }
-    }
-}
-
-fn status_reply(identity: &Identity, snapshot: &Snapshot) -> wire::StatusReply {
-    wire::StatusReply {
-        run_id: identity.run_id.clone(),
-        run_uri: identity.run_uri.clone(),
-        name: identity.name.clone(),
-        term: snapshot.view.term.0,
-        state: snapshot.view.state.clone(),
-        stages: snapshot.view.stages.iter().map(stage_status).collect(),
-        workers: snapshot.view.workers.iter().map(worker_status).collect(),
-        decisions: snapshot.decisions.clone(),
-        failures: snapshot
-            .failures
-            .iter()
-            .map(|failure| wire::FailureReport {
-                worker: failure.worker.clone(),
-                what: failure.what.clone(),
-                message: failure.message.clone(),
-                output: failure.output.clone(),
-                ago_ms: snapshot.elapsed.saturating_sub(failure.at).as_millis() as u64,
-            })
-            .collect(),
-        note: snapshot.view.note.clone().unwrap_or_default(),
-        elapsed_ms: snapshot.elapsed.as_millis() as u64,
-    }
-}
-
-fn stage_status(stage: &StageView) -> wire::StageStatus {
-    wire::StageStatus {
-        name: stage.name.clone(),
-        kind: stage.kind.as_str().into(),
-        state: stage.state.into(),
-        done: stage.done,
-        total: stage.total,
-        group: stage.group.as_ref().map(to_wire::group_progress),
-        world: stage.world,
-    }
-}
-
-fn worker_status(worker: &WorkerView) -> wire::WorkerStatus {
-    wire::WorkerStatus {
-        name: worker.name.clone(),
-        incarnation: worker.incarnation.0,
-        state: worker.state.into(),
-        doing: worker.doing.clone(),
-        rss_bytes: worker.rss_bytes,
-        silent_ms: worker.silent.as_millis() as u64,
-        host: worker.host.clone(),
-        device: worker.device.clone(),
-        detail: worker.detail.clone(),
-        age_ms: worker.age.as_millis() as u64,
     }
 }

@@ -7,6 +7,7 @@
 pub mod compare;
 pub mod figure;
 pub mod fleet;
+pub mod fuzz;
 pub mod harness;
 pub mod kubernetes;
 pub mod manifests;

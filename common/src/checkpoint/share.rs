@@ -1,17 +1,16 @@
 //! A state written by several ranks: who writes which tensors, what a rank tells of its files, and the one manifest
 //! that names them all.
 //!
-//! Every rank holds the whole state, so a share is only a matter of who writes. The flat layout (tensors sorted by kind
-//! and name, one after the other) is cut into as many equal lengths as there are ranks, and a tensor belongs to the rank
-//! in whose length it begins: shares are contiguous, and a tensor is never cut. So a manifest says the same of a state
-//! however many ranks wrote it, and any number of ranks may read it. This module does no IO.
-
-use std::ops::Range;
+//! A share is a matter of who writes. The tensors of a kind, sorted by name, are shared out as [`share_of`] says, each kind
+//! by itself: of parts with the same tensors, such as weights and their moments, a rank writes the same ones, and it need
+//! hold no others. A tensor is never cut. So a manifest says the same of a state however many ranks wrote it, and any
+//! number of ranks may read it. This module does no IO.
 
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{Manifest, StoredSpec, StoredTensor};
 use super::{Error, TensorSpec};
+use crate::group::share_of;
 use crate::storage::layout::{self, Prefix};
 use crate::storage::{FileEntry, StoredFile};
 
@@ -31,24 +30,18 @@ impl Share {
     /// All of it.
     pub const WHOLE: Self = Self { rank: 0, world: 1 };
 
-    /// Which of the tensors with these sizes in bytes, in the order of the flat layout, are this share.
-    pub fn of(self, sizes: &[usize]) -> Range<usize> {
-        let total: u128 = sizes.iter().map(|&size| size as u128).sum();
-        let mut start = 0;
-        let owner = |start: u128| match total {
-            0 => 0,
-            total => (start * u128::from(self.world) / total).min(u128::from(self.world) - 1),
-        };
-        let owners: Vec<u128> = sizes
-            .iter()
-            .map(|&size| {
-                let owner = owner(start);
-                start += size as u128;
-                owner
-            })
-            .collect();
-        let below = |rank: u128| owners.partition_point(|&owner| owner < rank);
-        below(self.rank.into())..below(u128::from(self.rank) + 1)
+    /// Which of `tensors`, sorted by kind and name, are this share: of each kind what [`share_of`] gives.
+    pub fn of(self, tensors: &[TensorSpec]) -> Vec<usize> {
+        let mut own = Vec::new();
+        let mut first = 0;
+        for of_kind in tensors.chunk_by(|a, b| a.kind == b.kind) {
+            let bytes = |spec: &TensorSpec| spec.bytes().unwrap_or(u64::MAX) as usize;
+            let sizes: Vec<usize> = of_kind.iter().map(bytes).collect();
+            let share = share_of(&sizes, self.rank, self.world);
+            own.extend(share.map(|at| first + at));
+            first += of_kind.len();
+        }
+        own
     }
 }
 
@@ -160,41 +153,46 @@ fn unusable(folder: &Prefix, reason: String) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Dtype, Kind};
     use super::*;
 
-    /// The shares of all ranks.
-    fn shares(sizes: &[usize], world: u32) -> Vec<Range<usize>> {
-        let share = |rank| Share { rank, world }.of(sizes);
-        (0..world).map(share).collect()
-    }
-
-    #[test]
-    fn shares_are_contiguous_and_leave_no_tensor_out() {
-        let uneven: Vec<usize> = (0..100).map(|i| (i * 7919) % 1000).collect();
-        for sizes in [&uneven[..], &[5], &[], &[0, 0, 0], &[0, 0, 9, 0]] {
-            for world in 1..=9 {
-                let mut next = 0;
-                for share in shares(sizes, world) {
-                    assert_eq!(share.start, next, "{sizes:?} over {world}");
-                    next = share.end;
-                }
-                assert_eq!(next, sizes.len(), "{sizes:?} over {world}");
-            }
+    fn spec(kind: Kind, index: usize, size: u64) -> TensorSpec {
+        TensorSpec {
+            kind,
+            name: format!("{index:03}"),
+            dtype: Dtype::F32,
+            shape: vec![size],
         }
     }
 
+    /// Weights, moments: the same tensors twice, and an average of which there is only one.
+    fn state() -> Vec<TensorSpec> {
+        let of = |kind| move |index: usize| spec(kind, index, (index as u64 * 7919) % 1000);
+        let student = (0..100).map(of(Kind::Student));
+        let average = [spec(Kind::Ema, 0, 5)];
+        let moments = (0..100).map(of(Kind::AdamM));
+        student.chain(average).chain(moments).collect()
+    }
+
     #[test]
-    fn no_share_is_longer_than_an_even_one_and_its_last_tensor() {
-        let sizes: Vec<usize> = (0..100).map(|i| (i * 7919) % 1000).collect();
-        let total: usize = sizes.iter().sum();
+    fn shares_leave_no_tensor_out_and_are_the_same_in_every_kind() {
+        let state = state();
         for world in 1..=9 {
-            for share in shares(&sizes, world) {
-                let bytes: usize = sizes[share.clone()].iter().sum();
-                let last = sizes[share].last().copied().unwrap_or(0);
-                assert!(bytes <= total.div_ceil(world as usize) + last);
+            let mut all = Vec::new();
+            for rank in 0..world {
+                let own = Share { rank, world }.of(&state);
+                let of = |kind: Kind| -> Vec<&str> {
+                    let own = own.iter().map(|&at| &state[at]);
+                    own.filter(|spec| spec.kind == kind)
+                        .map(|spec| &*spec.name)
+                        .collect()
+                };
+                assert_eq!(of(Kind::Student), of(Kind::AdamM));
+                all.extend(own);
             }
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..state.len()), "{world}");
         }
-        assert_eq!(shares(&[4, 4, 4, 4], 2), [0..2, 2..4]);
-        assert_eq!(shares(&[1, 1, 10], 3), [0..3, 3..3, 3..3]);
+        assert_eq!(Share::WHOLE.of(&[]), Vec::<usize>::new());
     }
 }

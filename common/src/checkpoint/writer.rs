@@ -57,10 +57,11 @@ pub async fn write_share(
     share: Share,
 ) -> Result<Part, Error> {
     let all = sorted(state);
-    let sizes: Vec<usize> = all.iter().map(|(_, _, bytes)| *bytes).collect();
-    let own = &all[share.of(&sizes)];
+    let specs: Vec<TensorSpec> = all.iter().map(|(_, spec, _)| spec.clone()).collect();
+    let own = share.of(&specs).into_iter();
+    let own: Vec<Tensor> = own.map(|at| all[at].clone()).collect();
     let mut part = Part::default();
-    for (number, group) in (0u32..).zip(files_of(own)) {
+    for (number, group) in (0u32..).zip(files_of(&own)) {
         let key = match share.world {
             1 => layout::checkpoint_part(folder, number),
             _ => layout::checkpoint_share(folder, share.rank, number),

@@ -79,7 +79,7 @@ pub struct Footprint {
     pub masters: u64,
     /// The gradient in f32.
     pub gradient: u64,
-    /// AdamW's two moments.
+    /// AdamW's two moments, or this engine's share of them.
     pub moments: u64,
     /// The moving average, if one is kept.
     pub average: u64,
@@ -87,7 +87,7 @@ pub struct Footprint {
     pub activations: u64,
     /// The same if all activations were kept, and if they were computed again.
     pub kept_or_recomputed: [u64; 2],
-    /// The copy of the state on the host that a checkpoint is written from, and what is on its way to the store.
+    /// The copy of the state, or of a share of it, on the host that a checkpoint is written from, and what is on its way to the store.
     pub snapshot: u64,
 }
 
@@ -105,15 +105,33 @@ impl Footprint {
     }
 }
 
-/// What `stage` takes of an engine that computes the largest share of a step: that of a group of the fewest members.
+/// What `stage` takes of an engine that computes the largest share of a step: that of a group of the fewest members. A
+/// share of the state is taken to be an even one; it may be larger by a tensor.
 pub fn training(recipe: &Recipe, stage: &recipe::Stage, teacher: &Teacher) -> Footprint {
     let members = u64::from(recipe.cluster.min_workers.max(1));
     let share = stage.batch.global.div_ceil(members);
     let rows = stage.batch.micro.map_or(share, |micro| micro.min(share));
-    of_pass(stage, recipe.teacher.dtype, teacher, rows)
+    let alone = of_pass(stage, recipe.teacher.dtype, teacher, rows);
+    let state = alone.masters + alone.moments + alone.average;
+    Footprint {
+        moments: match stage.optimizer.sharded {
+            true => alone.moments.div_ceil(members),
+            false => alone.moments,
+        },
+        snapshot: match recipe.checkpoint.sharded {
+            true => snapshot(state.div_ceil(members)),
+            false => alone.snapshot,
+        },
+        ..alone
+    }
 }
 
-/// What `stage` takes with `rows` in a forward pass, beside a teacher that computes in `teacher_dtype`.
+/// A copy of so many bytes of state, and what of it is on its way to the store.
+fn snapshot(state: u64) -> u64 {
+    state + state.min(UPLOAD_CHUNKS * CHUNK_BYTES as u64)
+}
+
+/// What `stage` takes of an engine alone with `rows` in a forward pass, beside a teacher that computes in `teacher_dtype`.
 pub fn of_pass(
     stage: &recipe::Stage,
     teacher_dtype: Dtype,
@@ -153,7 +171,7 @@ pub fn of_pass(
         average,
         activations: kept_or_recomputed[usize::from(stage.compute.recompute)],
         kept_or_recomputed,
-        snapshot: state + state.min(UPLOAD_CHUNKS * CHUNK_BYTES as u64),
+        snapshot: snapshot(state),
     }
 }
 
@@ -299,5 +317,13 @@ mod tests {
         let stage = &recipe.stages[0];
         let alone = of_pass(stage, recipe.teacher.dtype, &sdxl(), 4);
         assert_eq!(training(&recipe, stage, &sdxl()), alone);
+        let shared: Vec<String> = ["checkpoint.sharded=true", "optimizer.sharded=true"]
+            .map(str::to_owned)
+            .to_vec();
+        let recipe = parse(text, "x.yaml", Path::new("/"), &shared).expect("a recipe");
+        let taken = training(&recipe, &recipe.stages[0], &sdxl());
+        assert_eq!(taken.moments, alone.moments / 4);
+        assert_eq!(taken.device(), alone.device() - 3 * alone.moments / 4);
+        assert!(taken.snapshot < alone.snapshot);
     }
 }

@@ -75,9 +75,9 @@ impl Recipe {
     /// Names everything a result depends on.
     ///
     /// Left out are the token, who does the work and where (`cluster`, `output`, `name`), when state is saved
-    /// (`checkpoint`), whether activations are kept or computed again (`compute.recompute`) and *where* teacher and
-    /// prompts lie: `contents` says what they are, as (name, digest), and must name the teacher folder and each list of
-    /// prompts. Its order does not matter.
+    /// (`checkpoint`), whether activations are kept or computed again (`compute.recompute`), who keeps which moments
+    /// (`optimizer.sharded`) and *where* teacher and prompts lie: `contents` says what they are, as (name, digest), and must
+    /// name the teacher folder and each list of prompts. Its order does not matter.
     pub fn plan_digest(&self, contents: &[(&str, Digest)]) -> Digest {
         let mut stored = self.to_stored();
         let fields = stored.as_object_mut().expect("a recipe is an object");
@@ -89,9 +89,10 @@ impl Recipe {
                 fields[section][key] = json!("path");
             }
         }
-        forget_recompute(&mut fields["compute"]);
+        forget(&mut fields["compute"], "recompute");
         for stage in fields["stages"].as_array_mut().into_iter().flatten() {
-            forget_recompute(&mut stage["compute"]);
+            forget(&mut stage["compute"], "recompute");
+            forget(&mut stage["optimizer"], "sharded");
         }
         // A stage that follows the one before is what stages were before `from` could say otherwise.
         for (i, stage) in self.stages.iter().enumerate() {
@@ -161,10 +162,10 @@ fn slurm(slurm: &Slurm) -> Value {
     stored
 }
 
-/// Takes out of a `compute` section what changes no bit.
-fn forget_recompute(compute: &mut Value) {
-    if let Some(fields) = compute.as_object_mut() {
-        fields.shift_remove("recompute");
+/// Takes out of a section a key that changes no bit.
+fn forget(section: &mut Value, key: &str) {
+    if let Some(fields) = section.as_object_mut() {
+        fields.shift_remove(key);
     }
 }
 
@@ -283,6 +284,7 @@ fn optimizer(o: &Optimizer) -> Value {
             "warmup": o.warmup,
         },
         "max_skipped": o.max_skipped,
+        "sharded": o.sharded,
     })
 }
 

@@ -38,6 +38,7 @@ use super::raw::{Origin, Span};
 /// | E0225 | a run URI or an address that cannot be used |
 /// | E0226 | a rate schedule longer than its stage |
 /// | E0227 | a stage to start from that is not there, or not yet |
+/// | E0228 | moments that are shared out where checkpoints are not |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Code {
     /// The file cannot be read.
@@ -94,6 +95,8 @@ pub enum Code {
     Schedule,
     /// A stage to start from that is not there, or not yet.
     Lineage,
+    /// Moments that are shared out where checkpoints are not.
+    Moments,
 }
 
 impl fmt::Display for Code {

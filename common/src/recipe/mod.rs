@@ -224,6 +224,8 @@ pub struct Optimizer {
     pub warmup: u64,
     /// Steps in a row that a non-finite gradient may cost; one more ends the stage, so 0 allows none.
     pub max_skipped: u32,
+    /// Whether each member of a group keeps the moments of a share of the values alone.
+    pub sharded: bool,
 }
 
 /// Shape of the learning rate after warm-up.

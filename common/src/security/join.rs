@@ -39,12 +39,12 @@ pub enum JoinError {
         address: String,
     },
     /// The two halves of the secret do not belong together.
+    ///
+    /// What stands in the fingerprint's place is not told: it may be the token.
     #[error(
-        "the fingerprint {found} in the join string does not follow from its token and run id (they give {derived}); it was cut or mixed with another run's, copy it again as a whole"
+        "the fingerprint in the join string does not follow from its token and run id (they give {derived}); it was cut or mixed with another run's, copy it again as a whole"
     )]
     Fingerprint {
-        /// What the string says.
-        found: String,
         /// What the token gives.
         derived: String,
     },
@@ -105,10 +105,7 @@ impl Join {
         let join = Self::new(address, run_id, Token::parse(token)?, true)?;
         let derived = join.fingerprint().map(|digest| digest.to_string());
         match derived {
-            Some(derived) if derived != fingerprint => Err(JoinError::Fingerprint {
-                found: fingerprint.to_owned(),
-                derived,
-            }),
+            Some(derived) if derived != fingerprint => Err(JoinError::Fingerprint { derived }),
             _ => Ok(join),
         }
     }

@@ -105,6 +105,16 @@ fn a_fingerprint_of_another_token_is_explained() {
     assert!(error.contains("copy it again as a whole"), "{error}");
 }
 
+/// The message used to repeat what stood in the fingerprint's place.
+#[test]
+fn a_token_in_the_fingerprints_place_is_not_told() {
+    let join = Join::new("host:4000", RUN, token(1), true).expect("makes");
+    let (secret, fingerprint) = (join.token().reveal(), join.fingerprint().expect("TLS"));
+    let swapped = format!("https://host:4000/{RUN}#{secret}#{fingerprint}");
+    let error = Join::parse(&swapped, false).expect_err("is swapped");
+    assert!(!format!("{error} {error:?}").contains(&secret), "{error}");
+}
+
 #[test]
 fn loopback_is_this_host_alone() {
     for here in ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.8.8.8:1"] {

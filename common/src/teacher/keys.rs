@@ -12,6 +12,15 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Largest width, count or side a configuration may name; keeps every product within an i64.
 const MAX_DIMENSION: i64 = 1 << 20;
 
+/// Most layers of a block of the denoiser or the autoencoder; SDXL's have 3.
+pub(super) const MAX_LAYERS: i64 = 16;
+
+/// Most layers of a transformer within a block; SDXL's deepest has 10.
+pub(super) const MAX_DEPTH: i64 = 32;
+
+/// Most layers of a text encoder; SDXL's larger one has 32.
+pub(super) const MAX_TEXT_LAYERS: i64 = 128;
+
 /// The bytes of a configuration or tokenizer file.
 pub(super) fn read_bytes(path: &Path) -> Result<Vec<u8>, Error> {
     let io = |source| Error::Io {
@@ -117,6 +126,32 @@ impl Keys {
                 .collect(),
             Some(_) => Err(self.wrong(key, "must be a list of 1 to 16 whole numbers")),
             None => Err(self.wrong(key, "is missing")),
+        }
+    }
+
+    /// A number of layers. Each has tensors of its own, whose names are made before any is looked for, so that a few digits
+    /// must not ask for many of them.
+    pub(super) fn layers(&self, key: &str, default: i64, most: i64) -> Result<i64, Error> {
+        let layers = self.dimension(key, default)?;
+        self.at_most(key, layers, most)
+    }
+
+    /// Numbers of layers; see [`Self::layers`] and [`Self::dimensions`].
+    pub(super) fn layer_list(
+        &self,
+        key: &str,
+        default: i64,
+        most: i64,
+        len: usize,
+    ) -> Result<Vec<i64>, Error> {
+        let list = self.dimensions(key, default, len)?.into_iter();
+        list.map(|layers| self.at_most(key, layers, most)).collect()
+    }
+
+    fn at_most(&self, key: &str, layers: i64, most: i64) -> Result<i64, Error> {
+        match layers <= most {
+            true => Ok(layers),
+            false => Err(self.wrong(key, format!("is {layers}; at most {most} layers are read"))),
         }
     }
 

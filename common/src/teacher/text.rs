@@ -1,6 +1,7 @@
 //! `text_encoder/config.json` and `text_encoder_2/config.json`: CLIP text encoders.
 
-use super::{Error, keys::Keys};
+use super::Error;
+use super::keys::{Keys, MAX_TEXT_LAYERS};
 
 /// The activation of a text encoder's MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +62,7 @@ impl TextConfig {
             vocabulary: keys.dimension("vocab_size", 49408)?,
             width: keys.dimension("hidden_size", 512)?,
             mlp_width: keys.dimension("intermediate_size", 2048)?,
-            layers: keys.dimension("num_hidden_layers", 12)?,
+            layers: keys.layers("num_hidden_layers", 12, MAX_TEXT_LAYERS)?,
             heads: keys.dimension("num_attention_heads", 8)?,
             positions: keys.dimension("max_position_embeddings", 77)?,
             activation: match keys.text("hidden_act")? {

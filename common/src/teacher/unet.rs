@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{Error, keys::Keys};
+use super::Error;
+use super::keys::{Keys, MAX_DEPTH, MAX_LAYERS};
 
 /// What a level of the UNet holds beside its resnets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,9 +150,9 @@ impl UnetConfig {
             out_channels: keys.dimension("out_channels", 4)?,
             down,
             up,
-            layers: keys.dimensions("layers_per_block", 2, levels)?,
+            layers: keys.layer_list("layers_per_block", 2, MAX_LAYERS, levels)?,
             heads: keys.dimensions("attention_head_dim", 8, levels)?,
-            depths: keys.dimensions("transformer_layers_per_block", 1, levels)?,
+            depths: keys.layer_list("transformer_layers_per_block", 1, MAX_DEPTH, levels)?,
             context_width: context_width[0],
             time_width: keys.dimension("time_embedding_dim", 4 * channels[0])?,
             linear_projection: keys.flag("use_linear_projection", false)?,

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{Error, keys::Keys};
+use super::Error;
+use super::keys::{Keys, MAX_LAYERS};
 
 /// Mean and standard deviation of each latent channel.
 pub type MeanStd = (Vec<f64>, Vec<f64>);
@@ -62,7 +63,7 @@ impl VaeConfig {
             in_channels: keys.dimension("in_channels", 3)?,
             out_channels: keys.dimension("out_channels", 3)?,
             latent_channels,
-            layers: keys.dimension("layers_per_block", 1)?,
+            layers: keys.layers("layers_per_block", 1, MAX_LAYERS)?,
             norm_groups: keys.dimension("norm_num_groups", 32)?,
             mid_attention: keys.flag("mid_block_add_attention", true)?,
             quant_conv: keys.flag("use_quant_conv", true)?,

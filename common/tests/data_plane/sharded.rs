@@ -108,14 +108,13 @@ async fn what_four_ranks_saved_is_read_by_any_number() {
     let opened = Checkpoint::open(&store, made.commit_key().as_str()).await;
     let opened = opened.expect("it is committed");
     opened.verify().await.expect("it is whole");
-    let order: Vec<&TensorSpec> = made.tensors.iter().map(|tensor| &tensor.spec).collect();
-    let sizes: Vec<usize> = made.tensors.iter().map(|t| t.len as usize).collect();
+    let order: Vec<TensorSpec> = made.tensors.iter().map(|t| t.spec.clone()).collect();
     for world in [1, 2, 3] {
         let mut found = BTreeMap::new();
         for rank in 0..world {
-            let own = &order[Share { rank, world }.of(&sizes)];
+            let own = Share { rank, world }.of(&order);
             let read = opened.read(
-                |spec| own.contains(&spec),
+                |spec| own.iter().any(|&at| order[at] == *spec),
                 |spec, bytes| {
                     let twice = found.insert((spec.kind, spec.name.clone()), bytes.to_vec());
                     assert_eq!(twice, None);
@@ -170,7 +169,7 @@ async fn a_part_that_is_missing_or_comes_twice_makes_no_manifest() {
     let told = parts(&store, 3).await;
     let metrics = write_metrics(&store, &folder, Bytes::from_static(b"{}\n")).await;
     let metrics = metrics.expect("it is written");
-    for ranks in [&[0, 1][..], &[0, 2, 2], &[0, 1, 2, 1], &[]] {
+    for ranks in [&[0, 1][..], &[0, 2, 2], &[0, 1, 2, 0], &[]] {
         let parts = ranks
             .iter()
             .map(|&rank: &usize| Part::from_bytes(&folder, &told[rank]).expect("its own words"));

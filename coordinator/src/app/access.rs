@@ -47,7 +47,8 @@ impl Access {
         })
     }
 
-    /// What the environment or the folder beside the run holds already, for whoever only looks; makes nothing.
+    /// What the environment or the folder beside the run holds already, for whoever only looks; makes nothing. A token that
+    /// only the recipe names stands in the join string that the coordinator wrote.
     pub fn find(store: &Store, record: &RunRecord) -> anyhow::Result<Option<Self>> {
         let run_id = record.run_id.to_string();
         let folder = state_folder(store, &run_id)?;
@@ -55,7 +56,10 @@ impl Access {
         let token = match std::env::var(TOKEN_VARIABLE) {
             Ok(text) => Token::parse(&text).context(TOKEN_VARIABLE)?,
             Err(_) if kept.exists() => Token::load(&kept)?,
-            Err(_) => return Ok(None),
+            Err(_) => match written_join(&folder)? {
+                Some(join) if join.run_id() == run_id => join.token().clone(),
+                Some(_) | None => return Ok(None),
+            },
         };
         Ok(Some(Self {
             run_id,
@@ -106,6 +110,18 @@ impl Access {
     pub fn logs(&self) -> PathBuf {
         self.folder.join("logs")
     }
+}
+
+/// The join string that the last coordinator wrote, if one did.
+fn written_join(folder: &Path) -> anyhow::Result<Option<Join>> {
+    let path = folder.join("join");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = security::read_private(&path)?;
+    // It is only read for its token; nothing is sent on its account.
+    let join = Join::parse(&text, true).with_context(|| path.display().to_string())?;
+    Ok(Some(join))
 }
 
 /// Beside a run on disk; in the user's state folder for others.

@@ -122,11 +122,7 @@ async fn coordinate(
     let timings = timings(&recipe, &config.waits)?;
     let tls = recipe.cluster.tls == Tls::On;
     let listener = listen(&recipe, config.insecure).await?;
-    let endpoint = match &recipe.cluster.kubernetes {
-        // Whoever starts them: pods know the coordinator's Service, and no pod by its name.
-        Some(pods) => pods.endpoint(listener.local_addr()?.port()),
-        None => advertised(&listener)?,
-    };
+    let endpoint = endpoint(&recipe, &listener)?;
     let join = access.join(&endpoint, tls)?;
     let run_id = prepared.record.run_id.to_string();
     let port = sight::bind(&recipe, &access, &run_id, config.insecure).await?;
@@ -323,6 +319,15 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
         ));
     }
     Ok(listener)
+}
+
+/// Where workers reach `listener`.
+fn endpoint(recipe: &Recipe, listener: &TcpListener) -> anyhow::Result<String> {
+    match &recipe.cluster.kubernetes {
+        // Whoever starts them: pods know the coordinator's Service, and no pod by its name.
+        Some(pods) => Ok(pods.endpoint(listener.local_addr()?.port())),
+        None => advertised(listener),
+    }
 }
 
 /// Where workers on other hosts reach `listener`.

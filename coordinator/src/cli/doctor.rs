@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use distillery_common::storage::Store;
-use distillery_common::storage::contract::{self, Kept};
+use distillery_common::storage::contract::{self, Broken, Kept};
 use distillery_common::telemetry;
 
 use super::Context;
@@ -115,6 +115,7 @@ fn promise_text(kept: &Kept) -> String {
     let promise = kept.promise;
     match &kept.result {
         Ok(()) => format!("ok       {promise}"),
+        Err(broken @ Broken::Untried) => format!("MISSING  {promise}: {broken}"),
         Err(broken) => format!(
             "MISSING  {promise}: {broken}\n         needed so that {}",
             promise.needed_for()

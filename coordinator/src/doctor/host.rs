@@ -49,7 +49,6 @@ pub(super) async fn programs(engine: &Path) -> Vec<Check> {
             ),
         },
     };
-    let without_cuda = engine_check.seen.contains("+cpu") || !engine_check.seen.contains("+cu");
     let gpus = match answer("nvidia-smi", &["-L"], LOOK).await {
         Some(Ok(listed)) => listed
             .lines()
@@ -57,21 +56,16 @@ pub(super) async fn programs(engine: &Path) -> Vec<Check> {
             .count(),
         Some(Err(_)) | None => 0,
     };
-    vec![engine_check, devices(gpus, without_cuda), nccl(gpus)]
+    vec![engine_check, devices(gpus), nccl(gpus)]
 }
 
-fn devices(gpus: usize, without_cuda: bool) -> Check {
-    const NAME: &str = "devices";
+fn devices(gpus: usize) -> Check {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    match (gpus, without_cuda) {
-        (0, _) => Check::well(NAME, format!("{cpus} CPUs, no NVIDIA GPU")),
-        (_, false) => Check::well(NAME, format!("{cpus} CPUs, {gpus} NVIDIA GPUs")),
-        (_, true) => Check::warn(
-            NAME,
-            format!("{gpus} NVIDIA GPUs, but a libtorch without CUDA"),
-            "`deploy/libtorch.sh cuda`, then build again; CPU engines work as it is",
-        ),
-    }
+    let gpus = match gpus {
+        0 => "no NVIDIA GPU".to_owned(),
+        n => format!("{n} NVIDIA GPUs (engines use them where libtorch is built for CUDA)"),
+    };
+    Check::well("devices", format!("{cpus} CPUs, {gpus}"))
 }
 
 /// NCCL is loaded by engines at run time; here only its file is looked for.

@@ -14,6 +14,8 @@ pub struct Memory {
     pub stage: String,
     /// Whether it computes activations again instead of keeping them.
     pub recompute: bool,
+    /// Whether a group shares the moments out.
+    pub shares_moments: bool,
     /// Its parts, in bytes.
     pub footprint: Footprint,
 }
@@ -25,6 +27,7 @@ pub fn memory(recipe: &Recipe, teacher: &Teacher) -> Vec<Memory> {
         .map(|stage| Memory {
             stage: stage.name.clone(),
             recompute: stage.compute.recompute,
+            shares_moments: stage.optimizer.sharded,
             footprint: footprint::training(recipe, stage, teacher),
         })
         .collect()
@@ -45,6 +48,7 @@ impl fmt::Display for MemoryTable<'_> {
             stage,
             recompute,
             footprint,
+            ..
         } in self.0
         {
             let [kept, recomputed] = footprint.kept_or_recomputed.map(bytes);
@@ -64,6 +68,51 @@ impl fmt::Display for MemoryTable<'_> {
                 bytes(footprint.host()),
             )?;
         }
+        let sharing = self.0.iter().filter(|memory| memory.shares_moments);
+        let sharing: Vec<&str> = sharing.map(|memory| &*memory.stage).collect();
+        if !sharing.is_empty() {
+            writeln!(
+                f,
+                "moments are shared out by the fewest workers in {}: a group that changes goes on from its newest checkpoint",
+                sharing.join(", ")
+            )?;
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(stage: &str, shares_moments: bool) -> Memory {
+        let footprint = Footprint {
+            teacher: 8 << 20,
+            frozen: 0,
+            trained: 1 << 20,
+            masters: 1 << 20,
+            gradient: 1 << 20,
+            moments: 2 << 20,
+            average: 0,
+            activations: 5 << 20,
+            kept_or_recomputed: [5 << 20, 3 << 20],
+            snapshot: 4 << 20,
+        };
+        Memory {
+            stage: stage.to_owned(),
+            recompute: false,
+            shares_moments,
+            footprint,
+        }
+    }
+
+    #[test]
+    fn a_table_says_what_shared_moments_cost() {
+        let table = |memory: &[Memory]| MemoryTable(memory).to_string();
+        let whole = table(&[memory("a", false), memory("b", false)]);
+        assert_eq!(whole.lines().count(), 3, "{whole}");
+        let mixed = table(&[memory("a", false), memory("b", true)]);
+        let said = mixed.strip_prefix(&whole).expect("the same and a line");
+        assert!(said.contains(" in b: ") && said.contains("newest checkpoint"));
     }
 }

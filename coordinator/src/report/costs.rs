@@ -212,6 +212,7 @@ mod tests {
             rows: None,
             step_ms,
             wait_ms: step_ms / 4.0,
+            sum_ms: None,
             save_ms: None,
             peak_bytes: None,
         }

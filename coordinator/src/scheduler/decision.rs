@@ -280,10 +280,7 @@ impl fmt::Display for Decision {
             Self::StageStarted { stage, done, total } => {
                 write!(f, "stage {stage} started with {done} of {total} done")
             }
-            Self::StageSealed { stage, cached } => {
-                let when = if *cached { " by an earlier run" } else { "" };
-                write!(f, "stage {stage} sealed{when}")
-            }
+            Self::StageSealed { stage, cached } => sealed(f, stage, *cached),
             Self::Suspected { worker, silent, .. } => suspected(f, worker, *silent),
             Self::Cleared { worker } => write!(f, "worker {worker} was heard again"),
             Self::Granted { lease, why } => write!(f, "granted {lease}: {why}"),
@@ -334,6 +331,11 @@ impl fmt::Display for Decision {
             Self::Finished(outcome) => write!(f, "run {outcome}"),
         }
     }
+}
+
+fn sealed(f: &mut fmt::Formatter<'_>, stage: &str, cached: bool) -> fmt::Result {
+    let when = if cached { " by an earlier run" } else { "" };
+    write!(f, "stage {stage} sealed{when}")
 }
 
 fn welcomed(

@@ -274,6 +274,23 @@ pub(crate) unsafe extern "C" fn ncclBroadcast(
     unsafe { begin(operation, (from, count), (to, count), kind, root, comm) }
 }
 
+/// Sums over all ranks, for the root: to the others nothing comes.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ncclReduce(
+    from: *const c_void,
+    to: *mut c_void,
+    count: usize,
+    kind: c_int,
+    operation: c_int,
+    root: c_int,
+    comm: *mut Communicator,
+    _stream: *mut c_void,
+) -> c_int {
+    let sum = only_sums(operation, Operation::Reduce);
+    // SAFETY: as in `ncclAllReduce`.
+    unsafe { begin(sum, (from, count), (to, count), kind, root, comm) }
+}
+
 /// Sums over all ranks, and leaves a part with each.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn ncclReduceScatter(

@@ -193,6 +193,11 @@ fn answers(operation: Operation, kind: i32, root: usize, payloads: &[&Vec<u8>]) 
     };
     match operation {
         Operation::AllReduce => vec![sum(); world],
+        Operation::Reduce => {
+            let mut answers = vec![Vec::new(); world];
+            answers[root] = sum();
+            answers
+        }
         Operation::Broadcast => vec![payloads[root].clone(); world],
         Operation::ReduceScatter => {
             let sum = sum();

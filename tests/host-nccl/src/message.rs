@@ -16,6 +16,8 @@ pub(crate) enum Operation {
     ReduceScatter,
     /// Everybody gets what everybody has.
     AllGather,
+    /// The root gets the sum.
+    Reduce,
 }
 
 /// What a rank asks of the hub.
@@ -90,6 +92,7 @@ impl Request {
                     1 => Operation::Broadcast,
                     2 => Operation::ReduceScatter,
                     3 => Operation::AllGather,
+                    4 => Operation::Reduce,
                     _ => return Err(nonsense()),
                 },
                 kind: message.number()? as i32,

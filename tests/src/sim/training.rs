@@ -457,6 +457,7 @@ impl Work {
             rows: Some(Ledger::from(rows)),
             step_ms: 1.0,
             wait_ms: 0.0,
+            sum_ms: None,
             save_ms: None,
             peak_bytes: peak_memory(),
         }

@@ -82,8 +82,22 @@ pub fn f32_mut(tensor: &mut Tensor) -> &mut [f32] {
     }
     // SAFETY: the tensor holds `len` f32 from this address on and keeps them while it is borrowed. Other handles of the
     // same memory exist at most on this thread (a `Tensor` that is shared between threads is read only), and none is
-    // used while the caller holds the slice, which the callers in `collective` keep to themselves.
+    // used while the caller holds the slice, which the callers in `collective` and `train` keep to themselves.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), len) }
+}
+
+/// The values of `tensor` where they lie, to be read; see [`f32_mut`].
+///
+/// # Panics
+///
+/// As there.
+pub fn f32_ref(tensor: &Tensor) -> &[f32] {
+    // The address is all that is taken from the handle, which is not written to.
+    let mut handle = tensor.shallow_clone();
+    let values: *const [f32] = f32_mut(&mut handle);
+    // SAFETY: the memory is that of `tensor`, which keeps it while it is borrowed; as in `f32_mut` nobody writes to it
+    // meanwhile.
+    unsafe { &*values }
 }
 
 /// The bytes of `values`, as they lie.

@@ -45,6 +45,7 @@ pub(super) fn check(recipe: &Recipe, top: &Resolved) -> Vec<Fault> {
         rules.student(&place, origin);
         rules.batch(recipe, &place);
         rules.schedule(&place);
+        rules.moments(recipe, &place);
     }
     rules.sampling(recipe);
     rules.export(recipe);
@@ -306,6 +307,18 @@ impl Rules<'_> {
                 label,
                 "use auto".to_owned(),
             );
+        }
+    }
+
+    /// Nobody holds all moments where they are shared out, so that nobody could write a whole checkpoint.
+    fn moments(&mut self, recipe: &Recipe, at: &Place<'_>) {
+        if at.stage.optimizer.sharded && !recipe.checkpoint.sharded {
+            let path = at.of("optimizer.sharded");
+            let message = "sharded moments need sharded checkpoints".to_owned();
+            let label = "no engine could write a whole checkpoint".to_owned();
+            let help = "set checkpoint.sharded: true, or leave out optimizer.sharded".to_owned();
+            let paths = [&*path, "checkpoint.sharded"];
+            self.refuse(Code::Moments, &paths, message, label, help);
         }
     }
 

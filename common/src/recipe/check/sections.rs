@@ -280,6 +280,7 @@ fn optimizer(v: View<'_>, steps: u64) -> Optimizer {
             .maybe_whole()
             .unwrap_or((steps / 10).min(100)),
         max_skipped: v.get("max_skipped").small(),
+        sharded: v.get("sharded").flag(),
     }
 }
 

@@ -207,6 +207,19 @@ fn segments_divide_each_other_and_what_is_stored() {
 }
 
 #[test]
+fn sharded_moments_need_sharded_checkpoints() {
+    check_one(
+        &["optimizer.sharded=true"],
+        Code::Moments,
+        "stages.0.optimizer.sharded",
+    );
+    let one = "stages.0.optimizer={sharded: true}";
+    check_one(&[one], Code::Moments, "stages.0.optimizer.sharded");
+    let both = read(SMALL, &["checkpoint.sharded=true", one]);
+    assert!(both.stages[0].optimizer.sharded && both.checkpoint.sharded);
+}
+
+#[test]
 fn methods_know_their_segments() {
     let lcm = read(
         SMALL,
@@ -406,6 +419,7 @@ fn a_stored_recipe_is_the_same_recipe() {
             "cluster.slurm.extra=[--exclude=n7]",
             "cluster.slurm.setup=[module load cuda, \"export A=${B:-c}\"]",
         ],
+        &["checkpoint.sharded=true", "optimizer.sharded=true"],
     ] {
         let recipe = read(SMALL, sets);
         let again = Recipe::from_stored(&recipe.to_stored());
@@ -542,11 +556,14 @@ fn the_plan_digest_follows_results_not_processes() {
         "cluster={launcher: kubernetes, kubernetes: {image: a}}",
         "checkpoint.every_steps=5",
         "compute.recompute=true",
+        "checkpoint.sharded=true",
         "stages.0.compute={recompute: true}",
         "teacher.model=/moved",
     ] {
         assert_eq!(digest(&[same], b"t"), base, "{same}");
     }
+    let shared = ["checkpoint.sharded=true", "optimizer.sharded=true"];
+    assert_eq!(digest(&shared, b"t"), base);
     for other in [
         "seed=1",
         "stages.0.steps=11",

@@ -1,7 +1,7 @@
 //! Keys of what is trained and how: the sections that stages inherit, and the stages.
 
 use super::Fallback::{Open, Required, Yaml};
-use super::Kind::{Name, Or, Pair, Switch, Targets, Whole};
+use super::Kind::{Bool, Name, Or, Pair, Switch, Targets, Whole};
 use super::{BELOW_ONE, Kind, NOT_NEGATIVE, POSITIVE, Section, field, not_built, word};
 
 pub(super) static STUDENT: Section = Section {
@@ -93,6 +93,12 @@ pub(super) static OPTIMIZER: Section = Section {
             Whole(0, 1_000_000),
             Yaml("10"),
             "steps in a row that a non-finite gradient may cost; one more ends the stage",
+        ),
+        field(
+            "sharded",
+            Bool,
+            Yaml("false"),
+            "whether every engine keeps a share of the moments; a group that changes then starts from a checkpoint",
         ),
     ],
 };

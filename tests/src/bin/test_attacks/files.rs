@@ -21,6 +21,10 @@ const SECRET: &str = "a-secret-of-this-host";
 /// A change that makes a sound recipe and its files hostile; gives the recipe's text.
 type Hostility = fn(&Place) -> Result<String>;
 
+/// Who finds it: `check` reads no prompts, `run` does before it starts anything.
+const CHECK: &str = "check";
+const RUN: &str = "run";
+
 /// A folder with a sound recipe, a teacher and a secret beside it.
 #[derive(Debug)]
 struct Place {
@@ -29,50 +33,62 @@ struct Place {
 
 /// Every hostile file.
 pub(crate) fn all(site: &Site, scratch: &Path) -> Vec<Trial> {
-    let checks: [(&str, Hostility, &str); 9] = [
+    let checks: [(&str, &str, Hostility, &str); 9] = [
         (
             "a YAML bomb of aliases",
+            CHECK,
             aliases,
             "values, copies made by aliases included",
         ),
         (
             "a safetensors header of 2^60 bytes",
+            CHECK,
             header,
             "claims a header of 1152921504606846976 bytes",
         ),
         (
             "a link in a teacher's folder",
+            CHECK,
             link,
             "is a link that leads out of the teacher's folder",
         ),
         (
             "a pipe in a teacher's folder",
+            CHECK,
             pipe,
             "is not a regular file",
         ),
         (
             "a device in a teacher's folder",
+            CHECK,
             device,
             "is a link that leads out of the teacher's folder",
         ),
-        ("a shard's name that leads elsewhere", shard, "plain name"),
+        (
+            "a shard's name that leads elsewhere",
+            CHECK,
+            shard,
+            "plain name",
+        ),
         (
             "prompts that grow a thousandfold",
+            RUN,
             bomb,
             "longer than 65536 bytes",
         ),
-        ("prompts that are a device", endless, "prompts"),
+        ("prompts that are a device", RUN, endless, "prompts"),
         (
             "credentials in a run's URI",
+            CHECK,
             credentials,
             "output holds credentials",
         ),
     ];
     let mut trials: Vec<Trial> = (0..)
         .zip(checks)
-        .map(|(at, (name, hostility, says))| {
+        .map(|(at, (name, by, hostility, says))| {
             let folder = scratch.join(format!("files-{at}"));
-            Trial::of(name, check(site, folder, hostility, says))
+            Trial::of(name, check(site, folder, by, hostility, says))
         })
         .collect();
     for name in ["../../escape", "a/b", "", "x\ny"] {
@@ -82,13 +98,27 @@ pub(crate) fn all(site: &Site, scratch: &Path) -> Vec<Trial> {
     trials
 }
 
-fn check(site: &Site, folder: PathBuf, hostility: Hostility, says: &str) -> Result<String> {
+fn check(
+    site: &Site,
+    folder: PathBuf,
+    by: &str,
+    hostility: Hostility,
+    says: &str,
+) -> Result<String> {
     let place = Place::new(folder)?;
     let recipe = place.folder.join("recipe.yaml");
     std::fs::write(&recipe, hostility(&place)?)?;
     let mut command = site.run.command("coordinator");
-    command.arg("check").arg(&recipe);
-    refused(command, says)
+    command.arg(by).arg(&recipe);
+    let output = place.folder.join("run");
+    if by == RUN {
+        command
+            .arg("--set")
+            .arg(format!("output={}", output.display()));
+    }
+    let said = refused(command, says)?;
+    ensure!(!output.join("journal").exists(), "a run was begun");
+    Ok(said)
 }
 
 fn worker_name(site: &Site, name: &str) -> Result<String> {
@@ -203,7 +233,7 @@ fn header(place: &Place) -> Result<String> {
 
 fn link(place: &Place) -> Result<String> {
     replace_by_link(
-        &place.teacher("tokenizer/merges.txt"),
+        &place.teacher("tokenizer/tokenizer.json"),
         &place.folder.join("secret"),
     )?;
     place.recipe("", "")

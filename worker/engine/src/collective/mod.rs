@@ -156,8 +156,18 @@ pub trait Collective {
     fn world(&self) -> u32;
 
     /// Replaces `flat` (contiguous f32, of one length everywhere) by its sum over the ranks: the same bits on
-    /// all of them, and the same bits again for the same inputs and world size. NCCL also sums bf16 and f16.
-    fn all_reduce_sum(&mut self, flat: &mut Tensor) -> Result<(), Error>;
+    /// all of them, and the same bits again for the same inputs and `parts`. NCCL also sums bf16 and f16.
+    ///
+    /// # Panics
+    ///
+    /// When `parts` are not those of a buffer of this length and a group of this size; so in the operations below.
+    fn all_reduce_sum_in(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error>;
+
+    /// The same in parts of one size.
+    fn all_reduce_sum(&mut self, flat: &mut Tensor) -> Result<(), Error> {
+        let parts = Parts::even(flat.numel(), self.world());
+        self.all_reduce_sum_in(flat, &parts)
+    }
 
     /// Replaces `out` (contiguous f32, `[len]`) by the sum over `virtual_ranks` leaves along the tree of [`tree`]: the
     /// same bits for every world size. `partial` are the nodes of this rank's leaves, which are those of
@@ -173,12 +183,12 @@ pub trait Collective {
         out: &mut Tensor,
     ) -> Result<(), Error>;
 
-    /// Sums as [`Self::all_reduce_sum`], but only this rank's [`part`] of `flat` is finished, and returned; the rest
-    /// holds no meaning. Over TCP the bits are those of `all_reduce_sum`; NCCL chooses how it sums by the operation.
-    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error>;
+    /// Sums as [`Self::all_reduce_sum_in`], but only this rank's part of `flat` is finished; the rest holds no meaning.
+    /// Over TCP the bits are those of `all_reduce_sum_in` in the same parts; NCCL chooses how it sums by the operation.
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error>;
 
-    /// Replaces every rank's [`part`] of `flat` by what that rank holds there.
-    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), Error>;
+    /// Replaces every rank's part of `flat` by what that rank holds there.
+    fn all_gather(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error>;
 
     /// Replaces `flat` (contiguous f32, of one length everywhere) by that of rank `root`.
     fn broadcast(&mut self, flat: &mut Tensor, root: u32) -> Result<(), Error>;
@@ -202,15 +212,85 @@ pub trait Collective {
     fn aborter(&self) -> Arc<dyn Abort>;
 }
 
-/// The part of a buffer of `len` values that `rank` finishes and gives out: of one size for all, the last rank's with
-/// the remainder.
-pub fn part(len: usize, rank: u32, world: u32) -> Range<usize> {
-    let size = len / world as usize;
-    let start = size * rank as usize;
-    if rank + 1 == world {
-        start..len
-    } else {
-        start..start + size
+/// The part of a buffer that each rank finishes and gives out: in rank order, without gaps, any of them empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parts {
+    /// Where each rank's part ends.
+    ends: Vec<usize>,
+}
+
+impl Parts {
+    /// Of one size for all, the last rank's with the remainder.
+    pub fn even(len: usize, world: u32) -> Self {
+        let size = len / world as usize;
+        let end = |rank| {
+            if rank == world {
+                len
+            } else {
+                size * rank as usize
+            }
+        };
+        Self::ending_at((1..=world).map(end).collect())
+    }
+
+    /// One part for each of `ends`, in rank order.
+    ///
+    /// # Panics
+    ///
+    /// When there is none, or one ends before it begins.
+    pub fn ending_at(ends: Vec<usize>) -> Self {
+        assert!(!ends.is_empty(), "a group has a rank");
+        assert!(ends.is_sorted(), "parts follow each other");
+        Self { ends }
+    }
+
+    /// The part of `rank`.
+    pub fn of(&self, rank: u32) -> Range<usize> {
+        let rank = rank as usize;
+        let start = rank.checked_sub(1).map_or(0, |before| self.ends[before]);
+        start..self.ends[rank]
+    }
+
+    /// The same parts of a buffer with `more` values behind it, which are the last rank's.
+    pub fn with_tail(&self, more: usize) -> Self {
+        let mut ends = self.ends.clone();
+        if let Some(last) = ends.last_mut() {
+            *last += more;
+        }
+        Self { ends }
+    }
+
+    /// Ranks of the group.
+    pub fn world(&self) -> u32 {
+        self.ends.len() as u32
+    }
+
+    /// Values of the longest part.
+    fn longest(&self) -> usize {
+        let lengths = (0..self.world()).map(|rank| self.of(rank).len());
+        lengths.max().unwrap_or(0)
+    }
+
+    /// Whether all have one size.
+    fn is_even(&self) -> bool {
+        self.longest() * self.ends.len() == self.ends[self.ends.len() - 1]
+    }
+
+    /// A number that other parts hardly have: ranks that cut differently find out before a value moves.
+    fn name(&self) -> u32 {
+        let bytes: Vec<u8> = (self.ends.iter())
+            .flat_map(|end| end.to_le_bytes())
+            .collect();
+        xxhash_rust::xxh3::xxh3_64(&bytes) as u32
+    }
+
+    fn check(&self, flat: &Tensor, world: u32) {
+        assert_eq!(self.world(), world, "every rank has a part");
+        assert_eq!(
+            self.of(world - 1).end,
+            flat.numel(),
+            "parts cover the buffer"
+        );
     }
 }
 

@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 use super::nccl_sys::{Communicator, Driver, Library};
 use super::tree::{self, Partial, cover};
 use super::{
-    Abort, Collective, Ended, Error, NcclFault, check_partials, check_text, leaves_of, part,
+    Abort, Collective, Ended, Error, NcclFault, Parts, check_partials, check_text, leaves_of,
 };
 
 /// What the root makes and every rank needs to join: 128 bytes, written as hexadecimal digits.
@@ -303,22 +303,24 @@ impl Nccl {
         assert_eq!(flat.device(), self.device, "a group sums on its device");
     }
 
-    fn part(&self, len: usize) -> Range<usize> {
-        part(len, self.rank, self.world)
+    /// This rank's part of an even buffer.
+    fn own(&self, flat: &Tensor, parts: &Parts) -> Tensor {
+        narrow(flat, parts.of(self.rank))
     }
 
-    /// `flat` as `[world * size]`, which falls into parts of one size as NCCL wants it, and the few values after it.
-    fn even(&self, flat: &Tensor) -> (Tensor, Tensor) {
-        let len = flat.numel() as i64;
-        let even = len / i64::from(self.world) * i64::from(self.world);
-        let flat = flat.view([-1]);
-        (flat.narrow(0, 0, even), flat.narrow(0, even, len - even))
-    }
-
-    /// This rank's share of an even buffer.
-    fn share(&self, even: &Tensor) -> Tensor {
-        let size = even.numel() as i64 / i64::from(self.world);
-        even.narrow(0, i64::from(self.rank) * size, size)
+    /// Does one operation after the other, one for every rank's part of `flat`: NCCL's own collectives want parts of one
+    /// size. Each keeps all connections busy, so that only latency is lost.
+    fn for_each_part(
+        &self,
+        flat: &Tensor,
+        parts: &Parts,
+        call: impl Fn(&Communicator, &mut Tensor, u32) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        for rank in (0..self.world).filter(|&rank| !parts.of(rank).is_empty()) {
+            let mut part = narrow(flat, parts.of(rank));
+            self.operate(|communicator| call(communicator, &mut part, rank))?;
+        }
+        self.shared.call(|_| Ok(()))
     }
 
     /// Fills row `rank` of `[world, len]` bytes from every rank's own.
@@ -344,8 +346,9 @@ impl Collective for Nccl {
         self.world
     }
 
-    fn all_reduce_sum(&mut self, flat: &mut Tensor) -> Result<(), Error> {
+    fn all_reduce_sum_in(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
         self.check(flat);
+        parts.check(flat, self.world);
         self.operate(|communicator| match flat.numel() {
             0 => Ok(()),
             _ => communicator.all_reduce_sum(flat),
@@ -363,12 +366,8 @@ impl Collective for Nccl {
         self.check(out);
         let leaves = |rank| leaves_of(virtual_ranks, rank, self.world);
         check_partials(&partial, leaves(self.rank), out);
-        let len = out.numel();
-        let narrow = |flat: &Tensor, range: Range<usize>| {
-            flat.view([-1])
-                .narrow(0, range.start as i64, range.len() as i64)
-        };
-        let mine = self.part(len);
+        let parts = Parts::even(out.numel(), self.world);
+        let mine = parts.of(self.rank);
         let mut nodes: Vec<(u32, Partial)> = (0..self.world)
             .flat_map(|rank| {
                 cover(leaves(rank))
@@ -395,7 +394,7 @@ impl Collective for Nccl {
         self.operate(|communicator| {
             communicator.grouped(|| {
                 for peer in (0..self.world).filter(|&peer| peer != self.rank) {
-                    let theirs = part(len, peer, self.world);
+                    let theirs = parts.of(peer);
                     for node in partial.iter().filter(|_| !theirs.is_empty()) {
                         communicator.send(&narrow(&node.values, theirs.clone()), peer)?;
                     }
@@ -411,35 +410,27 @@ impl Collective for Nccl {
         let nodes = nodes.into_iter().map(|(_, node)| node).collect();
         let sum = tree::fold(nodes, virtual_ranks);
         tch::no_grad(|| narrow(out, mine).copy_(&sum));
-        self.all_gather(out)
+        self.all_gather(out, &parts)
     }
 
-    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error> {
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
         self.check(flat);
-        let (even, mut rest) = self.even(flat);
-        let mut own = self.share(&even);
-        if even.numel() > 0 {
-            self.operate(|communicator| communicator.reduce_scatter_sum(&even, &mut own))?;
+        parts.check(flat, self.world);
+        if flat.numel() == 0 || !parts.is_even() {
+            return self.for_each_part(flat, parts, Communicator::reduce_sum);
         }
-        if rest.numel() > 0 {
-            self.operate(|communicator| communicator.all_reduce_sum(&mut rest))?;
-        }
-        self.shared.call(|_| Ok(()))?;
-        Ok(self.part(flat.numel()))
+        let mut own = self.own(flat, parts);
+        self.operate(|communicator| communicator.reduce_scatter_sum(flat, &mut own))
     }
 
-    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), Error> {
+    fn all_gather(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
         self.check(flat);
-        let (mut even, mut rest) = self.even(flat);
-        let own = self.share(&even);
-        if even.numel() > 0 {
-            self.operate(|communicator| communicator.all_gather(&own, &mut even))?;
+        parts.check(flat, self.world);
+        if flat.numel() == 0 || !parts.is_even() {
+            return self.for_each_part(flat, parts, Communicator::broadcast);
         }
-        if rest.numel() > 0 {
-            let last = self.world - 1;
-            self.operate(|communicator| communicator.broadcast(&mut rest, last))?;
-        }
-        self.shared.call(|_| Ok(()))
+        let own = self.own(flat, parts);
+        self.operate(|communicator| communicator.all_gather(&own, flat))
     }
 
     fn broadcast(&mut self, flat: &mut Tensor, root: u32) -> Result<(), Error> {
@@ -472,4 +463,10 @@ impl Collective for Nccl {
     fn aborter(&self) -> Arc<dyn Abort> {
         Arc::clone(&self.shared) as Arc<dyn Abort>
     }
+}
+
+/// The values of a contiguous buffer at `range`.
+fn narrow(flat: &Tensor, range: Range<usize>) -> Tensor {
+    let flat = flat.view([-1]);
+    flat.narrow(0, range.start as i64, range.len() as i64)
 }

@@ -59,6 +59,17 @@ type Reduce = unsafe extern "C" fn(
 ) -> c_int;
 /// From, to, count, type, root.
 type Broadcast = Reduce;
+/// From, to, count, type, operation, root.
+type ReduceTo = unsafe extern "C" fn(
+    *const c_void,
+    *mut c_void,
+    usize,
+    c_int,
+    c_int,
+    c_int,
+    ncclComm_t,
+    cudaStream_t,
+) -> c_int;
 /// From, to, count, type.
 type AllGather = unsafe extern "C" fn(
     *const c_void,
@@ -88,6 +99,7 @@ pub(super) struct Library {
     group_end: GroupCall,
     all_reduce: Reduce,
     broadcast: Broadcast,
+    reduce: ReduceTo,
     reduce_scatter: Reduce,
     all_gather: AllGather,
     send: PointToPoint,
@@ -144,6 +156,7 @@ impl Library {
                 group_end: *file.get(b"ncclGroupEnd\0")?,
                 all_reduce: *file.get(b"ncclAllReduce\0")?,
                 broadcast: *file.get(b"ncclBroadcast\0")?,
+                reduce: *file.get(b"ncclReduce\0")?,
                 reduce_scatter: *file.get(b"ncclReduceScatter\0")?,
                 all_gather: *file.get(b"ncclAllGather\0")?,
                 send: *file.get(b"ncclSend\0")?,
@@ -283,6 +296,18 @@ impl Communicator {
             )
         };
         self.check("ncclBroadcast", result)
+    }
+
+    /// Sums `flat` over the ranks, in place, on rank `root` alone.
+    pub(super) fn reduce_sum(&self, flat: &mut Tensor, root: u32) -> Result<(), Error> {
+        let (data, len, kind) = memory(flat);
+        let (root, handle) = (root as c_int, self.handle);
+        // SAFETY: as in `all_reduce_sum`.
+        let result = unsafe {
+            let call = self.library.reduce;
+            call(data, data, len, kind, SUM, root, handle, DEFAULT_STREAM)
+        };
+        self.check("ncclReduce", result)
     }
 
     /// Sums `all`, which is as long as all ranks' `own` together, and leaves this rank's part in `own`, which may be

@@ -1,13 +1,12 @@
 //! A group of one.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::Tensor;
 
 use super::tree::{self, Partial};
-use super::{Abort, Collective, Error, check_partials, check_text};
+use super::{Abort, Collective, Error, Parts, check_partials, check_text};
 
 /// The only member of its group.
 #[derive(Debug, Default)]
@@ -42,7 +41,8 @@ impl Collective for Solo {
         1
     }
 
-    fn all_reduce_sum(&mut self, _flat: &mut Tensor) -> Result<(), Error> {
+    fn all_reduce_sum_in(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
+        parts.check(flat, 1);
         self.check()
     }
 
@@ -63,11 +63,13 @@ impl Collective for Solo {
         Ok(())
     }
 
-    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error> {
-        self.check().map(|()| 0..flat.numel())
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
+        parts.check(flat, 1);
+        self.check()
     }
 
-    fn all_gather(&mut self, _flat: &mut Tensor) -> Result<(), Error> {
+    fn all_gather(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
+        parts.check(flat, 1);
         self.check()
     }
 

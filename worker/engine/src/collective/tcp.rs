@@ -1,9 +1,9 @@
 //! A ring of TCP connections: reduce-scatter, then all-gather, in pieces that overlap.
 //!
-//! Rank r sends to r + 1 and hears from r - 1. The buffer is cut into one part for each rank; part c starts at rank
-//! c + 1 and gathers one addend at each rank it passes until it is finished at rank c, so the order of additions
-//! depends on the world size alone, and every rank receives the finished part from where it was finished: the same
-//! bits everywhere.
+//! Rank r sends to r + 1 and hears from r - 1. The buffer is cut into one part for each rank ([`Parts`]); part c starts at
+//! rank c + 1 and gathers one addend at each rank it passes until it is finished at rank c, so the order of additions
+//! depends on the parts alone, and every rank receives the finished part from where it was finished: the same bits
+//! everywhere.
 //!
 //! One thread serves both connections, whichever is ready ([`pump`]). On the CPU values are sent from where the tensor
 //! holds them and land there too; only what is added passes through a scratch that fits the cache. A rank forwards a
@@ -16,7 +16,6 @@ mod rounds;
 
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,7 +27,7 @@ use self::pump::{Label, Operation, Ring};
 use self::rounds::{Rounds, Steps};
 pub use super::Invitation;
 use super::tree::{self, Partial};
-use super::{Abort, Collective, Error, check_partials, check_text, leaves_of, part};
+use super::{Abort, Collective, Error, Parts, check_partials, check_text, leaves_of};
 use crate::raw_tensor::{bytes_of, bytes_of_mut, f32_mut};
 
 /// A place in a ring that is not formed yet.
@@ -171,13 +170,16 @@ impl TcpRing {
     fn on_values(
         &mut self,
         operation: Operation,
-        steps: Steps,
+        steps: Steps<'_>,
         flat: &mut Tensor,
     ) -> Result<(), Error> {
         check(flat);
         let detail = match steps {
             Steps::Broadcast { root } => root,
-            Steps::Parts { .. } => 0,
+            Steps::Parts { parts, .. } => {
+                parts.check(flat, self.world);
+                parts.name()
+            }
         };
         on_host(flat, |values| {
             self.operate(operation, detail, values.len(), |ring, scratch| {
@@ -198,8 +200,8 @@ impl Collective for TcpRing {
         self.world
     }
 
-    fn all_reduce_sum(&mut self, flat: &mut Tensor) -> Result<(), Error> {
-        self.on_values(Operation::AllReduce, Steps::REDUCE_AND_GATHER, flat)
+    fn all_reduce_sum_in(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
+        self.on_values(Operation::AllReduce, Steps::reduce_and_gather(parts), flat)
     }
 
     fn all_reduce_fixed(
@@ -254,13 +256,12 @@ impl Collective for TcpRing {
         })
     }
 
-    fn reduce_scatter_sum(&mut self, flat: &mut Tensor) -> Result<Range<usize>, Error> {
-        self.on_values(Operation::ReduceScatter, Steps::REDUCE, flat)?;
-        Ok(part(flat.numel(), self.rank, self.world))
+    fn reduce_scatter_sum(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
+        self.on_values(Operation::ReduceScatter, Steps::reduce(parts), flat)
     }
 
-    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), Error> {
-        self.on_values(Operation::AllGather, Steps::GATHER, flat)
+    fn all_gather(&mut self, flat: &mut Tensor, parts: &Parts) -> Result<(), Error> {
+        self.on_values(Operation::AllGather, Steps::gather(parts), flat)
     }
 
     fn broadcast(&mut self, flat: &mut Tensor, root: u32) -> Result<(), Error> {
@@ -276,9 +277,10 @@ impl Collective for TcpRing {
         let mut room = vec![0f32; words * world];
         let texts = |word: usize| 4 * words * word..4 * words * word + own.len();
         bytes_of_mut(&mut room)[texts(rank)].copy_from_slice(own);
+        let parts = Parts::even(room.len(), self.world);
         self.operate(Operation::Gather, 0, own.len(), |ring, scratch| {
             ring.run(&mut Rounds::new(
-                Steps::GATHER,
+                Steps::gather(&parts),
                 ring.rank,
                 ring.world,
                 &mut room,

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::solo::Solo;
 use super::tcp::{Listener, TcpRing};
-use super::{Collective, Error, Invitation, LONGEST_TEXT, part};
+use super::{Collective, Error, Invitation, LONGEST_TEXT, Parts};
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -115,20 +115,36 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn a_sum_in_two_halves_has_the_bits_of_the_whole() {
-    for (world, len) in [(1, 5), (2, 3), (3, 2), (2, 0), (4, 1_050_007), (3, 70_001)] {
-        on_ring(world, PATIENT, |mut ring| {
+    let even = [(1, 5), (2, 3), (3, 2), (2, 0), (4, 1_050_007), (3, 70_001)];
+    let even = even.map(|(world, len)| Parts::even(len, world));
+    let uneven = [
+        vec![0, 5],
+        vec![7, 7, 9],
+        vec![600_000, 600_001, 600_001, 1_000_003],
+    ];
+    for parts in even.into_iter().chain(uneven.map(Parts::ending_at)) {
+        let (world, len) = (parts.world(), parts.of(parts.world() - 1).end);
+        let sums = on_ring(world, PATIENT, |mut ring| {
             let own = Tensor::from_slice(&values(ring.rank(), len));
             let mut whole = own.copy();
-            ring.all_reduce_sum(&mut whole).unwrap();
+            ring.all_reduce_sum_in(&mut whole, &parts).unwrap();
             let mut halves = own.copy();
-            let finished = ring.reduce_scatter_sum(&mut halves).unwrap();
-            assert_eq!(finished, part(len, ring.rank(), world));
-            let at = |flat: &Tensor| bits(&Vec::<f32>::try_from(flat).unwrap()[finished.clone()]);
+            ring.reduce_scatter_sum(&mut halves, &parts).unwrap();
+            let own = parts.of(ring.rank());
+            let at = |flat: &Tensor| bits(&Vec::<f32>::try_from(flat).unwrap()[own.clone()]);
             assert_eq!(at(&whole), at(&halves));
-            ring.all_gather(&mut halves).unwrap();
+            ring.all_gather(&mut halves, &parts).unwrap();
             let all = |flat| bits(&Vec::<f32>::try_from(flat).unwrap());
             assert_eq!(all(&whole), all(&halves));
+            all(&whole)
         });
+        let addends: Vec<Vec<f32>> = (0..world).map(|rank| values(rank, len)).collect();
+        for (i, &sum) in sums[0].iter().enumerate().step_by(997) {
+            let exact: f64 = addends.iter().map(|own| f64::from(own[i])).sum();
+            let sum = f64::from(f32::from_bits(sum));
+            assert!((sum - exact).abs() <= 1e-6 * exact.abs().max(1e3), "{i}");
+        }
+        assert!(sums.iter().all(|sum| *sum == sums[0]), "{parts:?}");
     }
 }
 
@@ -136,10 +152,25 @@ fn a_sum_in_two_halves_has_the_bits_of_the_whole() {
 fn parts_cover_a_buffer_once() {
     for world in 1..6 {
         for len in 0..40 {
-            let parts = (0..world).map(|rank| part(len, rank, world));
-            assert!(parts.flatten().eq(0..len));
+            let parts = Parts::even(len, world);
+            assert!((0..world).flat_map(|rank| parts.of(rank)).eq(0..len));
+            let longer = parts.with_tail(3);
+            assert!((0..world).flat_map(|rank| longer.of(rank)).eq(0..len + 3));
+            assert!((0..world - 1).all(|rank| longer.of(rank) == parts.of(rank)));
         }
     }
+}
+
+/// Ranks that cut a buffer of one length differently would add each other's parts.
+#[test]
+fn ranks_that_cut_differently_find_out() {
+    let errors = on_ring(2, PATIENT, |mut ring| {
+        let parts = Parts::ending_at(vec![4 + ring.rank() as usize, 9]);
+        let mut flat = Tensor::zeros([9], (Kind::Float, Device::Cpu));
+        ring.all_reduce_sum_in(&mut flat, &parts).unwrap_err()
+    });
+    let told = |error: &Error| matches!(error, Error::OutOfStep { .. });
+    assert!(errors.iter().any(told), "{errors:?}");
 }
 
 #[test]
@@ -414,8 +445,9 @@ fn a_group_of_one_leaves_values_alone_until_it_is_aborted() {
     solo.all_reduce_sum(&mut flat).unwrap();
     assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [1.5, 2.5]);
     solo.agree(&[0; 32]).unwrap();
-    assert_eq!(solo.reduce_scatter_sum(&mut flat).unwrap(), 0..2);
-    solo.all_gather(&mut flat).unwrap();
+    let whole = Parts::even(2, 1);
+    solo.reduce_scatter_sum(&mut flat, &whole).unwrap();
+    solo.all_gather(&mut flat, &whole).unwrap();
     assert_eq!(solo.gather(b"alone").unwrap(), [b"alone"]);
     assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [1.5, 2.5]);
     solo.aborter().abort();

@@ -1,6 +1,11 @@
 //! Many named tensors as one contiguous f32 buffer.
 
+use std::ops::Range;
+
+use distillery_common::group::share_of;
 use tch::{Device, Kind, Tensor};
+
+use crate::collective::Parts;
 
 /// Where each named tensor lies in a flat buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,7 +29,7 @@ pub struct Place {
 
 impl Place {
     /// Its elements in a flat buffer.
-    pub fn range(&self) -> std::ops::Range<usize> {
+    pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len
     }
 }
@@ -55,9 +60,21 @@ impl Layout {
     }
 
     /// The elements of consecutive places.
-    pub fn span(&self, places: &std::ops::Range<usize>) -> std::ops::Range<usize> {
+    pub fn span(&self, places: &Range<usize>) -> Range<usize> {
         let start = |at: usize| self.places.get(at).map_or(self.len, |place| place.offset);
         start(places.start)..start(places.end).max(start(places.start))
+    }
+
+    /// The places that are the share of `rank` of `world`: consecutive, whole, and of about as many values for all.
+    pub fn share(&self, rank: u32, world: u32) -> Range<usize> {
+        let sizes: Vec<usize> = self.places.iter().map(|place| place.len).collect();
+        share_of(&sizes, rank, world)
+    }
+
+    /// The values of all ranks' shares.
+    pub fn parts(&self, world: u32) -> Parts {
+        let end = |rank| self.span(&self.share(rank, world)).end;
+        Parts::ending_at((0..world).map(end).collect())
     }
 
     /// Elements of the whole buffer.

@@ -36,6 +36,7 @@ mod tests {
             schedule,
             warmup: 10,
             max_skipped: 1,
+            sharded: false,
         }
     }
 

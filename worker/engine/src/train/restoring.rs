@@ -21,8 +21,13 @@ pub struct Restoring<'a> {
 }
 
 impl<'a> Restoring<'a> {
-    /// Begins to fill `trainer`.
+    /// Begins to fill `trainer` with all that it holds.
     pub fn new(trainer: &'a mut Trainer) -> Self {
+        Self::of(trainer, &Part::ALL)
+    }
+
+    /// Begins to fill `parts` of `trainer`, as far as it holds them.
+    pub fn of(trainer: &'a mut Trainer, parts: &[Part]) -> Self {
         let places: BTreeMap<String, Place> = trainer
             .layout()
             .places()
@@ -30,9 +35,10 @@ impl<'a> Restoring<'a> {
             .map(|place| (place.name.clone(), place.clone()))
             .collect();
         let mut missing = BTreeSet::new();
-        for part in Part::ALL {
+        for &part in parts {
             if trainer.part_mut(part).is_some() {
-                missing.extend(places.keys().map(|name| (part.prefix(), name.clone())));
+                let held = &trainer.layout().places()[trainer.places(part)];
+                missing.extend(held.iter().map(|place| (part.prefix(), place.name.clone())));
             }
         }
         Self {
@@ -42,14 +48,23 @@ impl<'a> Restoring<'a> {
         }
     }
 
+    /// Whether the tensor `name` of `part` is still to come.
+    pub fn awaits(&self, part: Part, name: &str) -> bool {
+        self.missing.contains(&(part.prefix(), name.to_owned()))
+    }
+
     /// Takes in the tensor `name` of `part`: `values` in row order, f32, of any shape. One that the trainer has no place for
-    /// is left alone, as the average is where none is kept.
+    /// is left alone, as the average is where none is kept, and so is one that is another rank's.
     pub fn take(&mut self, part: Part, name: &str, values: &Tensor) -> Result<(), Error> {
         assert_eq!(values.kind(), Kind::Float, "state is f32");
-        let (Some(place), Some(buffer)) = (self.places.get(name), self.trainer.part_mut(part))
+        let (Some(place), Some((buffer, held))) =
+            (self.places.get(name), self.trainer.part_mut(part))
         else {
             return Ok(());
         };
+        if place.offset < held.start || place.offset + place.len > held.end {
+            return Ok(());
+        }
         if values.numel() != place.len {
             return Err(Error::Size {
                 name: format!("{}/{name}", part.prefix()),
@@ -57,7 +72,8 @@ impl<'a> Restoring<'a> {
                 expected: place.len,
             });
         }
-        let mut own = buffer.narrow(0, place.offset as i64, place.len as i64);
+        let start = place.offset - held.start;
+        let mut own = buffer.narrow(0, start as i64, place.len as i64);
         tch::no_grad(|| own.copy_(&values.view([-1])));
         self.missing.remove(&(part.prefix(), name.to_owned()));
         Ok(())
@@ -67,12 +83,24 @@ impl<'a> Restoring<'a> {
     ///
     /// Refuses a state of which a tensor has not come.
     pub fn finish(self, position: Position) -> Result<(), Error> {
-        if let Some((part, name)) = self.missing.first() {
-            return Err(Error::Missing {
-                name: format!("{part}/{name}"),
-            });
-        }
+        self.check_complete()?;
         self.trainer.resume(position);
         Ok(())
+    }
+
+    /// Leaves the trainer with what has come, where the rest comes another way.
+    ///
+    /// Refuses parts of which a tensor has not come.
+    pub fn finish_parts(self) -> Result<(), Error> {
+        self.check_complete()
+    }
+
+    fn check_complete(&self) -> Result<(), Error> {
+        match self.missing.first() {
+            None => Ok(()),
+            Some((part, name)) => Err(Error::Missing {
+                name: format!("{part}/{name}"),
+            }),
+        }
     }
 }

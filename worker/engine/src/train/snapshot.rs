@@ -56,6 +56,14 @@ impl Part {
     /// Every part.
     pub const ALL: [Self; 4] = [Self::Student, Self::Ema, Self::AdamM, Self::AdamV];
 
+    /// Whether it is of the optimizer.
+    pub fn is_moments(self) -> bool {
+        match self {
+            Self::AdamM | Self::AdamV => true,
+            Self::Student | Self::Ema => false,
+        }
+    }
+
     /// What its tensors' names begin with.
     pub fn prefix(self) -> &'static str {
         match self {
@@ -134,12 +142,14 @@ impl Snapshot {
         (found.values.len() == self.layout.len()).then_some(&found.values)
     }
 
-    /// Copies what is held of a part that is kept from `tensor` `[len]`.
-    pub(super) fn take(&mut self, part: Part, tensor: &Tensor) {
+    /// Copies what is held of a part that is kept from `tensor`, which has the layout's values from `first` on.
+    pub(super) fn take(&mut self, part: Part, tensor: &Tensor, first: usize) {
         for held in &mut self.parts {
             if held.part == part && !held.values.is_empty() {
                 let span = self.layout.span(&held.places);
-                let piece = tensor.narrow(0, span.start as i64, span.len() as i64);
+                assert!(first <= span.start, "what is copied is held");
+                let start = span.start - first;
+                let piece = tensor.narrow(0, start as i64, span.len() as i64);
                 let host = piece.to_device(Device::Cpu);
                 host.copy_data(&mut held.values, host.numel());
             }

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::thread;
@@ -15,7 +16,7 @@ use super::snapshot::{self, Part};
 use super::{Control, Error, Plan, Restoring, Sink, Source, StepReport, Trainer};
 use crate::collective::solo::Solo;
 use crate::collective::tcp::{Invitation, TcpRing};
-use crate::collective::{self, Abort, Collective};
+use crate::collective::{self, Abort, Collective, Parts};
 use crate::diffusion::denoiser::{Conditioning, Denoiser};
 use crate::diffusion::prediction::Prediction;
 use crate::diffusion::schedule::Schedule;
@@ -162,6 +163,7 @@ fn plan(micro: Option<u64>) -> Plan {
             schedule: RateSchedule::Cosine,
             warmup: 5,
             max_skipped: 3,
+            sharded: false,
         },
         ema_decay: Some(0.9),
     }
@@ -282,6 +284,12 @@ fn a_split_step_is_the_whole_step() {
 }
 
 fn train_on_ring(world: u32) -> Vec<(snapshot::Snapshot, Vec<StepReport>)> {
+    on_ring(world, |ring| train(Kind::Float, &plan(None), None, 4, ring))
+}
+
+/// Runs `body` on each rank of a ring and returns what each made of it.
+fn on_ring<T: Send>(world: u32, body: impl Fn(&mut TcpRing) -> T + Sync) -> Vec<T> {
+    let body = &body;
     let (listeners, peers): (Vec<_>, Vec<_>) = (0..world)
         .map(|_| TcpRing::listen(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap())
         .map(|(listener, address)| (listener, address.to_string()))
@@ -302,14 +310,224 @@ fn train_on_ring(world: u32) -> Vec<(snapshot::Snapshot, Vec<StepReport>)> {
                     deadline: Duration::from_secs(60),
                     ended: Default::default(),
                 };
-                scope.spawn(move || {
-                    let mut ring = listener.connect(&invitation).unwrap();
-                    train(Kind::Float, &plan(None), None, 4, &mut ring)
-                })
+                scope.spawn(move || body(&mut listener.connect(&invitation).unwrap()))
             })
             .collect();
         ranks.into_iter().map(|r| r.join().unwrap()).collect()
     })
+}
+
+/// Values of a state by the name of their part and tensor, as bits.
+type Values = BTreeMap<(&'static str, String), Vec<u32>>;
+
+/// What a member with all moments or a share of them holds after `until` steps, and what it was told of them.
+fn train_as_member(
+    plan: &Plan,
+    from: Option<&Values>,
+    until: u64,
+    ring: &mut dyn Collective,
+) -> (Values, Vec<StepReport>) {
+    let student = Mlp::new(Kind::Float);
+    let (rank, world) = (ring.rank(), ring.world());
+    let mut trainer = Trainer::member(plan.clone(), student.parameters(), rank, world);
+    if let Some(from) = from {
+        let mut restoring = Restoring::new(&mut trainer);
+        for ((part, name), values) in from {
+            let part = Part::ALL.into_iter().find(|p| p.prefix() == *part).unwrap();
+            let values: Vec<f32> = values.iter().map(|&bits| f32::from_bits(bits)).collect();
+            // What is another rank's is left alone.
+            restoring
+                .take(part, name, &Tensor::from_slice(&values))
+                .unwrap();
+        }
+        let position = snapshot::Position {
+            step: until / 2,
+            applied: until / 2,
+            ..Default::default()
+        };
+        restoring.finish(position).unwrap();
+    }
+    let mut recorder = Recorder::until(until);
+    trainer
+        .run(
+            &objective(),
+            &student,
+            None,
+            ring,
+            &mut Rowmaker::new(),
+            &mut recorder,
+        )
+        .unwrap();
+    ring.agree(&trainer.fingerprint()).unwrap();
+    let held: usize = trainer.state().iter().map(|(_, flat)| flat.numel()).sum();
+    let mut state = trainer.empty_snapshot();
+    trainer.snapshot(&mut state);
+    let values: Values = state
+        .entries()
+        .filter(|(.., values)| !values.is_empty())
+        .map(|(part, place, values)| {
+            let bits = values.iter().map(|x| x.to_bits()).collect();
+            ((part.prefix(), place.name.clone()), bits)
+        })
+        .collect();
+    let kept: usize = values.values().map(Vec::len).sum();
+    assert_eq!(held, kept, "nothing is held but what is kept");
+    (values, recorder.reports)
+}
+
+/// The plan of a reproducible batch, or of none, with moments that are shared out or not.
+fn shared_plan(virtual_ranks: Option<u32>, sharded: bool) -> Plan {
+    let mut plan = plan(None);
+    plan.batch.virtual_ranks = virtual_ranks;
+    plan.optimizer.sharded = sharded;
+    plan.optimizer.grad_clip = Some(1e-3);
+    plan
+}
+
+/// The tensors are of 16, 80, 4 and 64 values, 164 in all: two ranks take 96 and 68 of them.
+#[test]
+fn shared_moments_make_the_same_bits_and_are_held_once() {
+    for virtual_ranks in [None, Some(6)] {
+        for world in 1..=4 {
+            let train = |sharded| {
+                let plan = shared_plan(virtual_ranks, sharded);
+                on_ring(world, |ring| train_as_member(&plan, None, 6, ring))
+            };
+            let (whole, shared) = (train(false), train(true));
+            let norm = whole[0].1[0].grad_norm;
+            assert!(norm > 1e-3, "{norm} is clipped");
+            let mut moments = Values::new();
+            for ((own, reports), (all, expected)) in std::iter::zip(&shared, &whole) {
+                assert_eq!(reports, expected, "{world} ranks");
+                for (name, values) in own {
+                    assert_eq!(values, &all[name], "{name:?} with {world} ranks");
+                    if name.0.starts_with("adam") {
+                        assert_eq!(moments.insert(name.clone(), values.clone()), None);
+                    }
+                }
+                let of_student = own.keys().filter(|(part, _)| *part == "student");
+                assert_eq!(of_student.count(), 4);
+            }
+            let all = whole[0]
+                .0
+                .iter()
+                .filter(|(name, _)| name.0.starts_with("adam"));
+            assert!(moments.iter().eq(all));
+        }
+    }
+    let moments_of = |(own, _): &(Values, _)| -> usize {
+        let moments = own.iter().filter(|(name, _)| name.0 == "adam_m");
+        moments.map(|(_, values)| values.len()).sum()
+    };
+    let plan = shared_plan(None, true);
+    let two = on_ring(2, |ring| train_as_member(&plan, None, 1, ring));
+    assert_eq!(two.iter().map(moments_of).collect::<Vec<_>>(), [96, 68]);
+}
+
+/// Four ranks stop; one, two and three go on with what they left, to the student of those that never shared.
+#[test]
+fn shared_moments_are_gone_on_from_by_any_number_of_ranks() {
+    let plan = |sharded| shared_plan(Some(6), sharded);
+    let (expected, _) = train_as_member(&plan(false), None, 8, &mut Solo::default());
+    let mut half = Values::new();
+    for (own, _) in on_ring(4, |ring| train_as_member(&plan(true), None, 4, ring)) {
+        half.extend(own);
+    }
+    for world in 1..=3 {
+        let ended = on_ring(world, |ring| {
+            train_as_member(&plan(true), Some(&half), 8, ring)
+        });
+        let mut whole = Values::new();
+        ended.into_iter().for_each(|(own, _)| whole.extend(own));
+        assert!(whole == expected, "{world} ranks");
+    }
+}
+
+/// The other half of a group of two that never comes: it fails the operation with this number.
+struct Failing {
+    fails_at: u32,
+    operations: u32,
+}
+
+impl Failing {
+    fn operate(&mut self) -> Result<(), collective::Error> {
+        self.operations += 1;
+        match self.operations == self.fails_at {
+            true => Err(collective::Error::Aborted),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Collective for Failing {
+    fn rank(&self) -> u32 {
+        0
+    }
+    fn world(&self) -> u32 {
+        2
+    }
+    fn all_reduce_sum_in(&mut self, _: &mut Tensor, _: &Parts) -> Result<(), collective::Error> {
+        self.operate()
+    }
+    fn broadcast(&mut self, _: &mut Tensor, _: u32) -> Result<(), collective::Error> {
+        self.operate()
+    }
+    fn all_reduce_fixed(
+        &mut self,
+        _: Vec<collective::tree::Partial>,
+        _: u32,
+        _: &mut Tensor,
+    ) -> Result<(), collective::Error> {
+        self.operate()
+    }
+    fn reduce_scatter_sum(&mut self, _: &mut Tensor, _: &Parts) -> Result<(), collective::Error> {
+        self.operate()
+    }
+    fn all_gather(&mut self, _: &mut Tensor, _: &Parts) -> Result<(), collective::Error> {
+        self.operate()
+    }
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, collective::Error> {
+        self.operate().map(|()| vec![own.to_vec(); 2])
+    }
+    fn aborter(&self) -> std::sync::Arc<dyn Abort> {
+        Solo::default().aborter()
+    }
+}
+
+/// Until a rank has updated its own masters a step leaves no trace; from then until all masters are round the state is
+/// torn, and says so.
+#[test]
+fn a_step_with_shared_moments_is_whole_or_torn() {
+    for (fails_at, torn) in [(1, false), (2, false), (3, true)] {
+        let student = Mlp::new(Kind::Float);
+        let mut trainer = Trainer::member(shared_plan(None, true), student.parameters(), 0, 2);
+        let before = trainer.fingerprint();
+        let mut group = Failing {
+            fails_at,
+            operations: 0,
+        };
+        let error = trainer
+            .run(
+                &objective(),
+                &student,
+                None,
+                &mut group,
+                &mut Rowmaker::new(),
+                &mut Recorder::until(1),
+            )
+            .unwrap_err();
+        assert!(matches!(error, Error::Group { step: 0, .. }));
+        assert_eq!(trainer.is_torn(), torn, "{fails_at}");
+        assert_eq!(trainer.fingerprint() == before, !torn, "{fails_at}");
+        trainer.reseat(1, 3);
+        trainer.resume(snapshot::Position::default());
+        assert!(!trainer.is_torn());
+        let (_, moments) = &trainer.state()[1];
+        assert_eq!(
+            moments.numel(),
+            trainer.layout().span(&trainer.places(Part::AdamM)).len()
+        );
+    }
 }
 
 /// Rows whose states are not finite at the given steps.
@@ -430,7 +648,7 @@ impl Collective for Broken {
     fn world(&self) -> u32 {
         1
     }
-    fn all_reduce_sum(&mut self, _: &mut Tensor) -> Result<(), collective::Error> {
+    fn all_reduce_sum_in(&mut self, _: &mut Tensor, _: &Parts) -> Result<(), collective::Error> {
         Err(collective::Error::Aborted)
     }
     fn broadcast(&mut self, _: &mut Tensor, _: u32) -> Result<(), collective::Error> {
@@ -444,13 +662,10 @@ impl Collective for Broken {
     ) -> Result<(), collective::Error> {
         Err(collective::Error::Aborted)
     }
-    fn reduce_scatter_sum(
-        &mut self,
-        _: &mut Tensor,
-    ) -> Result<std::ops::Range<usize>, collective::Error> {
+    fn reduce_scatter_sum(&mut self, _: &mut Tensor, _: &Parts) -> Result<(), collective::Error> {
         Err(collective::Error::Aborted)
     }
-    fn all_gather(&mut self, _: &mut Tensor) -> Result<(), collective::Error> {
+    fn all_gather(&mut self, _: &mut Tensor, _: &Parts) -> Result<(), collective::Error> {
         Err(collective::Error::Aborted)
     }
     fn gather(&mut self, _: &[u8]) -> Result<Vec<Vec<u8>>, collective::Error> {

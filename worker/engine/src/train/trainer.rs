@@ -1,31 +1,34 @@
 //! The training loop: forward passes, backward, all-reduce, clipping, update, moving average.
+//!
+//! Where moments are shared out, a member of a group holds those of its own tensors. It sums only their gradient to the
+//! end, updates their masters, and all masters are handed round: the two halves of an all-reduce with the update between
+//! them, and over TCP the same bits. From then until the masters are round the state is that of no step.
+
+mod state;
 
 use std::ops::Range;
 
-use distillery_common::curves::{TIME_BINS, time_bin};
 use distillery_common::group::leaves_of;
-use distillery_common::ledger::{Ledger, PLACES};
+use distillery_common::ledger::Ledger;
 use distillery_common::recipe;
 use tch::{Device, Kind, Tensor};
-use xxhash_rust::xxh3::Xxh3Default;
 
 use super::batch::shares;
 use super::ema::Ema;
 use super::flat::{Layout, Parameters};
-use super::optimizer::{AdamW, clip_norm};
+use super::norm::{clip, norm, squares};
+use super::optimizer::AdamW;
 use super::rate::rate;
-use super::snapshot::{self, Part, Position, Snapshot};
+use super::reduced::{Losses, Reduced};
+use super::snapshot::Position;
 use crate::collective::tree::Partials;
-use crate::collective::{self, Collective};
+use crate::collective::{self, Collective, Parts};
 use crate::diffusion::denoiser::Denoiser;
 use crate::diffusion::guidance::Guided;
-use crate::diffusion::schedule::TRAIN_TIMES;
 use crate::distill::{Objective, Rows};
 
 /// Steps after which the ranks compare their states.
 const COMPARED_EVERY: u64 = 500;
-/// Numbers that a fingerprint takes to the host at a time: 4 MiB.
-const HASHED_AT_ONCE: usize = 1 << 20;
 
 /// What a stage asks of its trainer.
 #[derive(Debug, Clone, PartialEq)]
@@ -107,7 +110,8 @@ pub enum Error {
         /// How many.
         in_a_row: u32,
     },
-    /// The group broke; the step was not applied, or could not be compared after it was.
+    /// The group broke; the step was not applied, or could not be compared after it was. Where moments are shared out it
+    /// may be applied in part ([`Trainer::is_torn`]).
     #[error("the group broke in step {step}")]
     Group {
         /// Which.
@@ -135,16 +139,51 @@ pub struct Trainer {
     optimizer: AdamW,
     ema: Option<Ema>,
     position: Position,
+    /// Whose moments are here.
+    seat: Seat,
+    /// The values of each rank's tensors, and the tensors, of a group of some size.
+    cut: [Parts; 2],
+    torn: bool,
+}
+
+/// A place in a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seat {
+    rank: u32,
+    world: u32,
+}
+
+impl Seat {
+    const ALONE: Self = Self { rank: 0, world: 1 };
 }
 
 impl Trainer {
-    /// A trainer at step 0 of a stage, for a student with these tensors.
+    /// A trainer at step 0 of a stage, for a student with these tensors, with all moments.
     pub fn new(plan: Plan, parameters: Parameters) -> Self {
-        let optimizer = AdamW::new(&plan.optimizer, &parameters.masters);
+        Self::seated(plan, parameters, Seat::ALONE)
+    }
+
+    /// The same for `rank` of `world`: where the plan shares moments out, it holds those of that rank's tensors, and steps
+    /// with that group alone.
+    pub fn member(plan: Plan, parameters: Parameters, rank: u32, world: u32) -> Self {
+        let seat = match plan.optimizer.sharded {
+            true => Seat { rank, world },
+            false => Seat::ALONE,
+        };
+        Self::seated(plan, parameters, seat)
+    }
+
+    fn seated(plan: Plan, parameters: Parameters, seat: Seat) -> Self {
+        let own = parameters.layout().share(seat.rank, seat.world);
+        let own = parameters.layout().span(&own);
+        let optimizer = AdamW::new(&plan.optimizer, &narrow(&parameters.masters, &own));
         let ema = plan
             .ema_decay
             .map(|decay| Ema::new(decay, &parameters.masters));
         Self {
+            seat,
+            cut: cut(parameters.layout(), seat.world),
+            torn: false,
             plan,
             parameters,
             optimizer,
@@ -161,6 +200,16 @@ impl Trainer {
     /// Where it stands.
     pub fn position(&self) -> Position {
         self.position
+    }
+
+    /// Whether moments are spread over a group.
+    fn shares_moments(&self) -> bool {
+        self.seat.world > 1
+    }
+
+    /// Whether a step was applied in part: such a state is to be thrown away.
+    pub fn is_torn(&self) -> bool {
+        self.torn
     }
 
     /// Trains until the stage's last step or until the sink says stop.
@@ -203,7 +252,11 @@ impl Trainer {
     /// ([`super::batch::shares`]).
     ///
     /// The loss is the mean over the global batch however it is split: each pass adds its rows' sum divided by
-    /// the batch. On an error nothing was applied.
+    /// the batch. On an error nothing was applied, or the state [`Self::is_torn`].
+    ///
+    /// # Panics
+    ///
+    /// When moments are spread over another group than this one, or a step before was applied in part.
     pub fn step(
         &mut self,
         shares: &[Vec<Rows>],
@@ -212,43 +265,34 @@ impl Trainer {
         teacher: Option<&Guided<'_>>,
         group: &mut dyn Collective,
     ) -> Result<StepReport, Error> {
+        let (rank, world) = (group.rank(), group.world());
+        let fits = self.seat == Seat { rank, world } || !self.shares_moments();
+        assert!(fits, "moments are spread over the group that steps");
+        assert!(!self.torn, "a torn state takes no step");
+        if self.cut[0].world() != world {
+            self.cut = cut(self.layout(), world);
+        }
         let step = self.position.step;
-        let len = self.parameters.layout().len() as i64;
-        let segments = objective.segments().count();
-        let add = |passes: &Vec<Rows>, reduced: &mut Reduced| {
-            for rows in passes {
-                let losses = objective.losses(rows, student, teacher);
-                let share = losses.sum(Kind::Float) / self.plan.batch.global as f64;
-                self.parameters.add_gradient(&share, &reduced.flat);
-                reduced.add_losses(rows, &losses, objective);
-            }
-        };
-        let mut reduced = Reduced::new(len, segments, &self.parameters);
-        let sum = match self.plan.batch.virtual_ranks {
-            None => {
-                shares.iter().for_each(|passes| add(passes, &mut reduced));
-                group.all_reduce_sum(&mut reduced.flat)
-            }
-            Some(ranks) => {
-                let leaves = leaves_of(ranks, group.rank(), group.world());
-                let mut partials = Partials::new(leaves.clone());
-                for (leaf, passes) in leaves.zip(shares) {
-                    let mut own = reduced.another(partials.spare());
-                    add(passes, &mut own);
-                    partials.push_leaf(leaf, own.flat);
-                }
-                group.all_reduce_fixed(partials.finish(), ranks, &mut reduced.flat)
-            }
-        };
-        sum.map_err(|source| Error::Group { step, source })?;
-        let mut gradient = reduced.flat.narrow(0, 0, len);
-        let grad_norm = clip_norm(&mut gradient, self.plan.optimizer.grad_clip);
+        let broke = |source| Error::Group { step, source };
+        let mut reduced = self
+            .sum(shares, objective, student, teacher, group)
+            .map_err(broke)?;
+        let own = self.own_values();
+        let mut gradient = narrow(&reduced.gradient(), &own);
+        let places = &self.layout().places()[self.layout().share(self.seat.rank, self.seat.world)];
+        let mut sums = squares(&gradient, places);
+        if self.shares_moments() {
+            let exchanged = reduced.exchange(&sums, &self.cut[1], group);
+            sums = exchanged.map_err(broke)?;
+        }
+        let grad_norm = norm(&sums);
         let rate = rate(&self.plan.optimizer, step, self.plan.steps);
         let skipped = !grad_norm.is_finite();
         if skipped {
             self.skip()?;
         } else {
-            self.apply(&gradient, rate);
+            clip(&mut gradient, grad_norm, self.plan.optimizer.grad_clip);
+            self.apply(&gradient, rate, group).map_err(broke)?;
         }
         let Losses {
             mean,
@@ -267,9 +311,70 @@ impl Trainer {
         })
     }
 
-    fn apply(&mut self, gradient: &Tensor, rate: f64) {
+    /// Passes forward and backward, and the sum over the group: finished where this rank holds moments.
+    fn sum(
+        &self,
+        shares: &[Vec<Rows>],
+        objective: &dyn Objective,
+        student: &dyn Denoiser,
+        teacher: Option<&Guided<'_>>,
+        group: &mut dyn Collective,
+    ) -> Result<Reduced, collective::Error> {
+        let len = self.layout().len() as i64;
+        let segments = objective.segments().count();
+        let add = |passes: &Vec<Rows>, reduced: &mut Reduced| {
+            for rows in passes {
+                let losses = objective.losses(rows, student, teacher);
+                let share = losses.sum(Kind::Float) / self.plan.batch.global as f64;
+                self.parameters.add_gradient(&share, &reduced.flat);
+                reduced.add_losses(rows, &losses, objective);
+            }
+        };
+        let mut reduced = Reduced::new(len, segments, &self.parameters);
+        match self.plan.batch.virtual_ranks {
+            None => {
+                shares.iter().for_each(|passes| add(passes, &mut reduced));
+                let parts = self.cut[0].with_tail(reduced.tail_len());
+                match self.shares_moments() {
+                    true => group.reduce_scatter_sum(&mut reduced.flat, &parts)?,
+                    false => group.all_reduce_sum_in(&mut reduced.flat, &parts)?,
+                }
+            }
+            Some(ranks) => {
+                let leaves = leaves_of(ranks, group.rank(), group.world());
+                let mut partials = Partials::new(leaves.clone());
+                for (leaf, passes) in leaves.zip(shares) {
+                    let mut own = reduced.another(partials.spare());
+                    add(passes, &mut own);
+                    partials.push_leaf(leaf, own.flat);
+                }
+                group.all_reduce_fixed(partials.finish(), ranks, &mut reduced.flat)?;
+            }
+        }
+        Ok(reduced)
+    }
+
+    /// The values whose moments are here.
+    fn own_values(&self) -> Range<usize> {
+        let layout = self.layout();
+        layout.span(&layout.share(self.seat.rank, self.seat.world))
+    }
+
+    /// Updates the masters by `gradient`, which is that of [`Self::own_values`].
+    fn apply(
+        &mut self,
+        gradient: &Tensor,
+        rate: f64,
+        group: &mut dyn Collective,
+    ) -> Result<(), collective::Error> {
+        let own = self.own_values();
+        self.torn = self.shares_moments();
         self.optimizer
-            .update(&mut self.parameters.masters, gradient, rate);
+            .update(&mut narrow(&self.parameters.masters, &own), gradient, rate);
+        if self.shares_moments() {
+            group.all_gather(&mut self.parameters.masters, &self.cut[0])?;
+        }
+        self.torn = false;
         self.write_compute();
         if let Some(ema) = &mut self.ema {
             ema.update(&self.parameters.masters);
@@ -277,6 +382,7 @@ impl Trainer {
         self.position.step += 1;
         self.position.applied = self.optimizer.applied;
         self.position.skipped_in_a_row = 0;
+        Ok(())
     }
 
     fn skip(&mut self) -> Result<(), Error> {
@@ -296,202 +402,19 @@ impl Trainer {
         self.parameters.write_compute(&masters);
     }
 
-    /// The whole state but for [`Self::position`]: flat buffers `[len]`, f32, each with its part. Whoever writes into
-    /// them calls [`Self::resume`] after.
-    pub fn state(&self) -> Vec<(Part, Tensor)> {
-        let mut parts = vec![
-            (Part::Student, self.parameters.masters.shallow_clone()),
-            (Part::AdamM, self.optimizer.m.shallow_clone()),
-            (Part::AdamV, self.optimizer.v.shallow_clone()),
-        ];
-        parts.extend(
-            self.ema
-                .as_ref()
-                .map(|ema| (Part::Ema, ema.average.shallow_clone())),
-        );
-        parts
-    }
-
-    /// Goes on from what was written into [`Self::state`], which stood at `position`.
-    pub fn resume(&mut self, position: Position) {
-        self.optimizer.applied = position.applied;
-        self.position = position;
-        self.write_compute();
-    }
-
-    /// Names the whole state: equal for equal bits at an equal position.
-    pub fn fingerprint(&self) -> [u8; 32] {
-        let mut hash = Xxh3Default::new();
-        let mut bytes = Vec::new();
-        for (_, flat) in self.state() {
-            for start in (0..flat.numel()).step_by(HASHED_AT_ONCE) {
-                let count = HASHED_AT_ONCE.min(flat.numel() - start);
-                let piece = flat.narrow(0, start as i64, count as i64);
-                bytes.resize(count * 4, 0);
-                piece.to_device(Device::Cpu).copy_data_u8(&mut bytes, count);
-                hash.update(&bytes);
-            }
-        }
-        let mut name = [0; 32];
-        name[..16].copy_from_slice(&hash.digest128().to_le_bytes());
-        name[16..24].copy_from_slice(&self.position.step.to_le_bytes());
-        name[24..].copy_from_slice(&self.position.applied.to_le_bytes());
-        name
-    }
-
-    /// Empty buffers that fit this trainer's state.
-    pub fn empty_snapshot(&self) -> Snapshot {
-        let all = 0..self.layout().places().len();
-        self.empty_share(&|_| all.clone())
-    }
-
-    /// The same for a part of the state: the places of the layout that `share` names for each of its parts.
-    pub fn empty_share(&self, share: &dyn Fn(Part) -> Range<usize>) -> Snapshot {
-        Snapshot::new(self.layout().clone(), self.ema.is_some(), share)
-    }
-
-    /// Whether a moving average is kept.
-    pub fn has_average(&self) -> bool {
-        self.ema.is_some()
-    }
-
-    /// Copies the state into `into`, made by [`Self::empty_snapshot`] or for a share: the only stall of a checkpoint.
-    pub fn snapshot(&self, into: &mut Snapshot) {
-        into.position = self.position;
-        for (part, tensor) in self.state() {
-            into.take(part, &tensor);
-        }
-    }
-
-    /// The buffer of `part`, `[len]`, f32; none where it is not kept.
-    pub(super) fn part_mut(&mut self, part: Part) -> Option<&mut Tensor> {
-        match part {
-            Part::Student => Some(&mut self.parameters.masters),
-            Part::AdamM => Some(&mut self.optimizer.m),
-            Part::AdamV => Some(&mut self.optimizer.v),
-            Part::Ema => self.ema.as_mut().map(|ema| &mut ema.average),
-        }
-    }
-
     /// Where each tensor lies in every part.
     pub fn layout(&self) -> &Layout {
         self.parameters.layout()
     }
-
-    /// Goes on from `state`, bit for bit.
-    pub fn restore(&mut self, state: &Snapshot) -> Result<(), snapshot::Error> {
-        let load = |part: Part, tensor: &mut Tensor| {
-            let name = part.prefix();
-            let values = state.part(part).ok_or_else(|| snapshot::Error::Missing {
-                name: name.to_owned(),
-            })?;
-            if values.len() != tensor.numel() {
-                return Err(snapshot::Error::Size {
-                    name: name.to_owned(),
-                    found: values.len(),
-                    expected: tensor.numel(),
-                });
-            }
-            tch::no_grad(|| tensor.copy_(&Tensor::from_slice(values)));
-            Ok(())
-        };
-        for (part, mut tensor) in self.state() {
-            load(part, &mut tensor)?;
-        }
-        self.resume(state.position);
-        Ok(())
-    }
 }
 
-/// What is summed over the group: the gradient, then loss sums and row counts by segment and by time, then the ledger.
-struct Reduced {
-    /// `[len + 2 (segments + TIME_BINS) + PLACES]`, f32.
-    flat: Tensor,
-    len: i64,
-    segments: usize,
+/// The values of each rank's tensors, and the tensors themselves, as parts of all.
+fn cut(layout: &Layout, world: u32) -> [Parts; 2] {
+    let ends = (0..world).map(|rank| layout.share(rank, world).end);
+    [layout.parts(world), Parts::ending_at(ends.collect())]
 }
 
-/// Losses over the global batch.
-struct Losses {
-    mean: f64,
-    by_segment: Vec<(f64, u64)>,
-    by_time: Vec<(f64, u64)>,
-}
-
-impl Reduced {
-    fn new(len: i64, segments: usize, parameters: &Parameters) -> Self {
-        let tail = (2 * (segments + TIME_BINS) + PLACES) as i64;
-        let flat = Tensor::zeros([len + tail], (Kind::Float, parameters.device()));
-        Self {
-            flat,
-            len,
-            segments,
-        }
-    }
-
-    /// As new, in a buffer that is no longer needed if there is one.
-    fn another(&self, spare: Option<Tensor>) -> Self {
-        let flat = match spare {
-            Some(mut spare) => spare.zero_(),
-            None => self.flat.zeros_like(),
-        };
-        Self { flat, ..*self }
-    }
-
-    fn bins(&self) -> usize {
-        self.segments + TIME_BINS
-    }
-
-    fn add_losses(&mut self, rows: &Rows, losses: &Tensor, objective: &dyn Objective) {
-        let host = |x: &Tensor| x.to_device(Device::Cpu);
-        let losses = Vec::<f32>::try_from(host(&losses.detach()).to_kind(Kind::Float))
-            .expect("a loss for each row, in f32");
-        let times = Vec::<i64>::try_from(host(&rows.t)).expect("a time for each row, in i64");
-        let bins = self.bins();
-        let mut tail = vec![0f32; 2 * bins + PLACES];
-        for (loss, t) in losses.into_iter().zip(times) {
-            let segment = objective.segments().segment_of(t);
-            for bin in [segment, self.segments + time_bin(t, TRAIN_TIMES)] {
-                tail[bin] += loss;
-                tail[bins + bin] += 1.0;
-            }
-        }
-        let consumed = Ledger::of(rows.numbers.iter().copied()).sums();
-        for (to, sum) in tail[2 * bins..].iter_mut().zip(consumed) {
-            *to = sum as f32;
-        }
-        let tail = Tensor::from_slice(&tail).to_device(self.flat.device());
-        let mut place = self.flat.narrow(0, self.len, tail.numel() as i64);
-        tch::no_grad(|| place += tail);
-    }
-
-    fn rows(&self) -> Ledger {
-        let start = self.len + 2 * self.bins() as i64;
-        let sums = self.flat.narrow(0, start, PLACES as i64);
-        let sums = Vec::<f32>::try_from(sums.to_device(Device::Cpu)).expect("sums in f32");
-        // Whole numbers below 2^24.
-        let whole: [u32; PLACES] = std::array::from_fn(|place| sums[place] as u32);
-        Ledger::from(whole)
-    }
-
-    fn losses(&self) -> Losses {
-        let tail = self.flat.narrow(0, self.len, 2 * self.bins() as i64);
-        let tail =
-            Vec::<f32>::try_from(tail.to_device(Device::Cpu)).expect("sums and counts in f32");
-        let (sums, counts) = tail.split_at(self.bins());
-        let mean = |sum: f64, count: f64| if count > 0.0 { sum / count } else { 0.0 };
-        let total = |values: &[f32]| values.iter().map(|&x| f64::from(x)).sum::<f64>();
-        let mut by_segment: Vec<(f64, u64)> = std::iter::zip(sums, counts)
-            .map(|(&sum, &count)| (mean(f64::from(sum), f64::from(count)), count as u64))
-            .collect();
-        let by_time = by_segment.split_off(self.segments);
-        Losses {
-            mean: mean(
-                total(&sums[..self.segments]),
-                total(&counts[..self.segments]),
-            ),
-            by_segment,
-            by_time,
-        }
-    }
+/// The values of a flat buffer at `range`, where they lie.
+fn narrow(flat: &Tensor, range: &Range<usize>) -> Tensor {
+    flat.narrow(0, range.start as i64, range.len() as i64)
 }

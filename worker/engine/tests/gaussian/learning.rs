@@ -53,6 +53,7 @@ fn plan(steps: u64, lr: f64, global: u64) -> Plan {
             schedule: RateSchedule::Cosine,
             warmup: 10,
             max_skipped: 1,
+            sharded: false,
         },
         ema_decay: None,
     }

@@ -10,16 +10,18 @@
 use std::ops::Range;
 
 use super::pump::{PIECE, Traffic};
-use super::{Error, bytes_of_mut, part};
+use super::{Error, Parts, bytes_of_mut};
 
 /// Values of one part that are in a round.
 const BLOCK: usize = 256 * 1024;
 
 /// Which steps a round has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Steps {
+pub(super) enum Steps<'p> {
     /// Every rank's part to every rank, after it was summed, or as it is.
     Parts {
+        /// Which they are.
+        parts: &'p Parts,
         /// Adds the parts up on their way to their ranks.
         reduce: bool,
         /// Hands them out.
@@ -32,22 +34,36 @@ pub(super) enum Steps {
     },
 }
 
-impl Steps {
+impl<'p> Steps<'p> {
     /// An all-reduce.
-    pub(super) const REDUCE_AND_GATHER: Self = Self::Parts {
-        reduce: true,
-        gather: true,
-    };
+    pub(super) fn reduce_and_gather(parts: &'p Parts) -> Self {
+        let (reduce, gather) = (true, true);
+        Self::Parts {
+            parts,
+            reduce,
+            gather,
+        }
+    }
+
     /// Its first half.
-    pub(super) const REDUCE: Self = Self::Parts {
-        reduce: true,
-        gather: false,
-    };
+    pub(super) fn reduce(parts: &'p Parts) -> Self {
+        let (reduce, gather) = (true, false);
+        Self::Parts {
+            parts,
+            reduce,
+            gather,
+        }
+    }
+
     /// Its second half.
-    pub(super) const GATHER: Self = Self::Parts {
-        reduce: false,
-        gather: true,
-    };
+    pub(super) fn gather(parts: &'p Parts) -> Self {
+        let (reduce, gather) = (false, true);
+        Self::Parts {
+            parts,
+            reduce,
+            gather,
+        }
+    }
 }
 
 /// Bytes that go to the next rank.
@@ -86,7 +102,7 @@ pub(super) struct Rounds<'a> {
 
 impl<'a> Rounds<'a> {
     pub(super) fn new(
-        steps: Steps,
+        steps: Steps<'_>,
         rank: u32,
         world: u32,
         values: &'a mut [f32],
@@ -104,7 +120,11 @@ impl<'a> Rounds<'a> {
             values,
         };
         match steps {
-            Steps::Parts { reduce, gather } => rounds.parts(rank, world, reduce, gather),
+            Steps::Parts {
+                parts,
+                reduce,
+                gather,
+            } => rounds.parts(rank, parts, reduce, gather),
             Steps::Broadcast { root } => rounds.broadcast(rank, world, root),
         }
         rounds
@@ -112,15 +132,14 @@ impl<'a> Rounds<'a> {
 
     /// Step s of a round sends part rank - 1 - s and receives part rank - 2 - s; the last of the sum ends with this
     /// rank's own part, with which handing out begins.
-    fn parts(&mut self, rank: u32, world: u32, reduce: bool, gather: bool) {
-        let len = self.values.len();
+    fn parts(&mut self, rank: u32, parts: &Parts, reduce: bool, gather: bool) {
+        let world = parts.world();
         let half = world - 1;
         let steps = if reduce { 0 } else { half }..if gather { 2 * half } else { half };
-        let longest = part(len, world - 1, world).len();
         let mut at = 0;
-        for block in 0..longest.div_ceil(BLOCK) {
+        for block in 0..parts.longest().div_ceil(BLOCK) {
             let range = |behind: u32| {
-                let part = part(len, (rank + 2 * world - behind) % world, world);
+                let part = parts.of((rank + 2 * world - behind) % world);
                 let start = (part.start + block * BLOCK).min(part.end);
                 4 * start..4 * (start + BLOCK).min(part.end)
             };

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::fixed::{LEAVES, reduce};
 use super::{PATIENT, bits, on_ring, skipped, values};
 use crate::collective::nccl::{Nccl, Nvidia, UniqueId};
-use crate::collective::{Collective, Ended, Error, NcclFault, part};
+use crate::collective::{Collective, Ended, Error, NcclFault, Parts};
 
 /// The library that Cargo built beside this test.
 pub(super) fn library_file() -> String {
@@ -78,11 +78,13 @@ fn nccl_does_what_the_trait_says() {
             let own = Tensor::from_slice(&values(rank, len));
             let mut whole = own.copy();
             nccl.all_reduce_sum(&mut whole).unwrap();
-            let mut halves = own.copy();
-            let finished = nccl.reduce_scatter_sum(&mut halves).unwrap();
-            assert_eq!(finished, part(len, rank, world));
-            nccl.all_gather(&mut halves).unwrap();
-            assert_eq!(whole, halves);
+            let ends = (1..world).map(|_| len / 3).chain([len]);
+            for parts in [Parts::even(len, world), Parts::ending_at(ends.collect())] {
+                let mut halves = own.copy();
+                nccl.reduce_scatter_sum(&mut halves, &parts).unwrap();
+                nccl.all_gather(&mut halves, &parts).unwrap();
+                assert_eq!(whole, halves, "{parts:?}");
+            }
             let mut from_last = own.copy();
             nccl.broadcast(&mut from_last, world - 1).unwrap();
             assert_eq!(from_last, Tensor::from_slice(&values(world - 1, len)));
@@ -325,8 +327,9 @@ fn nccl_sums_over_one_rank_on_a_gpu() {
     let mut flat = Tensor::from_slice(&values(0, 10_000)).to_device(device);
     nccl.all_reduce_sum(&mut flat).unwrap();
     nccl.broadcast(&mut flat, 0).unwrap();
-    assert_eq!(nccl.reduce_scatter_sum(&mut flat).unwrap(), 0..10_000);
-    nccl.all_gather(&mut flat).unwrap();
+    let whole = Parts::even(10_000, 1);
+    nccl.reduce_scatter_sum(&mut flat, &whole).unwrap();
+    nccl.all_gather(&mut flat, &whole).unwrap();
     nccl.agree(&[9; 32]).unwrap();
     let flat = flat.to_device(Device::Cpu);
     assert_eq!(Vec::<f32>::try_from(flat).unwrap(), values(0, 10_000));

@@ -10,6 +10,7 @@
 
 mod stage;
 mod sync;
+mod timed;
 
 use std::net::IpAddr;
 use std::time::Duration;

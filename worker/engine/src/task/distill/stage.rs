@@ -1,10 +1,11 @@
 //! A training stage in an engine's memory: student, trainer, curves. It outlives the generations of its group.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use distillery_common::checkpoint::{Checkpoint, Lora, TensorSpec, Training};
+use distillery_common::checkpoint::{Checkpoint, Kind, Lora, TensorSpec, Training};
 use distillery_common::curves::{StepRecord, from_jsonl};
 use distillery_common::group::{Held, Membership, Phase, Progress};
 use distillery_common::ids::Digest;
@@ -16,6 +17,7 @@ use distillery_common::run::dataset_store;
 use distillery_common::storage::layout;
 use distillery_common::task::FailureClass;
 
+use super::timed::Timed;
 use super::{Broken, Outcome, sync, train_fault};
 use crate::collective::{Collective, Ended};
 use crate::diffusion::guidance::Guided;
@@ -63,7 +65,9 @@ impl StageWork {
         check_dtype(recipe.compute.dtype)?;
         let teacher = bench.teacher(bench.recipe.teacher.dtype)?;
         let student = Student::fresh(&teacher, &recipe, bench.recipe.seed, bench.device)?;
-        let trainer = Trainer::new(train::Plan::from(&recipe), student.parameters());
+        let Membership { rank, world, .. } = *membership;
+        let plan = train::Plan::from(&recipe);
+        let trainer = Trainer::member(plan, student.parameters(), rank, world);
         let (dataset, digest) = open_dataset(bench)?;
         let objective = distill::objective(
             &recipe,
@@ -118,7 +122,8 @@ impl StageWork {
             self.student.load_published(&parent).await?;
         }
         let plan = train::Plan::from(&self.recipe);
-        self.trainer = Trainer::new(plan, self.student.parameters());
+        let Membership { rank, world, .. } = *membership;
+        self.trainer = Trainer::member(plan, self.student.parameters(), rank, world);
         if let Some(base) = open(bench, membership.base_checkpoint.as_deref()).await? {
             let metrics = base.metrics().await?;
             self.curves = from_jsonl(&metrics).or_fault(FailureClass::Schema)?;
@@ -126,11 +131,41 @@ impl StageWork {
         }
         check_start(&self.trainer, membership)?;
         // Should the others lose patience while this is read, the next group need not wait for it.
-        self.held = Some(sync::base(membership)?.unwrap_or(Held {
+        let start = Held {
             step: 0,
             generation: membership.group.generation,
-        }));
+        };
+        self.hold(sync::base(membership)?.unwrap_or(start));
         Ok(())
+    }
+
+    /// Whether every member keeps a share of the moments alone.
+    pub(super) fn shares_moments(&self) -> bool {
+        self.recipe.optimizer.sharded
+    }
+
+    /// Loads this member's moments alone, where a group shares them out: the rest comes from rank 0. As [`Self::load`] it
+    /// may be dropped.
+    pub(super) async fn load_moments(
+        &mut self,
+        bench: &Workbench,
+        membership: &Membership,
+    ) -> Result<(), Fault> {
+        self.spoil();
+        self.trainer.reseat(membership.rank, membership.world);
+        if let Some(base) = open(bench, membership.base_checkpoint.as_deref()).await? {
+            let moments = [train::snapshot::Part::AdamM, train::snapshot::Part::AdamV];
+            let mut restoring = Restoring::of(&mut self.trainer, &moments);
+            read(&mut restoring, &base).await?;
+            restoring.finish_parts().or_fault(FailureClass::Schema)?;
+        }
+        Ok(())
+    }
+
+    /// The trainer's state is `held`, which the next group may go on from. Not so where moments are shared out: those of a
+    /// member that is lost are nowhere but in a checkpoint.
+    pub(super) fn hold(&mut self, held: Held) {
+        self.held = (!self.shares_moments()).then_some(held);
     }
 
     /// Whether nothing is left to train.
@@ -166,7 +201,9 @@ impl StageWork {
             global_batch: self.recipe.batch.global,
             training: self.training.clone(),
             sharded: bench.recipe.checkpoint.sharded,
+            summed: Rc::default(),
         };
+        let mut ring = Timed::new(ring, Rc::clone(&place.summed));
         let mut watch = InboxWatch {
             inbox: &mut bench.inbox,
             ended,
@@ -185,7 +222,7 @@ impl StageWork {
             self.objective.as_ref(),
             &self.student.unet,
             online,
-            ring,
+            &mut ring,
             &mut SharedRows(rows),
             &mut saver,
         );
@@ -248,8 +285,8 @@ fn finish(
         return Ok(Outcome::Finished);
     }
     if let Some(checkpoint) = saver.wanted_checkpoint() {
-        // The last applied step is whole, whatever a leaving neighbour did to the one after it.
-        if checkpoint {
+        // The last applied step is whole, whatever a leaving neighbour did to the one after it, but for shared moments.
+        if checkpoint && !trainer.is_torn() {
             saver.save_and_leave(trainer).map_err(Fault::from)?;
         }
         return Ok(Outcome::Drained);
@@ -304,16 +341,26 @@ async fn restore(
     curves: &[StepRecord],
 ) -> Result<(), Fault> {
     let mut restoring = Restoring::new(trainer);
+    read(&mut restoring, state).await?;
+    restoring
+        .finish(position(curves))
+        .or_fault(FailureClass::Schema)
+}
+
+/// Reads what `restoring` awaits of `state`; files with nothing of it are not touched.
+async fn read(restoring: &mut Restoring<'_>, state: &Checkpoint) -> Result<(), Fault> {
+    let awaited: BTreeSet<(Kind, String)> = (state.manifest().tensors.iter())
+        .map(|tensor| (tensor.spec.kind, tensor.spec.name.clone()))
+        .filter(|(kind, name)| restoring.awaits(part_of_kind(*kind), name))
+        .collect();
     let take = |spec: &TensorSpec, bytes: &[u8]| {
         let values = f32_tensor(spec, bytes)?;
         restoring
             .take(part_of_kind(spec.kind), &spec.name, &values)
             .or_fault(FailureClass::Schema)
     };
-    state.read(|_| true, take).await?;
-    restoring
-        .finish(position(curves))
-        .or_fault(FailureClass::Schema)
+    let is_awaited = |spec: &TensorSpec| awaited.contains(&(spec.kind, spec.name.clone()));
+    state.read(is_awaited, take).await
 }
 
 /// The state that was loaded is the one that the group agreed to start from.

@@ -1,5 +1,6 @@
 //! Before a group steps, all members hold one state: the newest that any of them still has in memory, copied from
-//! that member over the group's own connections; from the store only when nobody has one.
+//! that member over the group's own connections; from the store only when nobody has one. Where moments are shared out
+//! nobody ever claims to hold a state, and each member reads its moments from the store itself.
 //!
 //! What is compared and copied: the flat buffers of the trainer, its position, and the curves so far. Must never
 //! know how the group's members are connected.
@@ -23,9 +24,9 @@ use crate::workbench::Workbench;
 /// Numbers of a buffer that travel at a time: 64 MiB. A copy never needs more memory than that.
 const PIECE: i64 = 16 << 20;
 
-/// How often a rank that reads the state tells the others that it still does.
+/// How often a rank that reads a state, or its share of one, tells the others that it still does.
 const SIGN: Duration = Duration::from_secs(2);
-/// Its signs: not yet, and done.
+/// Its signs: not yet, and done, or nothing to read.
 const LOADING: u8 = 0;
 const LOADED: u8 = 1;
 
@@ -51,11 +52,17 @@ pub(super) fn sync(
     let newest = group::source(&held);
     let root = newest.unwrap_or(0);
     if newest.is_none() {
-        match membership.rank == root {
-            true => bench
+        let is_root = membership.rank == root;
+        match (is_root, stage.shares_moments()) {
+            (true, _) => bench
                 .io
                 .wait(load(stage.load(bench, membership), SIGN, ring))?,
-            false => wait_for_load(root, ring)?,
+            (false, true) => {
+                bench
+                    .io
+                    .wait(load(stage.load_moments(bench, membership), SIGN, ring))?
+            }
+            (false, false) => wait_for_load(ring)?,
         }
     }
     let wanted = newest.map(|root| held[root as usize]);
@@ -70,15 +77,15 @@ pub(super) fn sync(
     }
     let fingerprint = stage.trainer.fingerprint();
     ring.agree(&fingerprint)?;
-    stage.held = Some(Held {
+    stage.hold(Held {
         step: stage.trainer.position().step,
         generation: membership.group.generation,
     });
     Ok(newest.is_some())
 }
 
-/// Reads the state for all by way of `reading`. The others hear a sign of life every `sign`: what takes long to read is not
-/// what their deadline is for. When the group is given up meanwhile, so is the reading.
+/// Reads by way of `reading`, until all who read have done so. The others hear a sign of life every `sign`: what takes long
+/// to read is not what their deadline is for. When the group is given up meanwhile, so is the reading.
 async fn load(
     reading: impl Future<Output = Result<(), Fault>>,
     sign: Duration,
@@ -91,8 +98,7 @@ async fn load(
         tokio::select! {
             read = &mut reading => {
                 read?;
-                ring.gather(&[LOADED])?;
-                return Ok(());
+                return Ok(wait_for_load(ring)?);
             }
             _ = signs.tick() => {
                 ring.gather(&[LOADING])?;
@@ -101,9 +107,9 @@ async fn load(
     }
 }
 
-/// Waits until rank `root` has read the state.
-fn wait_for_load(root: u32, ring: &mut dyn Collective) -> Result<(), collective::Error> {
-    while ring.gather(&[LOADING])?[root as usize] != [LOADED] {}
+/// Waits until all ranks that read have done so.
+fn wait_for_load(ring: &mut dyn Collective) -> Result<(), collective::Error> {
+    while ring.gather(&[LOADED])?.iter().any(|sign| *sign != [LOADED]) {}
     Ok(())
 }
 
@@ -132,7 +138,7 @@ fn copy(
     let own_curves = to_jsonl(&stage.curves);
     let headers = ring.gather(&header(stage.trainer.position(), own_curves.len()))?;
     let (position, curves_len) = parse_header(&headers[root as usize])?;
-    for (_, flat) in stage.trainer.state() {
+    for (_, flat) in stage.trainer.common_state() {
         broadcast(&flat, root, part, ring)?;
     }
     let mut curves = own_curves;
@@ -255,6 +261,8 @@ fn word(bytes: &[u8], at: usize) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
     use crate::collective::tests::on_ring;
     use crate::io::Io;
@@ -268,7 +276,7 @@ mod tests {
     {
         on_ring(3, SHORT, |mut ring| {
             if ring.rank() > 0 {
-                return wait_for_load(0, &mut ring).map_err(Broken::from);
+                return wait_for_load(&mut ring).map_err(Broken::from);
             }
             let io = Io::start().unwrap();
             io.wait(load(reading(), SHORT / 10, &mut ring))
@@ -282,6 +290,24 @@ mod tests {
             Ok(())
         });
         assert!(ended.iter().all(Result::is_ok), "{ended:?}");
+    }
+
+    /// Each reads for another time, so that some are done while others read on.
+    #[test]
+    fn all_ranks_wait_for_the_last_that_reads() {
+        let done = AtomicU32::new(0);
+        let seen = on_ring(3, SHORT, |mut ring| {
+            let rank = ring.rank();
+            let reading = async {
+                tokio::time::sleep(SHORT * rank).await;
+                done.fetch_add(1, Ordering::SeqCst);
+                Ok(())
+            };
+            let io = Io::start().unwrap();
+            io.wait(load(reading, SHORT / 10, &mut ring)).unwrap();
+            done.load(Ordering::SeqCst)
+        });
+        assert_eq!(seen, [3; 3]);
     }
 
     #[test]
@@ -300,7 +326,7 @@ mod tests {
     fn reading_ends_with_the_group() {
         let ended = on_ring(2, SHORT, |mut ring| {
             if ring.rank() > 0 {
-                return wait_for_load(0, &mut ring).map_err(Broken::from);
+                return wait_for_load(&mut ring).map_err(Broken::from);
             }
             ring.aborter().abort();
             let io = Io::start().unwrap();

@@ -6,7 +6,7 @@
 
 mod upload;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -53,6 +53,8 @@ pub struct Place {
     pub training: Training,
     /// Whether every rank writes a share of each checkpoint.
     pub sharded: bool,
+    /// Where the time of the group's operations adds up.
+    pub summed: Rc<Cell<Duration>>,
 }
 
 /// How the device thread asks, between two steps, whether to go on.
@@ -187,10 +189,7 @@ impl<'a> Saver<'a> {
         let stopwatch = Stopwatch::start();
         let mut buffer = self.buffer.take().unwrap_or_else(|| {
             let own = places_of(trainer, share);
-            trainer.empty_share(&|part| {
-                let found = own.iter().find(|(of, _)| *of == part);
-                found.map_or(0..0, |(_, places)| places.clone())
-            })
+            trainer.empty_share(&|_| own.clone())
         });
         trainer.snapshot(&mut buffer);
         let step = trainer.position().step;
@@ -234,6 +233,7 @@ impl<'a> Saver<'a> {
         StepRecord {
             step_ms: millis(self.stopwatch.lap()),
             wait_ms: millis(self.rows.borrow_mut().take_waited()),
+            sum_ms: Some(millis(self.place.summed.take())),
             save_ms: self.stall.take().map(millis),
             ..untimed(&self.place.membership, report)
         }
@@ -301,6 +301,7 @@ fn untimed(membership: &Membership, report: &StepReport) -> StepRecord {
         rows: Some(report.rows),
         step_ms: 0.0,
         wait_ms: 0.0,
+        sum_ms: None,
         save_ms: None,
         peak_bytes: None,
     }

@@ -43,29 +43,9 @@ pub(super) struct Saved {
     pub(super) outcome: Result<(), Failure>,
 }
 
-/// Which places of each part are this rank's to write.
-pub(super) fn places_of(trainer: &Trainer, share: Share) -> Vec<(Part, Range<usize>)> {
-    let places = trainer.layout().places();
-    let parts: Vec<Part> = PARTS
-        .iter()
-        .map(|(part, _)| *part)
-        .filter(|part| *part != Part::Ema || trainer.has_average())
-        .collect();
-    let sizes: Vec<usize> = parts
-        .iter()
-        .flat_map(|_| places.iter().map(|place| place.len * 4))
-        .collect();
-    let own = share.of(&sizes);
-    let within = |at: usize| {
-        let first = at * places.len();
-        let cut = |end: usize| end.clamp(first, first + places.len()) - first;
-        cut(own.start)..cut(own.end)
-    };
-    (0..)
-        .map(within)
-        .zip(parts)
-        .map(|(range, part)| (part, range))
-        .collect()
+/// Which places of every part are this rank's to write: [`Share::of`] names the same tensors.
+pub(super) fn places_of(trainer: &Trainer, share: Share) -> Range<usize> {
+    trainer.layout().share(share.rank, share.world)
 }
 
 impl Upload {

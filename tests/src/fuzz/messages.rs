@@ -1,0 +1,147 @@
+//! One message of each kind that workers and coordinators send, as bytes.
+
+use distillery_common::proto::wire::{self, coordinator_message, report, worker_message};
+use prost::Message as _;
+
+fn lease() -> Option<wire::Lease> {
+    Some(wire::Lease {
+        term: 1,
+        task: Some(wire::TaskId {
+            stage: "trajectories".into(),
+            index: 7,
+        }),
+        attempt: 1,
+        incarnation: 1 << 32 | 1,
+    })
+}
+
+fn group() -> Option<wire::GroupId> {
+    Some(wire::GroupId {
+        stage: "seg4".into(),
+        generation: 3,
+    })
+}
+
+/// What workers report, and repeat until it is acknowledged.
+fn reports() -> [report::Report; 5] {
+    use report::Report;
+    let failure = Some(wire::Failure {
+        class: 1,
+        message: "broken".into(),
+    });
+    [
+        Report::TaskCommitted(wire::TaskCommitted {
+            lease: lease(),
+            commit: Some(wire::CommitSummary {
+                key: "trajectories/x/COMMIT".into(),
+                rows: 8,
+                bytes: 1000,
+                digest: vec![7; 32],
+            }),
+            won: true,
+        }),
+        Report::TaskFailed(wire::TaskFailed {
+            lease: lease(),
+            failure: failure.clone(),
+        }),
+        Report::GroupReady(wire::GroupReady {
+            group: group(),
+            rank: 1,
+            address: "127.0.0.1:4000".into(),
+        }),
+        Report::Checkpoint(wire::CheckpointCommitted {
+            group: group(),
+            step: 40,
+            key: "checkpoints/seg4/0000000040-g3/COMMIT".into(),
+            digest: vec![7; 32],
+            bytes: 1000,
+            r#final: true,
+        }),
+        Report::GroupFailed(wire::GroupFailed {
+            group: group(),
+            rank: 1,
+            failure,
+        }),
+    ]
+}
+
+/// What workers say.
+pub(super) fn of_workers() -> Vec<Vec<u8>> {
+    use worker_message::Message;
+    let reports = reports().map(|report| {
+        let report = Some(report);
+        Message::Report(wire::Report { seq: 1, report })
+    });
+    let hello = Message::Hello(wire::Hello {
+        protocol_version: 1,
+        name: "worker".into(),
+        host: "host".into(),
+        leases: lease().into_iter().collect(),
+        group: group(),
+        ..wire::Hello::default()
+    });
+    let beat = Message::Beat(wire::Beat {
+        seq: 9,
+        tasks: vec![wire::TaskProgress {
+            lease: lease(),
+            done: 1,
+            total: 8,
+        }],
+        group: Some(wire::GroupProgress {
+            group: group(),
+            phase: 3,
+            step: 10,
+            total_steps: 40,
+            loss: 0.5,
+            samples_per_second: 10.0,
+            step_ms: 100.0,
+        }),
+        ..wire::Beat::default()
+    });
+    let goodbye = Message::Goodbye(wire::Goodbye {
+        reason: "done".into(),
+    });
+    let mut all = vec![hello, beat, goodbye];
+    all.extend(reports);
+    let whole = all.into_iter().map(|message| wire::WorkerMessage {
+        message: Some(message),
+    });
+    whole.map(|message| message.encode_to_vec()).collect()
+}
+
+/// What coordinators say.
+pub(super) fn of_coordinators() -> Vec<Vec<u8>> {
+    use coordinator_message::Message;
+    let all = [
+        Message::Grant(wire::Grant { lease: lease() }),
+        Message::Revoke(wire::Revoke {
+            lease: lease(),
+            reason: "late".into(),
+        }),
+        Message::GroupJoin(wire::GroupJoin {
+            group: group(),
+            rank: 1,
+            world: 2,
+            base_step: 10,
+            base_checkpoint: "checkpoints/seg4/0000000010-g1/COMMIT".into(),
+            parent_checkpoint: String::new(),
+            term: 1,
+        }),
+        Message::GroupPeers(wire::GroupPeers {
+            group: group(),
+            addresses: vec![b"127.0.0.1:4000".to_vec().into(); 2],
+        }),
+        Message::GroupAbort(wire::GroupAbort {
+            group: group(),
+            reason: "a member was lost".into(),
+        }),
+        Message::Drain(wire::Drain {
+            checkpoint: true,
+            reason: "asked".into(),
+        }),
+    ];
+    let whole = all.map(|message| wire::CoordinatorMessage {
+        message: Some(message),
+    });
+    whole.iter().map(prost::Message::encode_to_vec).collect()
+}

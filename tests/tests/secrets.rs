@@ -1,0 +1,215 @@
+//! A run's secrets stay where they belong: no byte of output, log, journal, report or object holds the token, however it was
+//! given, whatever is asked of the run, and however much is logged.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use distillery_common::ids::Digest;
+use distillery_common::security::{GroupSecret, Join, Token};
+use distillery_tests::harness::{EngineKind, Run, Target, sim_recipe};
+
+const PATIENCE: Duration = Duration::from_secs(180);
+const SECRET: &str = "5eC2e7";
+/// Where the stand-in's recipe takes a token.
+const CLUSTER: &str = "cluster: {launcher: local,";
+
+/// How the token reaches the run.
+#[derive(Debug, Clone, Copy)]
+enum Given {
+    /// `${env:…}` in the recipe.
+    Environment,
+    /// `${file:…}` in the recipe.
+    File,
+    /// The coordinator makes it.
+    Made,
+}
+
+/// Everything that admits to a run, in every form that it could be written in.
+fn forms(join: &Join) -> Vec<(&'static str, Vec<u8>)> {
+    let token = join.token().reveal();
+    let bytes = Digest::parse(&token).expect("a token is a number").0;
+    let GroupSecret(group) = GroupSecret::derive(join.token(), join.run_id());
+    let group_digits = Digest(group).to_string();
+    vec![
+        ("the token", token.clone().into_bytes()),
+        ("the token in capitals", token.to_uppercase().into_bytes()),
+        ("half of the token", token.as_bytes()[..32].to_vec()),
+        ("the token's bytes", bytes.to_vec()),
+        ("the token as a list", format!("{bytes:?}").into_bytes()),
+        ("the group's secret", group.to_vec()),
+        ("the group's secret in digits", group_digits.into_bytes()),
+        (
+            "the group's secret as a list",
+            format!("{group:?}").into_bytes(),
+        ),
+        ("a private key", b"PRIVATE KEY".to_vec()),
+    ]
+}
+
+fn holds(hay: &[u8], needle: &[u8]) -> bool {
+    hay.windows(needle.len()).any(|window| window == needle)
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("readable") {
+        let path = entry.expect("readable").path();
+        match path.is_dir() {
+            true => found.extend(files_below(&path)),
+            false => found.push(path),
+        }
+    }
+    found
+}
+
+/// Asks everything that can be asked, and keeps the answers beside the run.
+fn ask_everything(run: &Run, folder: &Path, moment: &str) {
+    let output = run.output().display().to_string();
+    let recipe = folder.join("recipe.yaml").display().to_string();
+    let asked: [&[&str]; 12] = [
+        &["status", &output],
+        &["status", &output, "--json"],
+        &["plan", &recipe],
+        &["plan", &recipe, "--json"],
+        &["check", &recipe, "--json"],
+        &["doctor", &output],
+        &["run", &recipe, "--set", "seed=9"],
+        &["run", &recipe, "--set", "cluster.launcher=nobody", "--json"],
+        &["pause", &output, "--reason", "to see what it says"],
+        &["resume", &output],
+        &["drain", &output, "--worker", "nobody"],
+        &["gc", &output],
+    ];
+    for (at, arguments) in asked.into_iter().enumerate() {
+        let mut command = run.command("coordinator");
+        command.args(arguments).arg("-vv");
+        let said = command.output().expect("it starts");
+        let path = folder.join(format!("answer-{moment}-{at}"));
+        fs::write(path, [said.stdout, said.stderr].concat()).expect("written");
+    }
+    // Workers with broken and foreign join strings, on the command line and in a file.
+    let join = fs::read_to_string(run.output().join("join")).expect("there");
+    let (head, token) = join.trim().rsplit_once('#').expect("a token");
+    let broken = [
+        format!("{head}#{}", &token[..63]),
+        format!("{head}#{token}0"),
+        format!("{}#{token}", head.replace("https", "ftp")),
+        format!("https://somewhere/run#{token}"),
+        head.replace('#', &format!("#{token}#")),
+    ];
+    for (at, text) in broken.into_iter().enumerate() {
+        let mut command = run.command("worker");
+        command.args(["join", "--coordinator", &text]);
+        let said = command.output().expect("it starts");
+        assert!(!said.status.success());
+        let path = folder.join(format!("worker-{moment}-{at}"));
+        fs::write(path, [said.stdout, said.stderr].concat()).expect("written");
+    }
+}
+
+fn check(given: Given) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let token = Token::generate().expect("random").reveal();
+    let token_file = folder.path().join("token-of-the-user");
+    fs::write(&token_file, format!("{token}\n")).expect("written");
+    fs::set_permissions(&token_file, fs::Permissions::from_mode(0o600)).expect("private");
+    let cluster = match given {
+        Given::Environment => "cluster: {token: \"${env:TOKEN_OF_THE_TEST}\", launcher: local,",
+        Given::File => "cluster: {token: \"${file:token-of-the-user}\", launcher: local,",
+        Given::Made => CLUSTER,
+    };
+    assert!(sim_recipe().contains(CLUSTER));
+    let recipe = sim_recipe().replace(CLUSTER, cluster);
+    let run = Run::new(folder.path(), &recipe, EngineKind::Sim).expect("the programs are built");
+    let mut run = run
+        .with("SIM_TASK_MS", 500)
+        .with("RUST_LOG", "trace")
+        .with("TOKEN_OF_THE_TEST", &token);
+    run.start().expect("starts");
+    let path = run.output().join("join");
+    let join = run.read_when_there(&path, PATIENCE).expect("a join string");
+    let join = Join::parse(&join, false).expect("usable");
+    if !matches!(given, Given::Made) {
+        assert_eq!(join.token().reveal(), token);
+    }
+    ask_everything(&run, folder.path(), "during");
+    // A worker that dies has its engine's last words in the report of the failure.
+    run.kill(Target::Engine, 0).expect("killed");
+    run.finish(PATIENCE).expect("it finishes");
+    ask_everything(&run, folder.path(), "after");
+
+    let kept = [
+        run.output().join("join"),
+        run.output().join("token"),
+        token_file,
+    ];
+    let mut seen = 0;
+    for path in files_below(folder.path()) {
+        let bytes = fs::read(&path).expect("readable");
+        if kept.contains(&path) {
+            let mode = fs::metadata(&path).expect("there").permissions().mode();
+            assert_eq!(mode & 0o077, 0, "{} may be read by others", path.display());
+            continue;
+        }
+        for (what, form) in forms(&join) {
+            assert!(
+                !holds(&bytes, &form),
+                "{given:?}: {} holds {what}",
+                path.display()
+            );
+        }
+        seen += usize::from(holds(&bytes, join.run_id().as_bytes()));
+    }
+    // The search finds what is there: the run's id, which is no secret, is in many of them.
+    assert!(seen > 10, "the run's id is in {seen} files only");
+}
+
+#[test]
+fn a_token_from_the_environment_stays_there() {
+    check(Given::Environment);
+}
+
+#[test]
+fn a_token_from_a_file_stays_there() {
+    check(Given::File);
+}
+
+#[test]
+fn a_token_that_was_made_stays_beside_the_run() {
+    check(Given::Made);
+}
+
+#[test]
+fn a_word_that_is_no_token_is_not_told_by_the_complaint_about_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let broken = [
+        format!("cluster: {{token: \"{SECRET}\", launcher: nobody,"),
+        format!("cluster: {{token: \"{SECRET}\", launcher: local,"),
+        format!("cluster: {{token: \"{SECRET}, launcher: local,"),
+        format!("cluster: {{token: {{a: {SECRET}}}, launcher: local,"),
+        format!("cluster: {{token: [{SECRET}], launcher: local,"),
+        format!("cluster: {{token: \"${{file:/{SECRET}\", launcher: local,"),
+    ];
+    for cluster_with_token in broken {
+        let recipe = sim_recipe().replace(CLUSTER, &cluster_with_token);
+        let run = Run::new(folder.path(), &recipe, EngineKind::Sim).expect("built");
+        for json in [false, true] {
+            let mut command: Command = run.run_command();
+            if json {
+                command.arg("--json");
+            }
+            let said = command.output().expect("it starts");
+            assert!(!said.status.success(), "{cluster_with_token}");
+            let told = [said.stdout, said.stderr].concat();
+            let is_path = cluster_with_token.contains("file:");
+            let text = String::from_utf8_lossy(&told);
+            assert!(
+                is_path || !text.contains(SECRET),
+                "{cluster_with_token}: {text}"
+            );
+        }
+    }
+}
