@@ -1,6 +1,6 @@
 //! This host: its engine, devices, network and limits.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, lookup_host};
@@ -17,7 +17,7 @@ const PORTS: u32 = 10_000;
 /// The engine, GPUs and NCCL.
 pub(super) async fn programs(engine: &Path) -> Vec<Check> {
     const ENGINE_NAME: &str = "libtorch";
-    let described = answer(&engine.display().to_string(), &["describe"], ENGINE).await;
+    let described = answer(&engine.display().to_string(), &["describe", "--devices"], ENGINE).await;
     let build = "build it (deploy/README.md), or say where it is with DISTILLERY_ENGINE";
     let engine_check = match &described {
         None => Check::missing(
@@ -49,6 +49,10 @@ pub(super) async fn programs(engine: &Path) -> Vec<Check> {
             ),
         },
     };
+    let described = match described {
+        Some(Ok(said)) => serde_json::from_str(&said).unwrap_or_default(),
+        Some(Err(_)) | None => serde_json::Value::Null,
+    };
     let gpus = match answer("nvidia-smi", &["-L"], LOOK).await {
         Some(Ok(listed)) => listed
             .lines()
@@ -56,47 +60,39 @@ pub(super) async fn programs(engine: &Path) -> Vec<Check> {
             .count(),
         Some(Err(_)) | None => 0,
     };
-    vec![engine_check, devices(gpus), nccl(gpus)]
+    vec![engine_check, devices(gpus, &described), nccl(gpus, &described)]
 }
 
-fn devices(gpus: usize) -> Check {
+fn devices(gpus: usize, described: &serde_json::Value) -> Check {
+    const NAME: &str = "devices";
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let gpus = match gpus {
-        0 => "no NVIDIA GPU".to_owned(),
-        n => format!("{n} NVIDIA GPUs (engines use them where libtorch is built for CUDA)"),
-    };
-    Check::well("devices", format!("{cpus} CPUs, {gpus}"))
+    match (gpus, described["cuda_devices"].as_u64()) {
+        (0, _) => Check::well(NAME, format!("{cpus} CPUs, no NVIDIA GPU")),
+        (n, None) => Check::well(NAME, format!("{cpus} CPUs, {n} NVIDIA GPUs")),
+        (n, Some(0)) => Check::warn(
+            NAME,
+            format!("{cpus} CPUs; none of {n} NVIDIA GPUs can be used by this engine"),
+            "install libtorch for CUDA (deploy/libtorch.sh cuda) and build again, or look at the driver",
+        ),
+        (n, Some(used)) => Check::well(NAME, format!("{cpus} CPUs, {used} of {n} NVIDIA GPUs")),
+    }
 }
 
-/// NCCL is loaded by engines at run time; here only its file is looked for.
-fn nccl(gpus: usize) -> Check {
+/// Whether an engine can load NCCL, by its own word.
+fn nccl(gpus: usize, described: &serde_json::Value) -> Check {
     const NAME: &str = "NCCL";
-    match (nccl_file(), gpus) {
-        (Some(path), _) => Check::well(NAME, path.display().to_string()),
-        (None, 0) => Check::well(NAME, "not found, and not needed without a GPU"),
-        (None, _) => Check::warn(
+    match (described["nccl"].as_str(), gpus) {
+        (Some("loads"), _) => Check::well(NAME, "the engine can load it"),
+        (_, 0) => Check::well(NAME, "not found, and not needed without a GPU"),
+        (why, _) => Check::warn(
             NAME,
-            "libnccl.so.2 was not found; groups of GPUs fall back to TCP",
+            format!(
+                "{}; groups of GPUs fall back to TCP",
+                why.unwrap_or("no engine could try to load it")
+            ),
             "install NCCL 2, or say where it is with DISTILLERY_NCCL",
         ),
     }
-}
-
-fn nccl_file() -> Option<PathBuf> {
-    if let Some(path) = std::env::var_os("DISTILLERY_NCCL").map(PathBuf::from) {
-        return path.is_file().then_some(path);
-    }
-    let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let usual = [
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib64",
-        "/usr/local/cuda/lib64",
-        "/usr/local/lib",
-    ];
-    std::env::split_paths(&given)
-        .chain(usual.map(PathBuf::from))
-        .map(|folder| folder.join("libnccl.so.2"))
-        .find(|file| file.is_file())
 }
 
 /// Ports, and this host's name.

@@ -9,6 +9,8 @@ use distillery_common::task::{Failure, FailureClass, Lease};
 use distillery_common::telemetry::Meter;
 
 use crate::cli::Serve;
+use crate::collective::nccl::Nvidia;
+use crate::collective::seat::LIBRARY_VARIABLE;
 use crate::device;
 use crate::inbox::Inbox;
 use crate::io::Io;
@@ -19,11 +21,20 @@ use crate::task::{Fault, contained, evaluate, export, reference, trajectories};
 use crate::workbench::{LIBTORCH_VERSION, Workbench};
 
 /// Prints what computes here, so that a coordinator, which knows no tensor library, can record it.
-pub fn describe() -> anyhow::Result<ExitCode> {
-    let software = serde_json::json!({
+/// With `devices`, also what a doctor wants to know, which takes longer.
+pub fn describe(devices: bool) -> anyhow::Result<ExitCode> {
+    let mut software = serde_json::json!({
         "libtorch": LIBTORCH_VERSION,
         "cpu_capability": device::cpu_capability(),
     });
+    if devices {
+        software["cuda_devices"] = device::cuda_devices().into();
+        let named = std::env::var(LIBRARY_VARIABLE).ok();
+        software["nccl"] = match Nvidia::open(named.as_deref()) {
+            Ok(_) => "loads".into(),
+            Err(error) => error.to_string().into(),
+        };
+    }
     println!("{software}");
     Ok(ExitCode::SUCCESS)
 }

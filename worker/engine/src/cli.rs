@@ -27,7 +27,11 @@ pub enum Command {
     /// Answers one request: JSON on standard input, lines of JSON on standard output.
     Once,
     /// Prints in JSON what computes here.
-    Describe,
+    Describe {
+        /// Also the devices that can be used, and whether NCCL loads.
+        #[arg(long)]
+        devices: bool,
+    },
 }
 
 /// How to serve a worker.

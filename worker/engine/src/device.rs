@@ -58,6 +58,14 @@ pub fn open(name: &str) -> Result<Device, Error> {
     Ok(Device::Cuda(index))
 }
 
+/// How many CUDA devices this engine could open.
+pub fn cuda_devices() -> i64 {
+    match load_cuda(libtorch_folder().as_deref()) {
+        raw_tensor::Cuda::Loaded if Cuda::is_available() => Cuda::device_count(),
+        raw_tensor::Cuda::Loaded | raw_tensor::Cuda::Absent | raw_tensor::Cuda::Broken(_) => 0,
+    }
+}
+
 /// The device as the worker is told: `cpu`, or `cuda:` with the ordinal.
 pub fn name(device: Device) -> String {
     match device {

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     keep_freed_memory();
     let done = match (&cli.command, &cli.serve.socket) {
         (Some(Command::Once), _) => return once::main(),
-        (Some(Command::Describe), _) => app::describe(),
+        (Some(Command::Describe { devices }), _) => app::describe(*devices),
         (None, Some(socket)) => app::serve(&cli.serve, socket),
         (None, None) => {
             eprintln!("error: engine serves a worker: --socket PATH is missing");

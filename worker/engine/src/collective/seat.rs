@@ -25,7 +25,7 @@ use super::{Collective, Error, Invitation};
 const WAY_VARIABLE: &str = "DISTILLERY_COLLECTIVE";
 
 /// Names NCCL's file where it is installed under another name.
-const LIBRARY_VARIABLE: &str = "DISTILLERY_NCCL";
+pub const LIBRARY_VARIABLE: &str = "DISTILLERY_NCCL";
 
 /// How the members of a group may reach each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
