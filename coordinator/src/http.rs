@@ -10,6 +10,7 @@ mod page;
 mod request;
 
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -59,6 +60,8 @@ pub struct Site {
     handle: Handle,
     metrics: Metrics,
     history: Mutex<History>,
+    /// Whether the driver answered the last time it was asked.
+    ready: AtomicBool,
 }
 
 impl Site {
@@ -73,6 +76,7 @@ impl Site {
             handle,
             metrics,
             history: Mutex::default(),
+            ready: AtomicBool::new(false),
         }
     }
 
@@ -146,10 +150,14 @@ async fn answer_all(stream: impl AsyncRead + AsyncWrite + Unpin, site: Arc<Site>
 /// Remembers the curves that the page shows.
 async fn watch(site: Arc<Site>) {
     loop {
-        let Ok(snapshot) = site.handle.snapshot().await else {
-            return;
-        };
-        site.history().note(&snapshot.view);
+        match tokio::time::timeout(ANSWER, site.handle.snapshot()).await {
+            Ok(Ok(snapshot)) => {
+                site.history().note(&snapshot.view);
+                site.ready.store(true, Ordering::Relaxed);
+            }
+            Ok(Err(_)) => return site.ready.store(false, Ordering::Relaxed),
+            Err(_) => site.ready.store(false, Ordering::Relaxed),
+        }
         tokio::time::sleep(SAMPLE).await;
     }
 }
@@ -165,7 +173,7 @@ impl Site {
         let path = request.uri().path();
         match path {
             "/healthz" => return plain(StatusCode::OK, "ok\n"),
-            "/readyz" => return self.ready().await,
+            "/readyz" => return self.ready(),
             _ => {}
         }
         if path == "/" && self.key_in_query(request.uri().query()) {
@@ -186,10 +194,11 @@ impl Site {
         asked.await.ok()?.ok()
     }
 
-    async fn ready(&self) -> Answer {
-        match self.snapshot().await {
-            Some(_) => plain(StatusCode::OK, "ready\n"),
-            None => plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+    /// From the last sample: strangers may ask, and must not keep the driver busy.
+    fn ready(&self) -> Answer {
+        match self.ready.load(Ordering::Relaxed) {
+            true => plain(StatusCode::OK, "ready\n"),
+            false => plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         }
     }
 

@@ -273,7 +273,8 @@ impl Sender {
     fn new(url: &str, headers: Option<&str>, identity: &Identity) -> anyhow::Result<Self> {
         use anyhow::Context as _;
         use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
-        reqwest::Url::parse(url).with_context(|| format!("{ENDPOINT}: {url:?} is no URL"))?;
+        // It may hold a key, and so may whatever an answer points to.
+        reqwest::Url::parse(url).with_context(|| format!("{ENDPOINT} is no URL"))?;
         let mut shown = HeaderMap::new();
         for pair in headers
             .unwrap_or_default()
@@ -293,6 +294,7 @@ impl Sender {
         cryptography::choose();
         let client = reqwest::Client::builder()
             .timeout(PATIENCE)
+            .redirect(reqwest::redirect::Policy::none())
             .default_headers(shown)
             .build()
             .context("no HTTP client for spans can be made")?;
@@ -344,7 +346,8 @@ impl Sender {
         }]});
         let request = self.client.post(&self.url);
         let request = request.header("content-type", "application/json");
-        let answer = request.body(body.to_string()).send().await?;
-        answer.error_for_status().map(drop)
+        let sent = request.body(body.to_string()).send().await;
+        let answered = sent.and_then(reqwest::Response::error_for_status);
+        answered.map(drop).map_err(reqwest::Error::without_url)
     }
 }

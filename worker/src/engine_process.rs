@@ -221,6 +221,7 @@ fn spawn(program: &Program, socket: &Path, format: Format) -> std::io::Result<Ch
         // Not in the worker's process group: a Ctrl-C in the terminal is the worker's to handle.
         .process_group(0)
         .env_remove("DISTILLERY_JOIN")
+        .env_remove("DISTILLERY_TOKEN")
         .env(FORMAT_VARIABLE, format.to_string())
         .kill_on_drop(true);
     if let Some(address) = program.advertise {

@@ -8,7 +8,7 @@ use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use distillery_common::recipe::Recipe;
+use distillery_common::recipe::{Recipe, Tls};
 use distillery_common::security::Authority;
 
 use super::{Access, advertised};
@@ -37,10 +37,16 @@ pub(super) async fn bind(
         format!("cluster.http: {address} cannot be bound; name another address, or write off")
     })?;
     let is_loopback = listener.local_addr()?.ip().is_loopback();
-    let tls = match is_loopback || insecure {
+    // `--insecure` takes back what the recipe says of TLS, and no more.
+    let tls = match is_loopback || (insecure && recipe.cluster.tls == Tls::Off) {
         true => None,
         false => Some(Authority::derive(access.token(), run_id)?.page_config()?),
     };
+    if !is_loopback && tls.is_none() {
+        console::note(format_args!(
+            "WARNING: --insecure: the page's key, and the token of whoever asks for metrics, cross the network in plain text"
+        ));
+    }
     Ok(Some(Port {
         address: advertised(&listener)?,
         listener,

@@ -17,7 +17,12 @@ const PORTS: u32 = 10_000;
 /// The engine, GPUs and NCCL.
 pub(super) async fn programs(engine: &Path) -> Vec<Check> {
     const ENGINE_NAME: &str = "libtorch";
-    let described = answer(&engine.display().to_string(), &["describe", "--devices"], ENGINE).await;
+    let described = answer(
+        &engine.display().to_string(),
+        &["describe", "--devices"],
+        ENGINE,
+    )
+    .await;
     let build = "build it (deploy/README.md), or say where it is with DISTILLERY_ENGINE";
     let engine_check = match &described {
         None => Check::missing(
@@ -60,7 +65,11 @@ pub(super) async fn programs(engine: &Path) -> Vec<Check> {
             .count(),
         Some(Err(_)) | None => 0,
     };
-    vec![engine_check, devices(gpus, &described), nccl(gpus, &described)]
+    vec![
+        engine_check,
+        devices(gpus, &described),
+        nccl(gpus, &described),
+    ]
 }
 
 fn devices(gpus: usize, described: &serde_json::Value) -> Check {

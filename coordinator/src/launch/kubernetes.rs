@@ -62,6 +62,7 @@ pub async fn start(workers: Workers, handle: Handle, clock: Clock) -> Result<Lau
         handle,
         clock,
         memory: Memory::default(),
+        told: None,
         backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
     };
     let (stop, stopped) = watch::channel(false);
@@ -96,6 +97,8 @@ struct Keeper {
     clock: Clock,
     memory: Memory,
     backoff: Backoff,
+    /// The Job whose Secret holds this life's join string.
+    told: Option<String>,
 }
 
 impl Keeper {
@@ -138,6 +141,16 @@ impl Keeper {
     async fn look_and_act(&mut self) -> Result<Option<String>, cluster::Error> {
         let (seen, version) = self.cluster.look().await?;
         let alive = self.alive().await;
+        // A Job that is adopted may hold an earlier address or token, and a Secret that was written just before its maker
+        // was killed belongs to no Job yet.
+        let job = seen.job.as_ref().filter(|job| !job.leaving);
+        if let Some(uid) = job
+            .map(|job| &job.uid)
+            .filter(|uid| self.told.as_ref() != Some(*uid))
+        {
+            self.cluster.apply_secret(Some(uid)).await?;
+            self.told = Some(uid.clone());
+        }
         for act in decide::decide(self.clock.now(), &seen, &alive, &mut self.memory) {
             tracing::debug!(?act, "decided");
             match act {

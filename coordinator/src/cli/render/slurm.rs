@@ -46,6 +46,11 @@ type Script = (&'static str, String);
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let file = &arguments.recipe.file;
+    let holds_token = |set: &&String| set.contains("token") && !set.contains("${");
+    anyhow::ensure!(
+        !arguments.recipe.sets.iter().any(|set| holds_token(&set)),
+        "--set would write the run's token into a script that others may read; name it as ${{env:NAME}} or ${{file:PATH}}"
+    );
     let place = arguments.place.as_ref().unwrap_or(file);
     let place = std::path::absolute(place).context("the recipe's path cannot be made absolute")?;
     let base = place.parent().unwrap_or(Path::new("/"));

@@ -206,7 +206,7 @@ impl Cluster {
     }
 
     /// Makes the Secret, or makes it right. With the Job's uid it goes when the Job goes.
-    async fn apply_secret(&self, owner: Option<&str>) -> Result<(), Error> {
+    pub(super) async fn apply_secret(&self, owner: Option<&str>) -> Result<(), Error> {
         let secret = self.workers.secret(owner);
         let params = PatchParams::apply(MANAGER).force();
         let name = self.job();

@@ -17,7 +17,7 @@ const OVERDUE: Duration = Duration::from_secs(15);
 const LOST_NODE: Duration = Duration::from_secs(10);
 /// So long a Job of which all workers have left may be the sign of a run that is about to end.
 const ABOUT_TO_END: Duration = Duration::from_secs(30);
-/// Workers that may fail for each pod, with none heard in between, before no more are waited for.
+/// Times that one pod of the Job may fail, with no worker heard in between, before no more are waited for.
 const FAILURES: usize = 5;
 /// Why the node controller made a pod leave: its node is not ready or cannot be reached.
 const BY_NODE: &str = "DeletionByTaintManager";
@@ -58,8 +58,8 @@ pub(super) struct Memory {
     leaving: BTreeMap<String, Duration>,
     /// Pods whose end is known, by uid.
     ended: BTreeSet<String>,
-    /// Workers that failed while none was heard.
-    failures: usize,
+    /// How often each pod of the Job failed while no worker was heard, by its name without the part that changes.
+    failures: BTreeMap<String, usize>,
     /// What was told of waits that still last.
     told: BTreeSet<String>,
     /// The last trouble with the API server, while it lasts.
@@ -147,7 +147,7 @@ fn of_job(now: Duration, job: &SeenJob, pods: &[SeenPod], memory: &mut Memory) -
 /// Workers that ended: told once each, and counted while none is heard.
 fn of_ends(pods: &[SeenPod], alive: &BTreeSet<String>, memory: &mut Memory) -> Vec<Act> {
     if !alive.is_empty() {
-        memory.failures = 0;
+        memory.failures.clear();
     }
     let mut acts = Vec::new();
     for pod in pods.iter().filter(|pod| pod.phase == "Failed") {
@@ -158,7 +158,11 @@ fn of_ends(pods: &[SeenPod], alive: &BTreeSet<String>, memory: &mut Memory) -> V
             (Some(reason), _) => format!("pod {} had to leave ({reason})", pod.name),
             (None, Some((TRY_AGAIN, _))) => continue,
             (None, Some((code, words))) => {
-                memory.failures += usize::from(alive.is_empty());
+                if alive.is_empty() {
+                    // NAME-INDEX-RANDOM: the index stays when a pod is made again.
+                    let index = pod.name.rsplit_once('-').map_or("", |(index, _)| index);
+                    *memory.failures.entry(index.to_owned()).or_default() += 1;
+                }
                 format!(
                     "the worker of pod {} ended with exit code {code}: {words}",
                     pod.name
@@ -170,11 +174,14 @@ fn of_ends(pods: &[SeenPod], alive: &BTreeSet<String>, memory: &mut Memory) -> V
     }
     let present: BTreeSet<&String> = pods.iter().map(|pod| &pod.uid).collect();
     memory.ended.retain(|uid| present.contains(uid));
-    let held = pods.iter().filter(|pod| !pod.is_over()).count().max(1);
-    if memory.failures >= FAILURES * held {
+    // Of one pod, not of all together: whatever ends all of them at once is no sign that the next ones fare alike.
+    let hopeless = memory
+        .failures
+        .iter()
+        .find(|(_, count)| **count >= FAILURES);
+    if let Some((index, count)) = hopeless {
         acts.push(Act::GiveUp(format!(
-            "{} workers failed one after the other without ever reaching the coordinator{}",
-            memory.failures,
+            "pod {index} failed {count} times in a row, and no worker reached the coordinator in between{}",
             evidence(pods)
         )));
     }

@@ -11,7 +11,8 @@ use super::queue::{Job, JobId, State};
 const WELL: u32 = 3;
 /// Jobs in one array, so many that every cluster takes them: Slurm's `MaxArraySize` is 1001 unless a site says otherwise.
 const ARRAY: u32 = 1000;
-/// Jobs in a row that ended before that, after which no more are submitted.
+/// Looks in a row, at each of which some job had ended before that, after which no more are submitted. Not jobs: what ends
+/// an array at once is no sign that the next one fares alike.
 const FAILURES: u32 = 8;
 /// Submissions in a row that Slurm refused, after which it is not asked again unless some job of ours lives.
 const REFUSALS: u32 = 3;
@@ -72,6 +73,8 @@ pub(super) struct Fleet {
     fewest: u32,
     known: BTreeMap<JobId, Known>,
     failures: u32,
+    /// The look that counted last.
+    failed_at: Option<Duration>,
     refusals: u32,
     /// No submission before that.
     not_before: Duration,
@@ -85,6 +88,7 @@ impl Fleet {
             fewest: fewest.clamp(1, wanted),
             known: BTreeMap::new(),
             failures: 0,
+            failed_at: None,
             refusals: 0,
             not_before: Duration::ZERO,
             given_up: false,
@@ -208,14 +212,17 @@ impl Fleet {
         if known.joined >= WELL || is_fate {
             return;
         }
-        self.failures += 1;
+        if self.failed_at != Some(look.now) {
+            self.failed_at = Some(look.now);
+            self.failures += 1;
+        }
         self.not_before = look.now + wait(self.failures);
         let why = match code {
             Some(USAGE) => format!("job {id}{place} was started wrongly ({how})"),
             _ if self.failures >= FAILURES => {
                 let failures = self.failures;
                 format!(
-                    "{failures} jobs in a row ended before their worker did anything; the last was {id}{place}: {how}"
+                    "{failures} times in a row jobs ended before their worker did anything; the last was {id}{place}: {how}"
                 )
             }
             _ => return,
@@ -378,7 +385,7 @@ mod tests {
             panic!("{gave_up:?}");
         };
         assert!(
-            why.contains("8 jobs in a row") && why.contains("8_0 on n1: exit code 1"),
+            why.contains("8 times in a row") && why.contains("8_0 on n1: exit code 1"),
             "{why}"
         );
         assert_eq!(id.as_str(), "8_0");

@@ -214,3 +214,22 @@ fn workers_that_fail_without_being_heard_are_given_up_and_others_are_not() {
         "{acts:?}"
     );
 }
+
+#[test]
+fn pods_that_all_fail_at_once_are_not_given_up() {
+    let mut memory = Memory::default();
+    let failed = |index: usize, life: usize| {
+        let mut pod = pod(&format!("w-{index}-x{life}"), "Failed");
+        pod.ended = Some((137, "out of memory".into()));
+        pod
+    };
+    let look = |life: usize, memory: &mut Memory| {
+        let pods = (0..16).map(|index| failed(index, life)).collect();
+        at(life as u64, &with(pods), &nobody(), memory)
+    };
+    let is_given_up = |acts: &[Act]| acts.iter().any(|act| matches!(act, Act::GiveUp(_)));
+    for life in 1..FAILURES {
+        assert!(!is_given_up(&look(life, &mut memory)), "life {life}");
+    }
+    assert!(is_given_up(&look(FAILURES, &mut memory)));
+}
