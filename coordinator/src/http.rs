@@ -10,7 +10,6 @@ mod page;
 mod request;
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
@@ -60,8 +59,8 @@ pub struct Site {
     handle: Handle,
     metrics: Metrics,
     history: Mutex<History>,
-    /// Whether the driver answered the last time it was asked.
-    ready: AtomicBool,
+    /// Whether the driver answered the last time it was asked; none before the first answer.
+    ready: watch::Sender<Option<bool>>,
 }
 
 impl Site {
@@ -76,7 +75,7 @@ impl Site {
             handle,
             metrics,
             history: Mutex::default(),
-            ready: AtomicBool::new(false),
+            ready: watch::Sender::new(None),
         }
     }
 
@@ -97,7 +96,7 @@ pub async fn serve(listener: TcpListener, mut site: Site, tls: Option<Arc<Server
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     // Dropped with everything in it when this future is.
     let mut tasks = JoinSet::new();
-    tasks.spawn(watch(Arc::clone(&site)));
+    tasks.spawn(sample(Arc::clone(&site)));
     loop {
         while tasks.try_join_next().is_some() {}
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
@@ -148,15 +147,20 @@ async fn answer_all(stream: impl AsyncRead + AsyncWrite + Unpin, site: Arc<Site>
 }
 
 /// Remembers the curves that the page shows.
-async fn watch(site: Arc<Site>) {
+async fn sample(site: Arc<Site>) {
     loop {
         match tokio::time::timeout(ANSWER, site.handle.snapshot()).await {
             Ok(Ok(snapshot)) => {
                 site.history().note(&snapshot.view);
-                site.ready.store(true, Ordering::Relaxed);
+                site.ready.send_replace(Some(true));
             }
-            Ok(Err(_)) => return site.ready.store(false, Ordering::Relaxed),
-            Err(_) => site.ready.store(false, Ordering::Relaxed),
+            Ok(Err(_)) => {
+                site.ready.send_replace(Some(false));
+                return;
+            }
+            Err(_) => {
+                site.ready.send_replace(Some(false));
+            }
         }
         tokio::time::sleep(SAMPLE).await;
     }
@@ -173,7 +177,7 @@ impl Site {
         let path = request.uri().path();
         match path {
             "/healthz" => return plain(StatusCode::OK, "ok\n"),
-            "/readyz" => return self.ready(),
+            "/readyz" => return self.ready().await,
             _ => {}
         }
         if path == "/" && self.key_in_query(request.uri().query()) {
@@ -195,8 +199,10 @@ impl Site {
     }
 
     /// From the last sample: strangers may ask, and must not keep the driver busy.
-    fn ready(&self) -> Answer {
-        match self.ready.load(Ordering::Relaxed) {
+    async fn ready(&self) -> Answer {
+        let mut ready = self.ready.subscribe();
+        let told = tokio::time::timeout(ANSWER, ready.wait_for(Option::is_some)).await;
+        match told.is_ok_and(|told| told.is_ok_and(|ready| *ready == Some(true))) {
             true => plain(StatusCode::OK, "ready\n"),
             false => plain(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         }

@@ -38,7 +38,11 @@ struct Arguments {
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     /// Prints in JSON what computes here.
-    Describe,
+    Describe {
+        /// As the engine takes it; the stand-in has no devices to tell of.
+        #[arg(long)]
+        devices: bool,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -48,7 +52,7 @@ fn main() -> anyhow::Result<()> {
         task_ms: arguments.task_ms,
         step_ms: arguments.step_ms,
     };
-    if let Some(Command::Describe) = arguments.command {
+    if let Some(Command::Describe { .. }) = arguments.command {
         println!("{}", serde_json::to_string(&sim::software())?);
         return Ok(());
     }
