@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use distillery_common::ids::Digest;
-use distillery_common::security::{GroupSecret, Join, Token};
+use distillery_common::security::{GroupSecret, Join, PageKey, Token};
 use distillery_tests::harness::{EngineKind, Run, Target, sim_recipe};
 
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -32,6 +32,9 @@ fn forms(join: &Join) -> Vec<(&'static str, Vec<u8>)> {
     let token = join.token().reveal();
     let bytes = Digest::parse(&token).expect("a token is a number").0;
     let GroupSecret(group) = GroupSecret::derive(join.token(), join.run_id());
+    let page = PageKey::derive(join.token(), join.run_id())
+        .reveal()
+        .to_owned();
     let group_digits = Digest(group).to_string();
     vec![
         ("the token", token.clone().into_bytes()),
@@ -45,6 +48,7 @@ fn forms(join: &Join) -> Vec<(&'static str, Vec<u8>)> {
             "the group's secret as a list",
             format!("{group:?}").into_bytes(),
         ),
+        ("the page's key", page.into_bytes()),
         ("a private key", b"PRIVATE KEY".to_vec()),
     ]
 }
@@ -69,7 +73,7 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
 fn ask_everything(run: &Run, folder: &Path, moment: &str) {
     let output = run.output().display().to_string();
     let recipe = folder.join("recipe.yaml").display().to_string();
-    let asked: [&[&str]; 12] = [
+    let asked: [&[&str]; 14] = [
         &["status", &output],
         &["status", &output, "--json"],
         &["plan", &recipe],
@@ -80,13 +84,21 @@ fn ask_everything(run: &Run, folder: &Path, moment: &str) {
         &["run", &recipe, "--set", "cluster.launcher=nobody", "--json"],
         &["pause", &output, "--reason", "to see what it says"],
         &["resume", &output],
-        &["drain", &output, "--worker", "nobody"],
+        &["drain", &output, "nobody"],
+        &["workers", &output],
+        &["logs", &output],
         &["gc", &output],
     ];
     for (at, arguments) in asked.into_iter().enumerate() {
         let mut command = run.command("coordinator");
         command.args(arguments).arg("-vv");
         let said = command.output().expect("it starts");
+        assert_ne!(
+            said.status.code(),
+            Some(64),
+            "{arguments:?} is no command: {}",
+            String::from_utf8_lossy(&said.stderr)
+        );
         let path = folder.join(format!("answer-{moment}-{at}"));
         fs::write(path, [said.stdout, said.stderr].concat()).expect("written");
     }
@@ -144,6 +156,7 @@ fn check(given: Given) {
     let kept = [
         run.output().join("join"),
         run.output().join("token"),
+        run.output().join("page"),
         token_file,
     ];
     let mut seen = 0;
