@@ -103,7 +103,12 @@ fn students_are_those_of_engines_that_share_nothing_out() {
 
 #[test]
 fn what_four_engines_saved_is_gone_on_from_by_any_number() {
-    let expected = whole(1, true).made();
+    // Long enough for the kill to come before the end.
+    const STEPS: u64 = 40;
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut peaceful = whole(1, true).run(folder.path(), STEPS);
+    peaceful.finish(PATIENCE).expect("it finishes");
+    let expected = peaceful.made().expect("a student");
     for workers in 1..=3 {
         let folder = tempfile::tempdir().expect("a folder");
         let mut run = shared(4, true).run(folder.path(), STEPS);
@@ -124,6 +129,11 @@ fn what_four_engines_saved_is_gone_on_from_by_any_number() {
             expected,
             "{workers} engines"
         );
+        let curve = curve(&run, STEPS);
+        let worlds = curve.iter().map(|record| record.world);
+        let after = worlds.clone().find(|&world| world != 4);
+        assert_eq!((worlds.clone().next(), after), (Some(4), Some(workers)));
+        assert_eq!(worlds.last(), Some(workers), "others went on");
     }
 }
 
