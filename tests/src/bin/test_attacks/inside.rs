@@ -18,6 +18,8 @@ use super::site::{Site, Trial};
 const RESETS: usize = 10_000;
 /// An answer must be there after this.
 const ANSWER: Duration = Duration::from_secs(15);
+/// Who abuses the protocol must be gone after this: well before the patience with those who show no token is over.
+const SOON: Duration = Duration::from_secs(5);
 /// Codes of HTTP/2's frames.
 const GOAWAY: u8 = 7;
 
@@ -80,8 +82,8 @@ async fn nonsense(site: &Site) -> Result<String> {
     let mut stream = forge.connect(site.join.address(), Shown::Member).await?;
     stream.write_all(&[0x55; 4096]).await?;
     let mut heard = Vec::new();
-    let ended = tokio::time::timeout(ANSWER, stream.read_to_end(&mut heard)).await;
-    ensure!(ended.is_ok(), "the connection is open after {ANSWER:?}");
+    let ended = tokio::time::timeout(SOON, stream.read_to_end(&mut heard)).await;
+    ensure!(ended.is_ok(), "the connection is open after {SOON:?}");
     Ok(format!("hung up after {} bytes of answer", heard.len()))
 }
 
@@ -120,12 +122,12 @@ async fn abuse(site: &Site, bytes: &[u8]) -> Result<String> {
         std::future::pending::<()>().await;
     };
     let mut heard = Vec::new();
-    let listen = tokio::time::timeout(ANSWER, from.read_to_end(&mut heard));
+    let listen = tokio::time::timeout(SOON, from.read_to_end(&mut heard));
     let ended = tokio::select! {
         ended = listen => ended,
         () = speak => bail!("it never ends"),
     };
-    ensure!(ended.is_ok(), "the connection is open after {ANSWER:?}");
+    ensure!(ended.is_ok(), "the connection is open after {SOON:?}");
     Ok(match goodbye(&heard) {
         Some(code) => format!("sent away with HTTP/2's error {code}"),
         None => format!("hung up after {} bytes of answer", heard.len()),
