@@ -130,10 +130,15 @@ fn what_four_engines_saved_is_gone_on_from_by_any_number() {
             "{workers} engines"
         );
         let curve = curve(&run, STEPS);
-        let worlds = curve.iter().map(|record| record.world);
-        let after = worlds.clone().find(|&world| world != 4);
-        assert_eq!((worlds.clone().next(), after), (Some(4), Some(workers)));
-        assert_eq!(worlds.last(), Some(workers), "others went on");
+        let mut worlds = curve.iter().map(|record| record.world);
+        let first = worlds.next();
+        let after = worlds.find(|&world| world != 4);
+        assert_eq!((first, after), (Some(4), Some(workers)));
+        assert_eq!(
+            curve.last().map(|record| record.world),
+            Some(workers),
+            "others went on"
+        );
     }
 }
 
