@@ -21,3 +21,5 @@ pub mod report;
 pub mod scheduler;
 pub mod service;
 pub mod spans;
+#[cfg(test)]
+mod testing;

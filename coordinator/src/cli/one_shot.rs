@@ -131,14 +131,13 @@ pub(super) fn show(result: &Value, json: bool, sentence: &str) -> anyhow::Result
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
+    use crate::testing;
 
     /// Asks a script that stands in for the engine.
     fn ask(script: &str) -> anyhow::Result<Value> {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("engine");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("writable");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("ours");
+        testing::program(&path, &format!("#!/bin/sh\n{script}\n"));
         let engine = Engine {
             engine: Some(path),
             device: "cpu".into(),

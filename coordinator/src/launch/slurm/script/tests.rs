@@ -1,10 +1,10 @@
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::*;
+use crate::testing;
 
 fn worker_of(path: &str) -> Worker {
     Worker {
@@ -87,13 +87,6 @@ fn a_worker_asks_for_what_the_recipe_says() {
     );
 }
 
-/// A program for a test, first on the path.
-fn program(folder: &Path, name: &str, text: &str) {
-    let path = folder.join(name);
-    fs::write(&path, format!("#!/bin/bash\n{text}\n")).expect("written");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("made a program");
-}
-
 /// What a worker's script does when its worker is `srun` (a script): its exit code, whether it went back into the
 /// queue, and the note it left.
 fn lived(srun: &str, restarts: u32) -> (Option<i32>, bool, Option<String>) {
@@ -101,10 +94,13 @@ fn lived(srun: &str, restarts: u32) -> (Option<i32>, bool, Option<String>) {
     let path = folder.path().display().to_string();
     let programs = folder.path().join("programs");
     fs::create_dir(&programs).expect("a folder");
-    program(&programs, "srun", srun);
+    let program = |name: &str, text: &str| {
+        testing::program(&programs.join(name), &format!("#!/bin/bash\n{text}\n"));
+    };
+    program("srun", srun);
     let requeued = format!("{path}/requeued");
-    program(&programs, "scontrol", &format!("echo \"$@\" >'{requeued}'"));
-    program(&programs, "sleep", "true");
+    program("scontrol", &format!("echo \"$@\" >'{requeued}'"));
+    program("sleep", "true");
     fs::write(folder.path().join("join"), "a join string").expect("written");
     let script = folder.path().join("script");
     fs::write(&script, worker(&Slurm::default(), &worker_of(&path))).expect("written");
