@@ -295,6 +295,45 @@ fn a_stopped_run_that_saves_in_shares_goes_on_where_it_stood() {
     );
 }
 
+/// Where a member leaves, all stop after the same step and write their shares: what the others need is in the checkpoint.
+#[test]
+fn one_that_is_drained_leaves_a_checkpoint_in_shares_behind() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let recipe = |workers, sharded| {
+        let recipe = first_stage(workers, 120, 1000, sharded);
+        recipe.replace(&format!("min: {workers}"), "min: 1")
+    };
+    let mut whole = Run::new(folder.path(), &recipe(1, false), EngineKind::Real).expect("built");
+    whole.finish(PATIENCE).expect("it finishes");
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = Run::new(folder.path(), &recipe(3, true), EngineKind::Real).expect("built");
+    run.start().expect("it starts");
+    let trains = || run.log_tail().contains("seg8: training ").then_some(());
+    run.await_some(trains, "step", PATIENCE).expect("it trains");
+    let mut drain = run.command("coordinator");
+    drain.arg("drain").arg(run.output()).arg("local-1");
+    let drained = drain.output().expect("it starts");
+    assert!(drained.status.success(), "{drained:?}");
+    let stage = run.output().join("checkpoints/seg8");
+    let is_saved = || {
+        let folders = std::fs::read_dir(&stage).ok()?.flatten();
+        let mut names = folders.filter(|folder| folder.path().join("COMMIT").exists());
+        names.find_map(|folder| folder.file_name().into_string().ok())
+    };
+    let saved = run.await_some(is_saved, "checkpoint", PATIENCE);
+    let saved = saved.expect("the members save their shares");
+    assert!(
+        !saved.starts_with("0000000120"),
+        "{saved} is the last one: {}",
+        run.log_tail()
+    );
+    run.finish(PATIENCE).expect("it finishes");
+    assert_eq!(
+        run.made().expect("a student"),
+        whole.made().expect("a student")
+    );
+}
+
 /// Four engines write a checkpoint in shares; one, two and three go on from it, to the student of those that never shared.
 #[test]
 fn a_checkpoint_in_shares_is_read_by_any_number_of_engines() {

@@ -74,6 +74,7 @@ fn measured(folder: &Folder, stage: &Stage, count: i64, baseline: u64) -> u64 {
         trainer
             .step(
                 &rows,
+                None,
                 objective.as_ref(),
                 &student.unet,
                 None,

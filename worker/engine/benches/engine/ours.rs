@@ -185,6 +185,7 @@ impl Training {
     fn step(&mut self) -> Result<f64> {
         let report = self.trainer.step(
             &self.rows,
+            None,
             self.objective.as_ref(),
             &self.student.unet,
             None,

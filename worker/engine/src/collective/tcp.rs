@@ -88,6 +88,15 @@ impl Abort for Aborter {
     }
 }
 
+impl Drop for TcpRing {
+    /// Leaves the ring, also where somebody still holds what it is aborted with.
+    fn drop(&mut self) {
+        if let Some(links) = &self.links {
+            links.shut();
+        }
+    }
+}
+
 impl TcpRing {
     /// Opens a port of this host for a ring to come; the address is what the other members need.
     pub fn listen(host: IpAddr) -> io::Result<(Listener, SocketAddr)> {

@@ -230,16 +230,41 @@ fn a_rank_that_dies_is_noticed_by_all_at_once() {
 }
 
 #[test]
+fn a_rank_that_leaves_between_two_sums_spoils_only_the_second() {
+    let seen = Barrier::new(2);
+    let errors = on_ring(2, PATIENT, |mut ring| {
+        let mut flat = Tensor::from_slice(&values(0, 1_000_000));
+        let mut sum = |ring: &mut TcpRing| ring.all_reduce_sum(&mut flat);
+        sum(&mut ring).unwrap();
+        if ring.rank() == 0 {
+            let error = sum(&mut ring).unwrap_err();
+            seen.wait();
+            return Some(error);
+        }
+        let held = ring.aborter();
+        drop(ring);
+        // Alive, and its end still in somebody's hands, until the other has noticed.
+        seen.wait();
+        drop(held);
+        None
+    });
+    assert!(matches!(errors[0], Some(Error::PeerLost { .. })));
+}
+
+#[test]
 fn a_rank_that_is_silent_is_given_up_after_the_deadline() {
+    let given_up = Barrier::new(2);
     let errors = on_ring(2, Duration::from_millis(200), |mut ring| {
+        let mut flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
         if ring.rank() == 1 {
-            // Alive, connected, and doing nothing until the other has given up.
-            let mut flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
-            thread::sleep(Duration::from_millis(600));
+            // Alive, connected, and doing nothing until the other has given up and left.
+            given_up.wait();
             return ring.all_reduce_sum(&mut flat).unwrap_err();
         }
-        let mut flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
-        ring.all_reduce_sum(&mut flat).unwrap_err()
+        let error = ring.all_reduce_sum(&mut flat).unwrap_err();
+        drop(ring);
+        given_up.wait();
+        error
     });
     assert!(matches!(errors[0], Error::Timeout { rank: 0, peer: 1 }));
     assert!(matches!(errors[1], Error::PeerLost { .. }));

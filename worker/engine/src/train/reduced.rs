@@ -9,9 +9,13 @@ use crate::collective::{self, Collective, Parts};
 use crate::diffusion::schedule::TRAIN_TIMES;
 use crate::distill::{Objective, Rows};
 
-/// What is summed over the group: the gradient, then loss sums and row counts by segment and by time, then the ledger.
+/// Values that say who wants to leave: how many ranks do, and how many of them with a checkpoint.
+const LEAVE: usize = 2;
+
+/// What is summed over the group: the gradient, then loss sums and row counts by segment and by time, then the ledger, then
+/// who wants to leave.
 pub(super) struct Reduced {
-    /// `[len + 2 (segments + TIME_BINS) + PLACES]`, f32.
+    /// `[len + 2 (segments + TIME_BINS) + PLACES + LEAVE]`, f32.
     pub(super) flat: Tensor,
     len: i64,
     segments: usize,
@@ -26,7 +30,7 @@ pub(super) struct Losses {
 
 impl Reduced {
     pub(super) fn new(len: i64, segments: usize, parameters: &Parameters) -> Self {
-        let tail = (2 * (segments + TIME_BINS) + PLACES) as i64;
+        let tail = (2 * (segments + TIME_BINS) + PLACES + LEAVE) as i64;
         let flat = Tensor::zeros([len + tail], (Kind::Float, parameters.device()));
         Self {
             flat,
@@ -51,7 +55,7 @@ impl Reduced {
 
     /// Values that follow the gradient.
     pub(super) fn tail_len(&self) -> usize {
-        2 * self.bins() + PLACES
+        2 * self.bins() + PLACES + LEAVE
     }
 
     /// After a sum of which every rank has its own part: tells all ranks the tail, which the last one has, and the sums of
@@ -105,7 +109,7 @@ impl Reduced {
             .expect("a loss for each row, in f32");
         let times = Vec::<i64>::try_from(host(&rows.t)).expect("a time for each row, in i64");
         let bins = self.bins();
-        let mut tail = vec![0f32; 2 * bins + PLACES];
+        let mut tail = vec![0f32; self.tail_len()];
         for (loss, t) in losses.into_iter().zip(times) {
             let segment = objective.segments().segment_of(t);
             for bin in [segment, self.segments + time_bin(t, TRAIN_TIMES)] {
@@ -122,19 +126,40 @@ impl Reduced {
         tch::no_grad(|| place += tail);
     }
 
+    /// Tells the others that this rank wants to leave after the step, and whether with a checkpoint. Once a step.
+    pub(super) fn add_leave(&mut self, checkpoint: bool) {
+        let told = Tensor::from_slice(&[1.0, f32::from(u8::from(checkpoint))]);
+        let mut place = self
+            .flat
+            .narrow(0, self.len + self.leave_at(), LEAVE as i64);
+        tch::no_grad(|| place += told.to_device(self.flat.device()));
+    }
+
+    /// Whether any rank wants to leave, and if so, whether one of them with a checkpoint.
+    pub(super) fn leave(&self) -> Option<bool> {
+        let told = self.tail(self.leave_at(), LEAVE);
+        (told[0] > 0.0).then_some(told[1] > 0.0)
+    }
+
+    fn leave_at(&self) -> i64 {
+        (2 * self.bins() + PLACES) as i64
+    }
+
+    /// `count` values that follow the gradient, from the one at `start` on.
+    fn tail(&self, start: i64, count: usize) -> Vec<f32> {
+        let values = self.flat.narrow(0, self.len + start, count as i64);
+        Vec::<f32>::try_from(values.to_device(Device::Cpu)).expect("values in f32")
+    }
+
     pub(super) fn rows(&self) -> Ledger {
-        let start = self.len + 2 * self.bins() as i64;
-        let sums = self.flat.narrow(0, start, PLACES as i64);
-        let sums = Vec::<f32>::try_from(sums.to_device(Device::Cpu)).expect("sums in f32");
+        let sums = self.tail(2 * self.bins() as i64, PLACES);
         // Whole numbers below 2^24.
         let whole: [u32; PLACES] = std::array::from_fn(|place| sums[place] as u32);
         Ledger::from(whole)
     }
 
     pub(super) fn losses(&self) -> Losses {
-        let tail = self.flat.narrow(0, self.len, 2 * self.bins() as i64);
-        let tail =
-            Vec::<f32>::try_from(tail.to_device(Device::Cpu)).expect("sums and counts in f32");
+        let tail = self.tail(0, 2 * self.bins());
         let (sums, counts) = tail.split_at(self.bins());
         let mean = |sum: f64, count: f64| if count > 0.0 { sum / count } else { 0.0 };
         let total = |values: &[f32]| values.iter().map(|&x| f64::from(x)).sum::<f64>();

@@ -424,6 +424,62 @@ fn shared_moments_make_the_same_bits_and_are_held_once() {
     assert_eq!(two.iter().map(moments_of).collect::<Vec<_>>(), [96, 68]);
 }
 
+/// Says before the step after `steps` of them that this rank leaves, with a checkpoint or without.
+struct Leaver {
+    recorder: Recorder,
+    steps: usize,
+    checkpoint: bool,
+}
+
+impl Sink for Leaver {
+    fn leave(&mut self) -> Option<bool> {
+        (self.recorder.reports.len() >= self.steps).then_some(self.checkpoint)
+    }
+
+    fn after_step(&mut self, trainer: &Trainer, report: &StepReport) -> anyhow::Result<Control> {
+        self.recorder.after_step(trainer, report)
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_takes_the_others_along_after_the_same_step() {
+    // When each rank leaves, and whether with a checkpoint: none at its own time but the first.
+    let cases = [
+        ([40, 40, 3], true),
+        ([40, 2, 40], false),
+        ([5, 2, 2], true),
+        ([0, 40, 40], true),
+    ];
+    for ((leaves, checkpoint), plan) in cases.into_iter().flat_map(|case| {
+        let ways = [(None, false), (None, true), (Some(6), false)];
+        ways.map(|(ranks, sharded)| (case, shared_plan(ranks, sharded)))
+    }) {
+        let ended = on_ring(3, |ring| {
+            let student = Mlp::new(Kind::Float);
+            let mut trainer = Trainer::member(plan.clone(), student.parameters(), ring.rank(), 3);
+            let mut sink = Leaver {
+                recorder: Recorder::until(40),
+                steps: leaves[ring.rank() as usize],
+                checkpoint,
+            };
+            let (objective, mut source) = (objective(), Rowmaker::new());
+            trainer
+                .run(&objective, &student, None, ring, &mut source, &mut sink)
+                .unwrap();
+            // Nobody is left behind in a step.
+            ring.agree(&trainer.fingerprint()).unwrap();
+            let said: Vec<_> = sink.recorder.reports.iter().map(|r| r.leave).collect();
+            (trainer.position().step, said)
+        });
+        let steps = leaves.into_iter().min().unwrap();
+        let mut said = vec![None; steps];
+        said.push(Some(checkpoint));
+        for end in ended {
+            assert_eq!(end, (steps as u64 + 1, said.clone()), "{leaves:?} {plan:?}");
+        }
+    }
+}
+
 /// Four ranks stop; one, two and three go on with what they left, to the student of those that never shared.
 #[test]
 fn shared_moments_are_gone_on_from_by_any_number_of_ranks() {

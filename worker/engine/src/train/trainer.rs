@@ -73,6 +73,8 @@ pub struct StepReport {
     pub skipped: bool,
     /// The rows that all ranks together have consumed.
     pub rows: Ledger,
+    /// Whether a rank wanted to leave after this step, and if so, whether one of them with a checkpoint.
+    pub leave: Option<bool>,
 }
 
 /// Where rows come from.
@@ -92,6 +94,12 @@ pub enum Control {
 
 /// Where reports and state go.
 pub trait Sink {
+    /// Whether this rank wants to leave after the step to come, and if so, whether with a checkpoint. All ranks hear of it
+    /// in that step and stop after it: one that stopped alone would leave the others waiting for it in the next.
+    fn leave(&mut self) -> Option<bool> {
+        None
+    }
+
     /// Called after every step; may take a snapshot of the trainer.
     fn after_step(&mut self, trainer: &Trainer, report: &StepReport) -> anyhow::Result<Control>;
 }
@@ -212,7 +220,7 @@ impl Trainer {
         self.torn
     }
 
-    /// Trains until the stage's last step or until the sink says stop.
+    /// Trains until the stage's last step, until a rank's sink wants to leave, or until the sink here says stop.
     pub fn run(
         &mut self,
         objective: &dyn Objective,
@@ -233,16 +241,16 @@ impl Trainer {
                 .map(&mut rows)
                 .collect::<anyhow::Result<_>>()
                 .map_err(handover)?;
-            let report = self.step(&rows, objective, student, teacher, group)?;
+            let leave = sink.leave();
+            let report = self.step(&rows, leave, objective, student, teacher, group)?;
             // First of all: whatever ends the group next, the step is applied and must be on record.
             let control = sink.after_step(self, &report).map_err(handover)?;
             if self.position.step.is_multiple_of(COMPARED_EVERY) && group.world() > 1 {
                 let compared = group.agree(&self.fingerprint());
                 compared.map_err(|source| Error::Group { step, source })?;
             }
-            match control {
-                Control::Continue => {}
-                Control::Stop => break,
+            if control == Control::Stop || report.leave.is_some() {
+                break;
             }
         }
         Ok(())
@@ -252,7 +260,7 @@ impl Trainer {
     /// ([`super::batch::shares`]).
     ///
     /// The loss is the mean over the global batch however it is split: each pass adds its rows' sum divided by
-    /// the batch. On an error nothing was applied, or the state [`Self::is_torn`].
+    /// the batch. `leave` is what [`Sink::leave`] said. On an error nothing was applied, or the state [`Self::is_torn`].
     ///
     /// # Panics
     ///
@@ -260,6 +268,7 @@ impl Trainer {
     pub fn step(
         &mut self,
         shares: &[Vec<Rows>],
+        leave: Option<bool>,
         objective: &dyn Objective,
         student: &dyn Denoiser,
         teacher: Option<&Guided<'_>>,
@@ -275,7 +284,7 @@ impl Trainer {
         let step = self.position.step;
         let broke = |source| Error::Group { step, source };
         let mut reduced = self
-            .sum(shares, objective, student, teacher, group)
+            .sum(shares, leave, objective, student, teacher, group)
             .map_err(broke)?;
         let own = self.own_values();
         let mut gradient = narrow(&reduced.gradient(), &own);
@@ -308,6 +317,7 @@ impl Trainer {
             rate,
             skipped,
             rows: reduced.rows(),
+            leave: reduced.leave(),
         })
     }
 
@@ -315,6 +325,7 @@ impl Trainer {
     fn sum(
         &self,
         shares: &[Vec<Rows>],
+        leave: Option<bool>,
         objective: &dyn Objective,
         student: &dyn Denoiser,
         teacher: Option<&Guided<'_>>,
@@ -334,6 +345,7 @@ impl Trainer {
         match self.plan.batch.virtual_ranks {
             None => {
                 shares.iter().for_each(|passes| add(passes, &mut reduced));
+                leave.inspect(|&checkpoint| reduced.add_leave(checkpoint));
                 let parts = self.cut[0].with_tail(reduced.tail_len());
                 match self.shares_moments() {
                     true => group.reduce_scatter_sum(&mut reduced.flat, &parts)?,
@@ -343,9 +355,14 @@ impl Trainer {
             Some(ranks) => {
                 let leaves = leaves_of(ranks, group.rank(), group.world());
                 let mut partials = Partials::new(leaves.clone());
+                let mut leave = leave;
                 for (leaf, passes) in leaves.zip(shares) {
                     let mut own = reduced.another(partials.spare());
                     add(passes, &mut own);
+                    // Every rank has a leaf, and speaks in its first.
+                    leave
+                        .take()
+                        .inspect(|&checkpoint| own.add_leave(checkpoint));
                     partials.push_leaf(leaf, own.flat);
                 }
                 group.all_reduce_fixed(partials.finish(), ranks, &mut reduced.flat)?;

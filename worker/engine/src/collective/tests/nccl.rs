@@ -173,13 +173,17 @@ fn a_rank_that_takes_leave_breaks_nothing_before_it_is_missed() {
 
 #[test]
 fn a_silent_rank_is_given_up_after_the_deadline_over_nccl() {
+    let given_up = Barrier::new(2);
     let errors = on_nccl(2, Duration::from_millis(200), |mut nccl| {
         let mut flat = Tensor::from_slice(&values(0, 10));
         if nccl.rank() == 1 {
             // Alive until the other has given up, which ends the communicator here too.
-            thread::sleep(Duration::from_millis(900));
+            given_up.wait();
+            return nccl.all_reduce_sum(&mut flat).unwrap_err();
         }
-        nccl.all_reduce_sum(&mut flat).unwrap_err()
+        let error = nccl.all_reduce_sum(&mut flat).unwrap_err();
+        given_up.wait();
+        error
     });
     assert_eq!(fault(&errors[0]), Some(NcclFault::Timeout), "{}", errors[0]);
     assert_eq!(

@@ -126,9 +126,9 @@ fn take_part(
         deadline: DEADLINE,
         ended: ended.clone(),
     });
-    let outcome = ring.map_err(Broken::from).and_then(|mut ring| {
+    let outcome = ring.map_err(Broken::from).and_then(|ring| {
         current.formed(ring.aborter());
-        stage.run(bench, membership, ring.as_mut(), ended)
+        stage.run(bench, membership, ring, ended)
     });
     current.leave();
     outcome

@@ -178,11 +178,11 @@ impl StageWork {
         &mut self,
         bench: &mut Workbench,
         membership: &Membership,
-        ring: &mut dyn Collective,
+        mut ring: Box<dyn Collective>,
         ended: Ended,
     ) -> Result<Outcome, Broken> {
         self.tell(bench, membership, Phase::Syncing, membership.base_step);
-        let from_memory = sync::sync(bench, self, membership, ring)?;
+        let from_memory = sync::sync(bench, self, membership, ring.as_mut())?;
         let step = self.trainer.position().step;
         tracing::info!(group = %membership.group, step, from_memory, "the members hold one state");
         self.tell(bench, membership, Phase::Stepping, step);
@@ -203,7 +203,7 @@ impl StageWork {
             sharded: bench.recipe.checkpoint.sharded,
             summed: Rc::default(),
         };
-        let mut ring = Timed::new(ring, Rc::clone(&place.summed));
+        let mut timed = Timed::new(ring.as_mut(), Rc::clone(&place.summed));
         let mut watch = InboxWatch {
             inbox: &mut bench.inbox,
             ended,
@@ -222,10 +222,12 @@ impl StageWork {
             self.objective.as_ref(),
             &self.student.unet,
             online,
-            &mut ring,
+            &mut timed,
             &mut SharedRows(rows),
             &mut saver,
         );
+        // Before anything is saved: the others must not wait for a step that is not taken here any more.
+        drop(ring);
         let ending = finish(&mut saver, &self.trainer, self.recipe.steps, result);
         self.curves = saver.into_curves();
         if let Some(held) = &mut self.held {
@@ -284,15 +286,11 @@ fn finish(
         saver.save_now(trainer).map_err(Fault::from)?;
         return Ok(Outcome::Finished);
     }
-    if let Some(checkpoint) = saver.wanted_checkpoint() {
-        // The last applied step is whole, whatever a leaving neighbour did to the one after it, but for shared moments.
-        if checkpoint && !trainer.is_torn() {
-            saver.save_and_leave(trainer).map_err(Fault::from)?;
-        }
+    if saver.take_leave(trainer).map_err(Fault::from)? {
         return Ok(Outcome::Drained);
     }
     Err(match result {
-        Ok(()) => Fault::new(FailureClass::Stale, "training stopped early").into(),
+        Ok(()) => Fault::new(FailureClass::Stale, "a member was told to end").into(),
         Err(error) => train_fault(error),
     })
 }
@@ -306,15 +304,15 @@ impl train::Source for SharedRows {
     }
 }
 
-/// Between two steps: has the worker asked for an end?
+/// Between two steps: has anybody asked for an end?
 struct InboxWatch<'a> {
     inbox: &'a mut Inbox,
     ended: Ended,
 }
 
 impl Watch for InboxWatch<'_> {
-    fn must_stop(&mut self) -> bool {
-        self.ended.is_set() || self.inbox.draining().is_some()
+    fn is_over(&mut self) -> bool {
+        self.ended.is_set()
     }
 
     fn wanted_checkpoint(&mut self) -> Option<bool> {

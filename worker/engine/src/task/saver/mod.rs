@@ -33,7 +33,7 @@ const SHOWN_STEPS: usize = 20;
 
 /// How long rank 0 waits for the other shares of a checkpoint. A rank that had another one in flight when this was due has none.
 const SHARES: Duration = Duration::from_secs(300);
-/// As [`SHARES`], of an engine that is told to end.
+/// As [`SHARES`], of an engine that is told to end when its group is broken: the others may write none.
 const LAST_SHARES: Duration = Duration::from_secs(10);
 /// How often, and after which pause, a rank that lost its group looks whether it was told to end as well.
 const GLANCES: u32 = 10;
@@ -59,8 +59,8 @@ pub struct Place {
 
 /// How the device thread asks, between two steps, whether to go on.
 pub trait Watch {
-    /// Whether training must stop here.
-    fn must_stop(&mut self) -> bool;
+    /// Whether the group was ended from outside.
+    fn is_over(&mut self) -> bool;
 
     /// Whether the engine is told to end, and if so, whether with a checkpoint.
     fn wanted_checkpoint(&mut self) -> Option<bool>;
@@ -84,6 +84,8 @@ pub struct Saver<'a> {
     stall: Option<Duration>,
     /// Whether a step was taken here.
     stepped: bool,
+    /// What the members agreed on in their last step: to leave after it, and whether with a checkpoint.
+    agreed: Option<bool>,
     /// Checkpoints left out because one was in flight.
     pub left_out: u64,
 }
@@ -113,6 +115,7 @@ impl<'a> Saver<'a> {
             stopwatch: Stopwatch::start(),
             stall: None,
             stepped: false,
+            agreed: None,
             left_out: 0,
         }
     }
@@ -122,10 +125,23 @@ impl<'a> Saver<'a> {
         self.save_within(SHARES, trainer)
     }
 
-    /// As [`Self::save_now`] for an engine that is told to end. Others of its group need not be, and those that are not write
-    /// no share of this.
-    pub fn save_and_leave(&mut self, trainer: &Trainer) -> Result<(), Failure> {
-        self.save_within(LAST_SHARES, trainer)
+    /// What a member owes that leaves before the stage's last step. True if this engine was told to end.
+    pub fn take_leave(&mut self, trainer: &Trainer) -> Result<bool, Failure> {
+        let told = match self.agreed {
+            Some(_) => self.watch.wanted_checkpoint(),
+            None => self.wanted_checkpoint(),
+        };
+        // Whoever stays keeps the state in memory; but of a state in shares those who go have the rest.
+        let agreed = self.agreed.filter(|_| self.place.sharded);
+        let patience = match self.agreed {
+            Some(_) => SHARES,
+            None => LAST_SHARES,
+        };
+        // The last applied step is whole, whatever became of the one after it, but for shared moments.
+        if [told, agreed].contains(&Some(true)) && !trainer.is_torn() {
+            self.save_within(patience, trainer)?;
+        }
+        Ok(told.is_some())
     }
 
     fn save_within(&mut self, patience: Duration, trainer: &Trainer) -> Result<(), Failure> {
@@ -152,12 +168,12 @@ impl<'a> Saver<'a> {
         self.curves
     }
 
-    /// As [`Watch::wanted_checkpoint`]. Where every rank has to write its share, one whose neighbour has left may have been
-    /// told to leave with it, and hears of it a moment later.
-    pub fn wanted_checkpoint(&mut self) -> Option<bool> {
+    /// As [`Watch::wanted_checkpoint`], of a group that broke. Where every rank has to write its share, one whose neighbour
+    /// has left may have been told to leave with it, and hears of it a moment later.
+    fn wanted_checkpoint(&mut self) -> Option<bool> {
         if self.place.sharded && self.place.membership.world > 1 {
             for _ in 0..GLANCES {
-                if self.watch.must_stop() {
+                if self.watch.is_over() || self.watch.wanted_checkpoint().is_some() {
                     break;
                 }
                 std::thread::sleep(GLANCE);
@@ -261,6 +277,10 @@ impl<'a> Saver<'a> {
 }
 
 impl Sink for Saver<'_> {
+    fn leave(&mut self) -> Option<bool> {
+        self.watch.wanted_checkpoint()
+    }
+
     fn after_step(&mut self, trainer: &Trainer, report: &StepReport) -> anyhow::Result<Control> {
         let record = self.record(report);
         self.curves.push(record);
@@ -277,7 +297,8 @@ impl Sink for Saver<'_> {
                 self.begin(trainer, SHARES);
             }
         }
-        Ok(if self.watch.must_stop() {
+        self.agreed = report.leave;
+        Ok(if self.watch.is_over() {
             Control::Stop
         } else {
             Control::Continue
@@ -354,6 +375,7 @@ mod tests {
             rate: 1e-4,
             rows: Ledger::of(0..4),
             skipped: !loss.is_finite(),
+            leave: None,
         }
     }
 
