@@ -15,8 +15,10 @@ use distillery_common::seed::Stream;
 use distillery_common::telemetry::Stopwatch;
 
 mod made;
+mod page;
 
 pub use self::made::Made;
+pub use self::page::get;
 
 /// The variable that marks a run's processes.
 const MARK: &str = "DISTILLERY_TEST_RUN";

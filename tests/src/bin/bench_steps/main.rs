@@ -4,6 +4,11 @@
 //! Every figure is of a run of the shipping programs over the same rows: the median step of its curve, which rank 0 writes,
 //! and of the parts of that step that rows and the group's operations took. In an operation a rank also waits for the
 //! others, so the time of the sum alone is at most what is shown. The runs take turns, round by round.
+//!
+//! Then a longer run is watched from its first step to its last: the coordinator's own counters tell what passed between it
+//! and the workers. The last line says how much of it was no heartbeat; the exit code is 1 when anything was.
+
+mod messages;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -37,6 +42,9 @@ struct Arguments {
     /// What is trained: full or lora.
     #[arg(long, default_value = "full")]
     student: String,
+    /// Steps of a run of two engines whose messages are counted.
+    #[arg(long, default_value_t = 10_000)]
+    messages: usize,
 }
 
 /// One way to take the same steps.
@@ -83,14 +91,14 @@ impl Way {
         ways
     }
 
-    fn recipe(self, arguments: &Arguments, rows: &str) -> String {
-        include_str!("../../recipes/steps.yaml")
+    fn recipe(self, steps: usize, student: &str, rows: &str) -> String {
+        include_str!("../../../recipes/steps.yaml")
             .replace("{rows}", rows)
-            .replace("{student}", &arguments.student)
+            .replace("{student}", student)
             .replace("{sharded}", &self.sharded.to_string())
             .replace("{reproducible}", &self.reproducible.to_string())
             .replace("{threads}", &self.threads.to_string())
-            .replace("{steps}", &arguments.steps.to_string())
+            .replace("{steps}", &steps.to_string())
             .replace("{engines}", &self.engines.to_string())
     }
 }
@@ -152,24 +160,40 @@ fn main() -> anyhow::Result<ExitCode> {
             beside(Way::plain(way.engines)),
         );
     }
-    Ok(ExitCode::SUCCESS)
+    tell_messages(&arguments, &drawn[&1])
+}
+
+/// Counts the messages of a longer run and says how many there were.
+fn tell_messages(arguments: &Arguments, rows: &str) -> anyhow::Result<ExitCode> {
+    let folder = tempfile::tempdir()?;
+    let recipe = Way::plain(2).recipe(arguments.messages, &arguments.student, rows);
+    let counted = messages::count(&recipe, folder.path(), arguments.messages)?;
+    let (steps, beats) = (counted.steps, counted.beats);
+    let others: u64 = counted.others.values().sum();
+    println!(
+        "{beats} heartbeats and answers to them in {steps} steps of two engines; others: {:?}",
+        counted.others
+    );
+    println!(
+        "bench-steps: {others} messages between coordinator and workers in {steps} steps, heartbeats aside (goal 0)"
+    );
+    let enough = 10 * steps >= 9 * arguments.messages as u64;
+    Ok(if others == 0 && enough {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Draws the rows that engines with so many threads train on, in a run that takes no more than one step.
 fn draw(threads: u32, arguments: &Arguments, folder: &Path) -> anyhow::Result<String> {
-    let arguments = Arguments {
-        steps: 1,
-        engines: Vec::new(),
-        student: arguments.student.clone(),
-        ..*arguments
-    };
     let way = Way {
         threads,
         ..Way::plain(1)
     };
     let folder = folder.join(threads.to_string());
     std::fs::create_dir(&folder)?;
-    let recipe = way.recipe(&arguments, "none");
+    let recipe = way.recipe(1, &arguments.student, "none");
     let mut run = Run::new(&folder, &recipe, EngineKind::Real)?;
     run.finish(PATIENCE)?;
     Ok(run.output().display().to_string())
@@ -178,7 +202,7 @@ fn draw(threads: u32, arguments: &Arguments, folder: &Path) -> anyhow::Result<St
 /// Takes the steps in `way`.
 fn measure(way: Way, arguments: &Arguments, rows: &str) -> anyhow::Result<Figures> {
     let folder = tempfile::tempdir()?;
-    let recipe = way.recipe(arguments, rows);
+    let recipe = way.recipe(arguments.steps, &arguments.student, rows);
     let mut run = Run::new(folder.path(), &recipe, EngineKind::Real)?;
     run.finish(PATIENCE)?;
     let curve = run.output().join(format!(
