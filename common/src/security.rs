@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use ring::rand::{SecureRandom as _, SystemRandom};
@@ -88,25 +88,31 @@ impl Token {
     }
 
     /// The token in the file at `path`; makes the file, readable by its owner alone, where there is none.
+    ///
+    /// The file appears whole or not at all, whenever its maker is killed; of several makers one wins, and all have its
+    /// token.
+    ///
+    /// # Errors
+    /// [`Error::TokenFile`] or [`Error::Exposed`] where the file cannot be used, [`Error::NotAToken`] where it holds none.
     pub fn load_or_create(path: &Path) -> Result<Self, Error> {
+        match Self::load(path) {
+            Err(Error::TokenFile { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            known => return known,
+        }
         let failed = |source| Error::TokenFile {
             path: path.to_owned(),
             source,
         };
         let token = Self::generate()?;
-        let made = std::fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path);
-        match made {
-            Ok(mut file) => {
-                writeln!(file, "{}", token.reveal()).map_err(failed)?;
-                file.sync_all().map_err(failed)?;
-                Ok(token)
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::load(path),
-            Err(error) => Err(failed(error)),
+        // Under a name of its own and readable by nobody else; it goes with this value unless it is kept.
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+        writeln!(file, "{}", token.reveal()).map_err(failed)?;
+        file.as_file().sync_all().map_err(failed)?;
+        match file.persist_noclobber(path) {
+            Ok(_) => Ok(token),
+            Err(lost) if lost.error.kind() == io::ErrorKind::AlreadyExists => Self::load(path),
+            Err(lost) => Err(failed(lost.error)),
         }
     }
 

@@ -58,6 +58,40 @@ fn a_token_file_is_made_once_and_private() {
 }
 
 #[test]
+fn makers_at_the_same_time_agree_on_one_token() {
+    const MAKERS: usize = 16;
+    for _ in 0..50 {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("token");
+        let start = std::sync::Barrier::new(MAKERS);
+        let made: Vec<Token> = std::thread::scope(|scope| {
+            let make = || {
+                start.wait();
+                Token::load_or_create(&path).expect("made or read, and never half of it")
+            };
+            let makers: Vec<_> = (0..MAKERS).map(|_| scope.spawn(make)).collect();
+            let ended = makers.into_iter().map(|maker| maker.join().expect("ends"));
+            ended.collect()
+        });
+        let kept = Token::load(&path).expect("there");
+        assert!(made.iter().all(|token| token.matches(&kept)));
+        let files = std::fs::read_dir(folder.path()).expect("readable").count();
+        assert_eq!(files, 1, "those that lost leave nothing behind");
+    }
+}
+
+#[test]
+fn a_token_file_that_holds_none_is_left_for_its_owner_to_judge() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("token");
+    std::fs::write(&path, "").expect("written");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("chmod");
+    let error = Token::load_or_create(&path).expect_err("it holds no token");
+    assert!(matches!(error, Error::NotAToken(0)), "{error}");
+    assert_eq!(std::fs::read(&path).expect("there"), b"");
+}
+
+#[test]
 fn a_join_string_reads_what_it_prints_and_hides_its_token() {
     for tls in [true, false] {
         let join = Join::new("127.0.0.1:4000", RUN, token(9), tls).expect("makes");
