@@ -1,8 +1,8 @@
 //! A small HTTP/1.1 server beside the gRPC service: the live page, `/metrics`, `/healthz` and `/readyz`.
 //!
-//! Read-only. All but the two health checks want the run's token in a header, or the page's own key, which follows from
-//! the token but not the other way round; the link that `coordinator run` prints carries it once and leaves it in a
-//! cookie. Must never decide anything, and never see storage or the journal.
+//! Read-only. All but the two health checks want the page's own key, which follows from the token but not the other way
+//! round; the link that `coordinator run` prints carries it once and leaves it in a cookie, and scrapers show it in a
+//! header. The token in a header does as well. Must never decide anything, and never see storage or the journal.
 
 mod gauges;
 mod history;
@@ -77,6 +77,11 @@ impl Site {
             history: Mutex::default(),
             ready: watch::Sender::new(None),
         }
+    }
+
+    /// What opens the page and the metrics, and nothing else.
+    pub fn key(&self) -> &PageKey {
+        &self.key
     }
 
     /// The link to the page at `address` (`host:port`), key and all: for a terminal or a 0600 file, nowhere else.
@@ -252,7 +257,7 @@ fn busy() -> Answer {
 fn unknown() -> Answer {
     let mut answer = plain(
         StatusCode::UNAUTHORIZED,
-        "open the link that `coordinator run` printed, or show the run's token: Authorization: Bearer TOKEN\n",
+        "open the link that `coordinator run` printed, or show the page's key, which is the end of that link: Authorization: Bearer KEY\n",
     );
     let challenge = header::HeaderValue::from_static("Bearer");
     answer

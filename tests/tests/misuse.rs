@@ -31,7 +31,7 @@ fn tree(run: &Run) -> Vec<(PathBuf, Digest)> {
         for entry in std::fs::read_dir(folder).expect("readable") {
             let path = entry.expect("readable").path();
             let key = path.strip_prefix(&root).expect("below").to_owned();
-            let beside = ["join", "token", "page", "logs"]
+            let beside = ["join", "token", "page", "page-key", "logs"]
                 .iter()
                 .any(|name| key == Path::new(name));
             if path.is_dir() && !beside {

@@ -147,6 +147,17 @@ fn check(given: Given) {
     if !matches!(given, Given::Made) {
         assert_eq!(join.token().reveal(), token);
     }
+    // A worker is told by its join string, and by nothing else.
+    let worker = run.await_process(Target::Worker, PATIENCE).expect("one");
+    let handed = fs::read(format!("/proc/{worker}/environ")).expect("it lives");
+    let holding = handed
+        .split(|&byte| byte == 0)
+        .filter(|variable| holds(variable, join.token().reveal().as_bytes()));
+    for variable in holding {
+        let variable = String::from_utf8_lossy(variable);
+        let name = variable.split('=').next();
+        assert_eq!(name, Some("DISTILLERY_JOIN"), "{given:?}");
+    }
     ask_everything(&run, folder.path(), "during");
     // A worker that dies has its engine's last words in the report of the failure.
     run.kill(Target::Engine, 0).expect("killed");
@@ -157,6 +168,7 @@ fn check(given: Given) {
         run.output().join("join"),
         run.output().join("token"),
         run.output().join("page"),
+        run.output().join("page-key"),
         token_file,
     ];
     let mut seen = 0;

@@ -101,6 +101,18 @@ fn the_page_and_metrics_want_the_token_and_the_health_checks_do_not() {
             "{path}: {head}"
         );
     }
+    // Scrapers are given the key, in a file of its own, and never the token.
+    let kept = std::fs::read_to_string(run.output().join("page-key")).expect("there");
+    assert_eq!(kept.trim(), key);
+    let shown = format!("Authorization: Bearer {key}");
+    for (path, has) in [("/", "seg4"), ("/metrics", "# EOF")] {
+        let (head, body) = get(&address, path, std::slice::from_ref(&shown));
+        assert!(head.starts_with("HTTP/1.1 200 "), "{path}: {head}");
+        assert!(body.contains(has), "{path}: {body}");
+    }
+    let cut = shown[..shown.len() - 1].to_owned();
+    let (head, _) = get(&address, "/metrics", &[cut]);
+    assert!(head.starts_with("HTTP/1.1 401 "), "{head}");
     let (head, _) = get(&address, &link, &[]);
     assert!(head.starts_with("HTTP/1.1 303 "), "{head}");
     let cookie = head

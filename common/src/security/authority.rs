@@ -86,6 +86,11 @@ impl Authority {
         Digest::of(&self.certificate_der)
     }
 
+    /// The authority's certificate in PEM, for whoever checks the page's: no secret.
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
     /// How the coordinator proves who it is, and has everybody prove that they know the token: TLS 1.3 alone, and
     /// nothing is resumed, so that what was recorded of one connection opens no other.
     ///

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 
 use distillery_common::recipe::Secret;
 use distillery_common::run::RunRecord;
-use distillery_common::security::{self, Join, Token};
+use distillery_common::security::{self, Authority, Join, PageKey, Token};
 use distillery_common::storage::{Store, layout};
 
 /// Environment variable that holds a token.
@@ -104,6 +104,16 @@ impl Access {
     /// Keeps the link to the live page, key and all, in a file that only its owner may read.
     pub fn write_page(&self, link: &str) -> anyhow::Result<PathBuf> {
         self.write_private("page", link)
+    }
+
+    /// Keeps the page's key by itself, for scrapers of metrics, in a file that only its owner may read.
+    pub fn write_page_key(&self, key: &PageKey) -> anyhow::Result<PathBuf> {
+        self.write_private("page-key", key.reveal())
+    }
+
+    /// Keeps the certificate, no secret, by which scrapers and browsers know the page.
+    pub fn write_page_authority(&self, authority: &Authority) -> anyhow::Result<PathBuf> {
+        self.write_private("page-ca.pem", authority.certificate_pem().trim_end())
     }
 
     /// Folder for the logs of workers on this host.

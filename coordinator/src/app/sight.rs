@@ -40,11 +40,15 @@ pub(super) async fn bind(
     // `--insecure` takes back what the recipe says of TLS, and no more.
     let tls = match is_loopback || (insecure && recipe.cluster.tls == Tls::Off) {
         true => None,
-        false => Some(Authority::derive(access.token(), run_id)?.page_config()?),
+        false => {
+            let authority = Authority::derive(access.token(), run_id)?;
+            access.write_page_authority(&authority)?;
+            Some(authority.page_config()?)
+        }
     };
     if !is_loopback && tls.is_none() {
         console::note(format_args!(
-            "WARNING: --insecure: the page's key, and the token of whoever asks for metrics, cross the network in plain text"
+            "WARNING: --insecure: the page's key crosses the network in plain text; whoever reads it on the way sees the run"
         ));
     }
     Ok(Some(Port {
@@ -67,6 +71,7 @@ pub(super) fn open(
     let tls = port.tls.is_some();
     let link = site.link(&port.address, tls);
     let file = access.write_page(&link)?;
+    access.write_page_key(site.key())?;
     if std::io::stderr().is_terminal() {
         console::note(format_args!("page:    {link}"));
     } else {

@@ -1,4 +1,4 @@
-//! Who may see what: the token in a header, or the page's key in a cookie that the link has left.
+//! Who may see what: the page's key in a header or in a cookie that the link has left, or the token in a header.
 
 use hyper::StatusCode;
 use hyper::header::{self, HeaderMap, HeaderValue};
@@ -8,10 +8,19 @@ use super::{Answer, Site, plain};
 impl Site {
     /// Whether a request shows the run's token or the page's key.
     pub(super) fn admits(&self, headers: &HeaderMap) -> bool {
-        let shown = headers.get(header::AUTHORIZATION);
+        let shown = headers
+            .get(header::AUTHORIZATION)
+            .map(HeaderValue::as_bytes);
         let mut cookies = headers.get_all(header::COOKIE).iter();
-        self.token.admits(shown.map(HeaderValue::as_bytes))
+        self.token.admits(shown)
+            || shown.is_some_and(|shown| self.key_in_bearer(shown))
             || cookies.any(|cookie| self.key_in_cookie(cookie.as_bytes()))
+    }
+
+    /// What a scraper shows, which has no cookies and should not have the token.
+    fn key_in_bearer(&self, header: &[u8]) -> bool {
+        let key = header.strip_prefix(b"Bearer ");
+        key.is_some_and(|key| self.key.admits(key))
     }
 
     fn key_in_cookie(&self, header: &[u8]) -> bool {
