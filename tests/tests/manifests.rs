@@ -177,6 +177,26 @@ fn what_goes_together_has_the_same_names() {
     }
 }
 
+/// Strangers may take all places of the page; that must not have the coordinator killed.
+#[test]
+fn no_probe_that_kills_the_coordinator_asks_its_page() {
+    let jobs = objects()
+        .into_iter()
+        .filter(|(file, object)| object["kind"] == "Job" && file.ends_with("coordinator.yaml"));
+    let mut seen = 0;
+    for (file, job) in jobs {
+        let container = &job["spec"]["template"]["spec"]["containers"][0];
+        for probe in ["startupProbe", "livenessProbe"] {
+            let probe = &container[probe];
+            assert_eq!(probe["tcpSocket"]["port"], "grpc", "{file}: {probe}");
+            assert!(probe.get("httpGet").is_none(), "{file}: {probe}");
+        }
+        assert_eq!(container["readinessProbe"]["httpGet"]["path"], "/readyz");
+        seen += 1;
+    }
+    assert_eq!(seen, OVERLAYS.len());
+}
+
 #[test]
 fn a_secret_is_never_written_down() {
     for (file, object) in objects() {

@@ -22,6 +22,7 @@ use tokio_rustls::TlsAcceptor;
 
 pub use self::guest::Guest;
 use self::guest::{Io, Patience};
+use self::refusals::WORDLESS;
 pub use self::visit::{Book, Visit};
 
 /// Most members, whatever the limit on open files.
@@ -156,6 +157,15 @@ async fn greet(
 ) {
     // Small messages that somebody waits for; a failure only costs latency.
     let _ = stream.set_nodelay(true);
+    // Or whoever only looks whether somebody listens would count among those that were turned away.
+    let mut first = [0];
+    let said = tokio::select! {
+        said = stream.peek(&mut first) => said,
+        ended = &mut patience => return visit.failed(ended.to_owned()),
+    };
+    if !matches!(said, Ok(1..)) {
+        return visit.failed(WORDLESS.to_owned());
+    }
     let io = match tls {
         None => Io::Plain(stream),
         Some(acceptor) => {

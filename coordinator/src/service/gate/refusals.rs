@@ -6,6 +6,11 @@ use std::net::IpAddr;
 /// Kinds, an address and a reason each, that are told apart in a window.
 const KINDS: usize = 32;
 
+/// What is said of a connection on which nothing was said.
+pub(super) const WORDLESS: &str = "it left without a word";
+/// Of these, so many of one address in a window are nothing to speak of: whoever probes the port leaves like that.
+const PROBES: u64 = 10;
+
 /// Refusals of one window.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
@@ -20,7 +25,11 @@ impl Refusals {
         if let Some(count) = self.seen.get_mut(&kind) {
             *count += 1;
         } else if self.seen.len() < KINDS {
-            tracing::warn!(%address, reason, "turned a connection away");
+            if reason == WORDLESS {
+                tracing::debug!(%address, reason, "a connection ended");
+            } else {
+                tracing::warn!(%address, reason, "turned a connection away");
+            }
             self.seen.insert(kind, 1);
         } else {
             self.others += 1;
@@ -30,7 +39,8 @@ impl Refusals {
     /// Logs what was only counted, and begins anew.
     pub(super) fn close(&mut self) {
         for ((address, reason), count) in std::mem::take(&mut self.seen) {
-            if count > 1 {
+            let few = if reason == WORDLESS { PROBES } else { 1 };
+            if count > few {
                 let more = count - 1;
                 tracing::warn!(%address, reason, more, "turned more such connections away");
             }

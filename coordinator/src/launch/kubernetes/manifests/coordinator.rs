@@ -6,7 +6,8 @@ use k8s_openapi::api::batch::v1::{
 };
 use k8s_openapi::api::core::v1::{
     ConfigMapVolumeSource, Container, ContainerPort, EnvVar, EnvVarSource, HTTPGetAction, PodSpec,
-    PodTemplateSpec, Probe, ResourceRequirements, SecretKeySelector, Volume, VolumeMount,
+    PodTemplateSpec, Probe, ResourceRequirements, SecretKeySelector, TCPSocketAction, Volume,
+    VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -144,9 +145,9 @@ impl Scope<'_> {
             env_from: env_from(self.kubernetes),
             ports: Some(vec![port("grpc", self.port), port("http", HTTP)]),
             // Reading a large teacher for the first time may take minutes.
-            startup_probe: Some(probe("/healthz", 5, 120)),
-            liveness_probe: Some(probe("/healthz", 10, 6)),
-            readiness_probe: Some(probe("/readyz", 5, 2)),
+            startup_probe: Some(listens(5, 120)),
+            liveness_probe: Some(listens(10, 6)),
+            readiness_probe: Some(readiness()),
             resources: Some(coordinator_resources()),
             security_context: Some(container_security()),
             termination_message_policy: Some("FallbackToLogsOnError".into()),
@@ -170,17 +171,33 @@ fn coordinator_resources() -> ResourceRequirements {
     }
 }
 
-/// Kubelets accept the run's own certificate.
-fn probe(path: &str, period_seconds: i32, failures: i32) -> Probe {
+/// Whether the port of the workers is there. Not the page: its places are few, strangers may take them all, and a
+/// coordinator must not be killed for that.
+fn listens(period_seconds: i32, failures: i32) -> Probe {
+    Probe {
+        tcp_socket: Some(TCPSocketAction {
+            port: IntOrString::String("grpc".into()),
+            host: None,
+        }),
+        period_seconds: Some(period_seconds),
+        failure_threshold: Some(failures),
+        timeout_seconds: Some(3),
+        ..Probe::default()
+    }
+}
+
+/// Whether the driver answers; shown by `kubectl get`, and nothing follows from it. Kubelets accept the run's own
+/// certificate.
+fn readiness() -> Probe {
     Probe {
         http_get: Some(HTTPGetAction {
-            path: Some(path.into()),
+            path: Some("/readyz".into()),
             port: IntOrString::String("http".into()),
             scheme: Some("HTTPS".into()),
             ..HTTPGetAction::default()
         }),
-        period_seconds: Some(period_seconds),
-        failure_threshold: Some(failures),
+        period_seconds: Some(5),
+        failure_threshold: Some(2),
         timeout_seconds: Some(3),
         ..Probe::default()
     }
