@@ -10,6 +10,8 @@ use distillery_tests::harness::{
     EngineKind, Run, Target, programs, repository, signal, sim_recipe,
 };
 
+const WAIT: Duration = Duration::from_secs(120);
+
 /// The scripts that `render` writes for the recipe in `deploy/slurm`.
 fn render(style: &str, folder: &Path) {
     let coordinator = programs()
@@ -127,6 +129,120 @@ fn a_signal_and_its_echo_drain_a_worker_once() {
     assert_eq!(said.matches("told to leave signal=").count(), 1, "{said}");
     assert!(!said.contains("killing the engine"), "{said}");
     run.finish(Duration::from_secs(120)).expect("the run ends");
+}
+
+/// Slurm's programs as scripts on a path of their own: `sbatch` keeps what it was handed and answers as the file `answer`
+/// says; the queue is empty.
+fn stand_in_slurm(folder: &Path) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt as _;
+    let programs = folder.join("slurm");
+    fs::create_dir(&programs).expect("a folder");
+    let script = |name: &str, text: String| {
+        let path = programs.join(name);
+        fs::write(&path, text).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+    };
+    let here = programs.display();
+    script(
+        "sbatch",
+        format!(
+            "#!/bin/sh\nenv >{here}/environment.partial\nmv {here}/environment.partial {here}/environment\n. {here}/answer\n"
+        ),
+    );
+    script("squeue", "#!/bin/sh\n".into());
+    script("scancel", "#!/bin/sh\n".into());
+    programs
+}
+
+/// A run whose workers are jobs of the stand-in above.
+fn with_stand_in(folder: &Path, cluster: &str, answer: &str) -> (Run, PathBuf) {
+    let programs = stand_in_slurm(folder);
+    fs::write(programs.join("answer"), answer).expect("written");
+    let recipe = sim_recipe().replace("launcher: local", cluster);
+    let run = Run::new(folder, &recipe, EngineKind::Sim).expect("a run");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let run = run.with("PATH", format!("{}:{path}", programs.display()));
+    (run, programs)
+}
+
+#[test]
+fn a_job_is_handed_no_variable_that_holds_the_token() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = "launcher: slurm, token: \"${env:TOKEN_OF_THE_TEST}\", slurm: {poll: 1}";
+    let (run, programs) = with_stand_in(folder.path(), cluster, "echo 1\n");
+    let token = distillery_common::security::Token::generate().expect("random");
+    let token = token.reveal();
+    let mut run = run
+        .with("TOKEN_OF_THE_TEST", &token)
+        .with("A_COPY_OF_IT", format!("Bearer {}", token.to_uppercase()))
+        .with("AWS_SECRET_ACCESS_KEY", "of the bucket");
+    run.start().expect("starts");
+    let handed = programs.join("environment");
+    let handed = run.read_when_there(&handed, WAIT).expect("a submission");
+    let handed = handed.to_lowercase();
+    assert!(
+        handed.contains("of the bucket"),
+        "workers need it: {handed}"
+    );
+    assert!(handed.contains("path="), "{handed}");
+    assert!(!handed.contains(&token), "the token is handed on");
+    assert!(!handed.contains("token_of_the_test"), "nor is it empty");
+    run.kill(Target::Coordinator, 0).expect("killed");
+    run.wait(WAIT).expect("it ends");
+}
+
+fn status(run: &Run) -> String {
+    let mut command = run.command("coordinator");
+    command.arg("status").arg(run.output());
+    let output = command.output().expect("it starts");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Slurm's words for a limit that a user has reached: they pass, and `status` says what is waited for.
+#[test]
+fn a_limit_on_jobs_is_waited_out_and_status_says_so() {
+    let full = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2\n\
+        echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user'\"'\"'s size and/or time limits)' >&2\n\
+        echo refused >>$(dirname $0)/refusals; exit 1\n";
+    let folder = tempfile::tempdir().expect("a folder");
+    let cluster = "launcher: slurm, slurm: {poll: 1}";
+    let (mut run, programs) = with_stand_in(folder.path(), cluster, full);
+    run.start().expect("starts");
+    let refusals = || fs::read_to_string(programs.join("refusals")).unwrap_or_default();
+    // More than it takes to give up on what is refused for good.
+    let often = || (refusals().lines().count() >= 4).then_some(());
+    run.await_some(often, "fourth refusal", WAIT)
+        .expect("it tries again");
+    let said = status(&run);
+    assert!(said.contains("QOSMaxSubmitJobPerUserLimit"), "{said}");
+    assert_eq!(run.ended().expect("known"), None, "{}", run.log_tail());
+    let told = run
+        .log_tail()
+        .matches("Slurm takes no more workers")
+        .count();
+    assert!(
+        told <= 2,
+        "as news of the launcher and of the run: {}",
+        run.log_tail()
+    );
+    fs::write(programs.join("answer"), "echo 7\n").expect("written");
+    let gone = || (!status(&run).contains("QOSMaxSubmitJob")).then_some(());
+    run.await_some(gone, "end of the limit", WAIT)
+        .expect("it is taken");
+
+    // What is refused for good is not waited out.
+    fs::write(
+        programs.join("answer"),
+        "echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1\n",
+    )
+    .expect("written");
+    let status = run.wait(WAIT).expect("it ends");
+    assert_eq!(status.code(), Some(1), "{}", run.log_tail());
+    let said = run.log_tail();
+    assert!(
+        said.contains("3 times in a row") && said.contains("Invalid qos"),
+        "{said}"
+    );
 }
 
 /// The short form of `make test-slurm`. Where there is no root and no Slurm it says so, unless

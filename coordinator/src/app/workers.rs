@@ -38,6 +38,7 @@ pub(super) async fn launch(
                 fewest: recipe.cluster.min_workers,
                 threads: recipe.compute.threads,
                 join: join.reveal(),
+                token: access.token().clone(),
                 logs: access.logs(),
                 format: config.log_format,
             };
@@ -60,6 +61,7 @@ pub(super) async fn launch(
                     threads: recipe.compute.threads,
                 },
                 slurm: (**section).clone(),
+                token: access.token().clone(),
                 most: recipe.cluster.max_workers,
                 fewest: recipe.cluster.min_workers,
             };

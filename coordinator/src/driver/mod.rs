@@ -56,6 +56,8 @@ enum Input {
     /// Somebody else has taken the run.
     Replaced(Term),
     Status(oneshot::Sender<Snapshot>),
+    /// Why whoever starts workers waits, or that it does not any more.
+    LauncherWaits(Option<String>),
 }
 
 /// What people are shown.
@@ -116,6 +118,11 @@ impl Handle {
     /// Anything else that happened.
     pub async fn event(&self, event: Event) -> Result<(), Ended> {
         self.send(Input::Event(event)).await
+    }
+
+    /// Why whoever starts workers waits, for people; none when it does not any more. The run decides nothing by it.
+    pub async fn launcher_waits(&self, why: Option<String>) -> Result<(), Ended> {
+        self.send(Input::LauncherWaits(why)).await
     }
 
     /// The run at this moment.
@@ -193,6 +200,7 @@ pub struct Driver {
     outbound: BTreeMap<ConnectionId, mpsc::Sender<ToWorker>>,
     decisions: VecDeque<String>,
     failures: failures::Failures,
+    launcher_waits: Option<String>,
     metrics: Metrics,
     spans: Option<Spans>,
     granted: bool,
@@ -222,6 +230,7 @@ impl Driver {
             outbound: BTreeMap::new(),
             decisions: VecDeque::new(),
             failures: failures::Failures::default(),
+            launcher_waits: None,
             metrics: Metrics::default(),
             spans: None,
             granted: false,
@@ -313,18 +322,30 @@ impl Driver {
             }
             Input::Event(event) => self.step(event).await,
             Input::Replaced(by) => Err(journal::Error::Fenced { by }),
-            Input::Status(reply) => {
-                self.metrics.asked();
-                let elapsed = self.clock.now();
-                // Whoever asked may have gone; that is no matter.
-                let _ = reply.send(Snapshot {
-                    elapsed,
-                    view: self.machine.view(elapsed),
-                    decisions: self.decisions.iter().cloned().collect(),
-                    failures: self.failures.seen(),
-                });
+            Input::LauncherWaits(why) => {
+                self.launcher_waits = why;
                 Ok(())
             }
+            Input::Status(reply) => {
+                self.metrics.asked();
+                // Whoever asked may have gone; that is no matter.
+                let _ = reply.send(self.snapshot());
+                Ok(())
+            }
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let elapsed = self.clock.now();
+        let mut view = self.machine.view(elapsed);
+        let notes = view.note.take().into_iter();
+        let notes: Vec<String> = notes.chain(self.launcher_waits.clone()).collect();
+        view.note = (!notes.is_empty()).then(|| notes.join("; "));
+        Snapshot {
+            elapsed,
+            view,
+            decisions: self.decisions.iter().cloned().collect(),
+            failures: self.failures.seen(),
         }
     }
 

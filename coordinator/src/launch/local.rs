@@ -18,9 +18,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use distillery_common::backoff::Backoff;
+use distillery_common::security::Token;
 use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 
-use super::tail;
+use super::{environment, tail};
 use crate::driver::Handle;
 use crate::scheduler::Event;
 
@@ -54,6 +55,8 @@ pub struct Workers {
     pub threads: Option<u32>,
     /// What admits them, with the token: for the environment only.
     pub join: String,
+    /// The token, which stands in no other variable of theirs.
+    pub token: Token,
     /// Folder for their logs.
     pub logs: PathBuf,
     /// Form of their logs.
@@ -231,6 +234,9 @@ fn spawn(workers: &Workers, name: &str, log: &Path) -> io::Result<Child> {
         .mode(0o600)
         .open(log)?;
     let mut command = Command::new(&workers.worker);
+    for name in environment::telling(&workers.token) {
+        command.env_remove(name);
+    }
     command
         .arg("join")
         .args(["--name", name])

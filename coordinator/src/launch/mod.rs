@@ -2,6 +2,7 @@
 //!
 //! Must never know what workers do.
 
+mod environment;
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
 pub mod local;

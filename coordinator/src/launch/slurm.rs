@@ -24,12 +24,13 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use distillery_common::recipe::slurm::Slurm;
+use distillery_common::security::Token;
 use distillery_common::telemetry::Stopwatch;
 
 use self::client::{Client, Trouble};
 use self::fleet::{Code, Fleet, Look, Step};
 use self::queue::JobId;
-use super::tail;
+use super::{environment, tail};
 use crate::console;
 use crate::driver::Handle;
 use crate::scheduler::Event;
@@ -50,6 +51,8 @@ pub struct Workers {
     pub slurm: Slurm,
     /// What the jobs are told.
     pub worker: Worker,
+    /// What no variable of theirs may hold.
+    pub token: Token,
     /// Engines that the run can use.
     pub most: u32,
     /// The fewest with which the run goes on: one more that leaves is not replaced.
@@ -66,7 +69,7 @@ pub fn name_of(run_id: &str) -> String {
 /// # Errors
 /// When Slurm cannot be asked from here, with what to do.
 pub async fn end_jobs(run_id: &str) -> anyhow::Result<()> {
-    let client = Client::of(name_of(run_id))?;
+    let client = Client::of(name_of(run_id), Vec::new())?;
     let name = &client.name;
     client.cancel_all().await.with_context(|| {
         format!("its jobs may still be in Slurm's queue; `scancel --name={name}` ends them")
@@ -113,13 +116,17 @@ pub fn start(workers: Workers, handle: Handle) -> anyhow::Result<Launched> {
         .with_context(|| format!("{} cannot be written", script.display()))?;
     let jobs = |engines: u32| engines.div_ceil(workers.slurm.engines());
     let keeper = Keeper {
-        client: Client::of(workers.worker.name.clone())?,
+        client: Client::of(
+            workers.worker.name.clone(),
+            environment::telling(&workers.token),
+        )?,
         fleet: Fleet::new(jobs(workers.most), jobs(workers.fewest)),
         logs: logs.clone(),
         script,
         handle,
         watch: Stopwatch::start(),
         is_away: false,
+        shown: None,
     };
     let (until, told) = watch::channel(Until::Further);
     let poll = Duration::from_secs(workers.slurm.poll_s.into());
@@ -160,6 +167,8 @@ struct Keeper {
     watch: Stopwatch,
     /// Slurm gave no answer the last time; people are told of it once.
     is_away: bool,
+    /// What `status` was last told of why jobs are missing.
+    shown: Option<String>,
 }
 
 impl Keeper {
@@ -212,6 +221,17 @@ impl Keeper {
         for step in steps {
             self.take(step).await;
         }
+        self.show().await;
+    }
+
+    /// Has `status` say why jobs are missing, until they are not.
+    async fn show(&mut self) {
+        let lack = self.fleet.lack();
+        if lack != self.shown {
+            self.shown.clone_from(&lack);
+            // The driver may have ended meanwhile; then nobody needs to know.
+            let _ = self.handle.launcher_waits(lack).await;
+        }
     }
 
     async fn take(&mut self, step: Step) {
@@ -228,15 +248,11 @@ impl Keeper {
                     self.fleet.submitted(&array, count);
                 }
                 Err(trouble) => {
-                    let refusal = match &trouble {
-                        Trouble::Refused(said) => Some(said.as_str()),
-                        Trouble::Away(_) => {
-                            self.not_answered(&trouble);
-                            None
-                        }
-                    };
+                    if let Trouble::Away(_) = trouble {
+                        self.not_answered(&trouble);
+                    }
                     let now = self.watch.elapsed();
-                    let steps = self.fleet.not_submitted(now, refusal);
+                    let steps = self.fleet.not_submitted(now, &trouble);
                     for step in steps {
                         self.say(step).await;
                     }
@@ -303,7 +319,7 @@ impl Keeper {
             }
             tokio::time::sleep(GLANCE).await;
         }
-        let Client { name, user } = &self.client;
+        let Client { name, user, .. } = &self.client;
         console::note(format_args!(
             "jobs of this run are still in Slurm's queue: {}; `scancel --user={user} --name={name}` ends them",
             left.join(", ")

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use super::client::Trouble;
 use super::queue::{Job, JobId, State};
 
 /// Looks at which a job's worker was with the coordinator: it was well, and failures are counted anew.
@@ -76,6 +77,12 @@ pub(super) struct Fleet {
     /// The look that counted last.
     failed_at: Option<Duration>,
     refusals: u32,
+    /// Why jobs are missing that Slurm does not take now, and how often it was asked.
+    lack: Option<String>,
+    delays: u32,
+    /// How many were asked for last, and how many may be at a time: a limit may leave room for fewer.
+    asked: u32,
+    at_most: u32,
     /// No submission before that.
     not_before: Duration,
     given_up: bool,
@@ -90,6 +97,10 @@ impl Fleet {
             failures: 0,
             failed_at: None,
             refusals: 0,
+            lack: None,
+            delays: 0,
+            asked: 0,
+            at_most: ARRAY,
             not_before: Duration::ZERO,
             given_up: false,
         }
@@ -98,18 +109,45 @@ impl Fleet {
     /// Slurm took an array of `count`.
     pub(super) fn submitted(&mut self, array: &str, count: u32) {
         self.refusals = 0;
+        self.filled();
         for index in 0..count {
             let id = JobId::element(array, index);
             self.known.entry(id).or_default();
         }
     }
 
+    /// Nothing is missing any more, or it was just asked for.
+    fn filled(&mut self) {
+        self.lack = None;
+        self.delays = 0;
+        self.at_most = ARRAY;
+    }
+
+    /// Why jobs are missing that Slurm does not take now, for people; none when it took the last ones.
+    pub(super) fn lack(&self) -> Option<String> {
+        self.lack.clone()
+    }
+
     /// Slurm refused a submission, or nobody knows whether it did: if not, the jobs will be seen in the queue.
-    pub(super) fn not_submitted(&mut self, now: Duration, refusal: Option<&str>) -> Vec<Step> {
-        let Some(said) = refusal else {
-            self.not_before = now + UNCLEAR;
-            return Vec::new();
+    pub(super) fn not_submitted(&mut self, now: Duration, trouble: &Trouble) -> Vec<Step> {
+        let said = match trouble {
+            Trouble::Away(_) => {
+                self.not_before = now + UNCLEAR;
+                return Vec::new();
+            }
+            Trouble::ForNow(said) => {
+                self.delays += 1;
+                self.at_most = (self.asked / 2).max(1);
+                self.not_before = now + wait(self.delays);
+                let lack = format!("Slurm takes no more workers for now: {said}");
+                // However long that lasts, it is no failure, and it is told once.
+                let is_news = self.lack.as_ref() != Some(&lack);
+                self.lack = Some(lack.clone());
+                return is_news.then_some(Step::Tell(lack)).into_iter().collect();
+            }
+            Trouble::Refused(said) => said,
         };
+        self.lack = Some(format!("Slurm refused to take workers: {said}"));
         self.refusals += 1;
         self.not_before = now + wait(self.refusals);
         if self.refusals < REFUSALS || !self.known.is_empty() {
@@ -154,8 +192,11 @@ impl Fleet {
             steps.push(Step::Cancel(cancel));
         }
         let may_submit = !self.given_up && !look.is_ending && look.now >= self.not_before;
-        if may_submit && live < self.wanted {
-            steps.push(Step::Submit(ARRAY.min(self.wanted - live)));
+        if live >= self.wanted {
+            self.filled();
+        } else if may_submit {
+            self.asked = self.at_most.min(self.wanted - live);
+            steps.push(Step::Submit(self.asked));
         }
         steps
     }
@@ -254,187 +295,4 @@ fn describe(code: Code, seen: Option<&Job>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::launch::slurm::queue::parse;
-
-    /// A fleet and what it is shown.
-    struct Scene {
-        fleet: Fleet,
-        now: Duration,
-        ends: BTreeMap<JobId, Code>,
-        joined: BTreeSet<JobId>,
-        is_ending: bool,
-    }
-
-    impl Scene {
-        fn new(wanted: u32, fewest: u32) -> Self {
-            Self {
-                fleet: Fleet::new(wanted, fewest),
-                now: Duration::ZERO,
-                ends: BTreeMap::new(),
-                joined: BTreeSet::new(),
-                is_ending: false,
-            }
-        }
-
-        /// Looks at a queue of `id state` lines ten seconds later; gives back all but what people are told.
-        fn look(&mut self, queue: &[(&str, &str)]) -> Vec<Step> {
-            self.now += Duration::from_secs(10);
-            let line = |(id, state): &(&str, &str)| match *state {
-                "HELD" => format!("{id}|PENDING|launch failed requeued held||N/A\n"),
-                state => format!("{id}|{state}|None|n1|N/A\n"),
-            };
-            let text: String = queue.iter().map(line).collect();
-            let steps = self.fleet.decide(Look {
-                now: self.now,
-                queue: &parse(&text),
-                ends: &self.ends,
-                joined: &self.joined,
-                is_ending: self.is_ending,
-            });
-            let kept = |step: &Step| !matches!(step, Step::Tell(_));
-            steps.into_iter().filter(kept).collect()
-        }
-
-        fn ended(&mut self, array: &str, index: u32, code: i32) {
-            let id = JobId::element(array, index);
-            self.ends.insert(id, Some(code));
-        }
-    }
-
-    fn ids(ids: &[&str]) -> Vec<JobId> {
-        parse(
-            &ids.iter()
-                .map(|id| format!("{id}|PENDING|None||\n"))
-                .collect::<String>(),
-        )
-        .into_iter()
-        .map(|job| job.id)
-        .collect()
-    }
-
-    #[test]
-    fn what_is_missing_is_submitted_and_what_is_there_adopted() {
-        let mut scene = Scene::new(3, 1);
-        assert_eq!(scene.look(&[]), [Step::Submit(3)]);
-        let mut second_life = Scene::new(3, 1);
-        let there = [("7_0", "RUNNING"), ("7_2", "PENDING")];
-        assert_eq!(second_life.look(&there), [Step::Submit(1)]);
-        second_life.fleet.submitted("8", 1);
-        let all = [("7_0", "RUNNING"), ("7_2", "PENDING"), ("8_0", "PENDING")];
-        assert_eq!(second_life.look(&all), []);
-        // The queue may be long: that is no reason for anything.
-        for _ in 0..100 {
-            assert_eq!(second_life.look(&all), []);
-        }
-        assert_eq!(Scene::new(4096, 1).look(&[]), [Step::Submit(ARRAY)]);
-        let mut smaller = Scene::new(1, 1);
-        let cancelled = Step::Cancel(ids(&["8_0", "7_2"]));
-        assert_eq!(smaller.look(&all), [cancelled]);
-    }
-
-    #[test]
-    fn the_lost_are_replaced_and_those_that_left_only_when_needed() {
-        let mut scene = Scene::new(2, 1);
-        scene.fleet.submitted("1", 2);
-        let running = [("1_0", "RUNNING"), ("1_1", "RUNNING")];
-        scene.joined.extend(ids(&["1_0", "1_1"]));
-        for _ in 0..WELL {
-            assert_eq!(scene.look(&running), []);
-        }
-        let lost = [("1_0", "RUNNING"), ("1_1", "NODE_FAIL")];
-        assert_eq!(scene.look(&lost), [Step::Submit(1)]);
-        scene.fleet.submitted("2", 1);
-        // A requeued job passes through states in which it is nowhere.
-        for state in ["COMPLETING", "PENDING", "RUNNING"] {
-            assert_eq!(scene.look(&[("1_0", "RUNNING"), ("2_0", state)]), []);
-        }
-        scene.ended("2", 0, 0);
-        assert_eq!(scene.look(&[("1_0", "RUNNING")]), []);
-        scene.ended("1", 0, 0);
-        scene.is_ending = true;
-        assert_eq!(scene.look(&[]), []);
-        scene.is_ending = false;
-        assert_eq!(scene.look(&[]), [Step::Submit(1)]);
-    }
-
-    #[test]
-    fn workers_that_end_before_they_did_anything_are_given_up() {
-        let mut scene = Scene::new(1, 1);
-        let (mut number, mut waits) = (0, 0);
-        let gave_up = loop {
-            let steps = scene.look(&[]);
-            match steps.as_slice() {
-                [Step::Submit(1)] => {
-                    number += 1;
-                    scene.fleet.submitted(&number.to_string(), 1);
-                    let id = format!("{number}_0");
-                    assert_eq!(scene.look(&[(id.as_str(), "RUNNING")]), []);
-                    scene.ended(&number.to_string(), 0, 1);
-                }
-                // It waits longer and longer.
-                [] => waits += 1,
-                _ => break steps,
-            }
-        };
-        assert_eq!(number, FAILURES);
-        // Looks are ten seconds apart; waits are 1, 2, 4, … 60 s.
-        assert_eq!(waits, 1 + 1 + 1 + 1 + 2 + 4 + 6);
-        let [Step::GiveUp(why, Some(id))] = gave_up.as_slice() else {
-            panic!("{gave_up:?}");
-        };
-        assert!(
-            why.contains("8 times in a row") && why.contains("8_0 on n1: exit code 1"),
-            "{why}"
-        );
-        assert_eq!(id.as_str(), "8_0");
-        assert_eq!(scene.look(&[]), []);
-    }
-
-    #[test]
-    fn a_wrong_start_is_told_at_once_and_takes_the_waiting_along() {
-        let mut scene = Scene::new(3, 1);
-        scene.fleet.submitted("1", 3);
-        scene.ended("1", 0, USAGE);
-        let steps = scene.look(&[("1_1", "RUNNING"), ("1_2", "PENDING")]);
-        let [Step::GiveUp(why, Some(_)), Step::Cancel(cancelled)] = steps.as_slice() else {
-            panic!("{steps:?}");
-        };
-        assert!(why.contains("started wrongly"), "{why}");
-        assert_eq!(*cancelled, ids(&["1_2"]));
-    }
-
-    #[test]
-    fn a_job_that_slurm_cannot_start_is_a_failure_and_leaves_the_queue() {
-        let mut scene = Scene::new(1, 1);
-        scene.fleet.submitted("1", 1);
-        assert_eq!(
-            scene.look(&[("1_0", "HELD")]),
-            [Step::Cancel(ids(&["1_0"]))]
-        );
-        assert_eq!(scene.fleet.failures, 1);
-        assert_eq!(scene.look(&[]), [Step::Submit(1)]);
-    }
-
-    #[test]
-    fn nothing_is_submitted_twice_when_an_answer_is_lost() {
-        let mut scene = Scene::new(2, 1);
-        assert_eq!(scene.look(&[]), [Step::Submit(2)]);
-        assert_eq!(scene.fleet.not_submitted(scene.now, None), []);
-        assert_eq!(scene.look(&[]), [], "its message may still be on its way");
-        assert_eq!(scene.look(&[("4_0", "PENDING"), ("4_1", "PENDING")]), []);
-        let mut refused = Scene::new(2, 1);
-        let mut steps = Vec::new();
-        for _ in 0..REFUSALS {
-            assert_eq!(refused.look(&[]), [Step::Submit(2)]);
-            steps = refused
-                .fleet
-                .not_submitted(refused.now, Some("no such partition"));
-        }
-        let [Step::GiveUp(why, None)] = steps.as_slice() else {
-            panic!("{steps:?}");
-        };
-        assert!(why.contains("no such partition"), "{why}");
-    }
-}
+mod tests;
