@@ -266,6 +266,84 @@ fn trouble_with_the_api_server_costs_no_pod() {
     assert_eq!(scene.jobs_made(), 1);
 }
 
+/// What a webhook or a proxy refuses once, it may allow the next time; pods that run are worth more than its word.
+#[test]
+fn only_a_job_that_is_refused_itself_ends_the_run() {
+    let mut scene = Scene::new(Ways::default(), 100, |_| {});
+    let refusal = |verb, resource, code| Refusal {
+        verb,
+        resource,
+        code,
+        retry_after: None,
+    };
+    let elsewhere = vec![
+        refusal("get", "jobs", 400),
+        refusal("patch", "secrets", 422),
+        refusal("patch", "secrets", 400),
+        refusal("list", "pods", 422),
+        refusal("watch", "pods", 400),
+    ];
+    scene.fake.world(|world| world.refusals = elsewhere);
+    scene.run.start().expect("starts");
+    scene.both_run();
+    scene.said("listing pods: refused by the test (422); trying again");
+    scene.finish();
+    assert_eq!(scene.jobs_made(), 1);
+    let refused = scene.fake.world(|world| world.refused);
+    assert_eq!(refused, 5, "all of them were met");
+
+    for code in [400, 422] {
+        let mut scene = Scene::new(Ways::default(), 0, |_| {});
+        let wrong = vec![refusal("create", "jobs", code)];
+        scene.fake.world(|world| world.refusals = wrong);
+        scene.run.start().expect("starts");
+        let status = scene.run.wait(PATIENCE).expect("it ends");
+        assert_eq!(status.code(), Some(1), "{}", scene.run.log_tail());
+        let said = scene.run.log_tail();
+        let words = format!("making the Job: refused by the test ({code})");
+        assert!(said.contains(&words), "{said}");
+    }
+}
+
+/// What the coordinator left behind when it was killed goes with the run that is cancelled.
+#[test]
+fn a_cancelled_run_without_a_coordinator_leaves_no_job() {
+    let mut scene = Scene::new(Ways::default(), 120, |_| {});
+    scene.run.start().expect("starts");
+    scene.both_run();
+    scene.run.kill(Target::Coordinator, 0).expect("killed");
+    scene.run.wait(PATIENCE).expect("it is dead");
+    let mut command = scene.run.command("coordinator");
+    command.args(["cancel"]).arg(scene.run.output());
+    let output = command.output().expect("it starts");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    scene.nothing_left();
+}
+
+#[test]
+fn a_cancelled_run_says_how_its_job_is_deleted_where_no_cluster_is_known() {
+    let mut scene = Scene::new(Ways::default(), 120, |_| {});
+    scene.run.start().expect("starts");
+    scene.both_run();
+    let job = scene.fake.world(|world| world.jobs()).pop().expect("a Job");
+    scene.run.kill(Target::Coordinator, 0).expect("killed");
+    scene.run.wait(PATIENCE).expect("it is dead");
+    let mut command = scene.run.command("coordinator");
+    command.args(["cancel"]).arg(scene.run.output());
+    command.env("KUBECONFIG", scene.run.output().join("nowhere"));
+    let output = command.output().expect("it starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let words = format!("`kubectl delete job {job}` ends them");
+    assert!(
+        said.contains("the run is cancelled") && said.contains(&words),
+        "{said}"
+    );
+    scene.fake.world(|world| world.delete_a_job(&job));
+    scene.nothing_left();
+}
+
 #[test]
 fn a_job_that_somebody_deletes_is_made_again() {
     let mut scene = Scene::new(Ways::default(), 120, |_| {});

@@ -2,7 +2,12 @@
 
 use anyhow::Context as _;
 
+use distillery_common::run::RunRecord;
+use serde_json::Value;
+
 use super::find::{Found, find};
+#[cfg(feature = "kubernetes")]
+use crate::console;
 use crate::driver::{Clock, unique_id};
 use crate::journal::Journal;
 use crate::launch::slurm;
@@ -46,13 +51,42 @@ pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Resul
     };
     let is_end = matches!(record, Record::RunFinished(_));
     note(&found, record, clock).await?;
-    let launcher = found.record.recipe.pointer("/cluster/launcher");
-    if is_end && launcher.is_some_and(|launcher| launcher == "slurm") {
-        slurm::end_jobs(&found.record.run_id.to_string())
+    if is_end {
+        end_workers(&found.record)
             .await
             .context("the run is cancelled")?;
     }
     Ok(Heard::Journal)
+}
+
+/// Ends the workers that a launcher of this run left with its cluster. Those of this host ended with their coordinator, and
+/// those that somebody else started are for somebody else to end.
+async fn end_workers(record: &RunRecord) -> anyhow::Result<()> {
+    let said = |key: &str| record.recipe.pointer(key).and_then(Value::as_str);
+    let run_id = record.run_id.to_string();
+    match said("/cluster/launcher") {
+        Some("slurm") => slurm::end_jobs(&run_id).await,
+        Some("kubernetes") => {
+            let namespace = said("/cluster/kubernetes/namespace");
+            // Stored as a recipe writes it.
+            end_pods(&run_id, namespace.filter(|name| *name != "none")).await
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+#[cfg(feature = "kubernetes")]
+async fn end_pods(run_id: &str, namespace: Option<&str>) -> anyhow::Result<()> {
+    let told = crate::launch::kubernetes::end_job(run_id, namespace).await?;
+    told.iter().for_each(console::note);
+    Ok(())
+}
+
+#[cfg(not(feature = "kubernetes"))]
+async fn end_pods(run_id: &str, _: Option<&str>) -> anyhow::Result<()> {
+    anyhow::bail!(
+        "its workers are pods, and this coordinator was built without Kubernetes; `kubectl delete job distillery-{run_id}` ends them"
+    )
 }
 
 /// Writes one record, as a coordinator that lives for no more than that. One that is alive after all, and only did not

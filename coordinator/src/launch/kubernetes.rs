@@ -45,6 +45,42 @@ pub enum Error {
     /// The configuration cannot be used.
     #[error("the configuration of the Kubernetes cluster cannot be used")]
     Client(#[source] kube::Error),
+    /// Not expected: the types are Kubernetes' own.
+    #[error("the Job of workers cannot be written down")]
+    Unwritable(#[from] serde_json::Error),
+    /// The Job that is of no use any more is still there.
+    #[error(
+        "its workers may go on: {why}; `kubectl delete job {job}{in_namespace}` ends them, and its Secret goes with it"
+    )]
+    Left {
+        /// Name of the Job.
+        job: String,
+        /// What names the namespace on the command line.
+        in_namespace: String,
+        /// Why it is there.
+        why: String,
+    },
+}
+
+/// Deletes the Job of a run that nobody has, and with it pods and Secret. One that is not there is no error: then there is
+/// something to tell, since it may be in another namespace than that of this host's KUBECONFIG.
+///
+/// # Errors
+/// [`Error::Left`] when the cluster cannot be asked from here, with what to do.
+pub async fn end_job(run_id: &str, namespace: Option<&str>) -> Result<Option<String>, Error> {
+    let job = job_name(run_id);
+    match cluster::delete_job(&job, namespace).await {
+        Ok(missing) => Ok(missing.map(|missing| {
+            format!(
+                "there is no Job {job} in namespace {missing}; should its workers be in another one, `kubectl delete job {job} --namespace NAMESPACE` ends them"
+            )
+        })),
+        Err(why) => Err(Error::Left {
+            job,
+            in_namespace: namespace.map_or_else(String::new, |name| format!(" --namespace {name}")),
+            why,
+        }),
+    }
 }
 
 /// The Job of a run. Dropping it leaves the Job to the cluster.

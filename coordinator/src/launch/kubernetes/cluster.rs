@@ -41,6 +41,9 @@ pub(super) enum Error {
         /// Why not.
         source: Box<kube::Error>,
     },
+    /// The Job is not what the API server takes for one.
+    #[error("{0}")]
+    Unacceptable(Box<Error>),
     /// No answer.
     #[error("{what}: no answer for {} s", CALL.as_secs())]
     Silence {
@@ -70,19 +73,22 @@ impl Error {
                 kube::Error::Api(status) => Some(status.code),
                 _ => None,
             },
-            Self::Silence { .. } => None,
+            Self::Silence { .. } | Self::Unacceptable(_) => None,
         }
     }
 
-    /// Whether the same call can never succeed: the API server read it and found it wrong.
+    /// Whether asking again would help no more. Of no other call than that which makes the Job: what else is refused, a
+    /// webhook or a proxy may refuse today and not tomorrow, and pods that run go on meanwhile.
     pub(super) fn is_hopeless(&self) -> bool {
-        matches!(self.code(), Some(400 | 422))
+        matches!(self, Self::Unacceptable(_))
     }
 }
 
 /// The part of a cluster that belongs to one run.
 pub(super) struct Cluster {
     workers: Workers,
+    job: Job,
+    settings: String,
     namespace: String,
     // Untyped: the whole types of what is read would make this program half as large again.
     jobs: Api<DynamicObject>,
@@ -108,7 +114,10 @@ impl Cluster {
         let namespace = workers.kubernetes.namespace.clone();
         let namespace = namespace.unwrap_or_else(|| config.default_namespace.clone());
         let client = kube::Client::try_from(config).map_err(super::Error::Client)?;
+        let (job, settings) = workers.marked_job(&namespace)?;
         Ok(Self {
+            job,
+            settings,
             jobs: untyped::<Job>(&client, &namespace),
             pods: untyped::<Pod>(&client, &namespace),
             secrets: untyped::<Secret>(&client, &namespace),
@@ -132,7 +141,7 @@ impl Cluster {
         let Some(job) = found else {
             return Ok((Seen::default(), None));
         };
-        let job = seen::job(&job, &self.workers.settings());
+        let job = seen::job(&job, &self.settings);
         let mut params = ListParams::default().labels(&self.selector()).limit(PAGE);
         let mut pods = Vec::new();
         let version = loop {
@@ -188,8 +197,7 @@ impl Cluster {
     /// Makes Secret and Job; a Job that somebody else made meanwhile is left as it is.
     pub(super) async fn create(&self) -> Result<(), Error> {
         self.apply_secret(None).await?;
-        let job = self.workers.job(&self.namespace);
-        let job = object("making the Job", &job)?;
+        let job = object("making the Job", &self.job)?;
         let made = call(
             "making the Job",
             self.jobs.create(&PostParams::default(), &job),
@@ -200,6 +208,10 @@ impl Cluster {
             Err(error) if error.code() == Some(409) => {
                 tracing::info!(%error, "the Job is there already");
                 Ok(())
+            }
+            // The API server read it and found it wrong: it would say so again.
+            Err(error) if matches!(error.code(), Some(400 | 422)) => {
+                Err(Error::Unacceptable(Box::new(error)))
             }
             Err(error) => Err(error),
         }
@@ -256,6 +268,25 @@ impl Cluster {
 
     fn selector(&self) -> String {
         format!("{RUN}={}", self.workers.run_id)
+    }
+}
+
+/// Deletes the Job of this name, without anything else of a run being known; gives back the namespace where there was
+/// none, or why it could not be deleted.
+pub(super) async fn delete_job(
+    name: &str,
+    namespace: Option<&str>,
+) -> Result<Option<String>, String> {
+    let unknown = |_| "no cluster is known here (KUBECONFIG)".to_owned();
+    let config = kube::Config::infer().await.map_err(unknown)?;
+    let namespace = namespace.unwrap_or(&config.default_namespace).to_owned();
+    let client = kube::Client::try_from(config).map_err(|error| of_kube(&error))?;
+    let jobs = untyped::<Job>(&client, &namespace);
+    let params = DeleteParams::background();
+    match call("deleting the Job", jobs.delete(name, &params)).await {
+        Ok(_) => Ok(None),
+        Err(error) if error.code() == Some(404) => Ok(Some(namespace)),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -80,8 +80,7 @@ impl Workers {
         job_name(&self.run_id)
     }
 
-    /// The Job in `namespace`.
-    pub(super) fn job(&self, namespace: &str) -> Job {
+    fn job(&self, namespace: &str) -> Job {
         let name = self.name();
         let names = Names {
             job: &name,
@@ -89,17 +88,23 @@ impl Workers {
             namespace: Some(namespace),
             run: Some(&self.run_id),
         };
-        let mut job = job(&self.kubernetes, self.count, self.insecure, names);
-        let mark = BTreeMap::from([(SETTINGS.to_owned(), self.settings())]);
-        job.metadata.annotations = Some(mark);
-        job
+        job(&self.kubernetes, self.count, self.insecure, names)
     }
 
-    /// Names what the Job is made from.
-    pub(super) fn settings(&self) -> String {
-        let text = format!("{:?} {} {}", self.kubernetes, self.count, self.insecure);
+    /// The Job in `namespace` as it is sent, and what names its settings: a digest of what the pods are told, in the form in
+    /// which it is sent, so that it stays the same for as long as the same is asked for.
+    ///
+    /// # Errors
+    /// Not expected: the types are Kubernetes' own.
+    pub(super) fn marked_job(&self, namespace: &str) -> serde_json::Result<(Job, String)> {
+        let mut job = self.job(namespace);
+        // The Service is what the pods dial.
+        let text = serde_json::to_string(&(&job, &self.kubernetes.service))?;
         // 128 bits are enough to tell settings apart, and readable.
-        Digest::of(text.as_bytes()).to_string()[..32].to_owned()
+        let settings = Digest::of(text.as_bytes()).to_string()[..32].to_owned();
+        let mark = BTreeMap::from([(SETTINGS.to_owned(), settings.clone())]);
+        job.metadata.annotations = Some(mark);
+        Ok((job, settings))
     }
 
     /// The Secret with the join string; goes with the Job of uid `owner` once that is known.
@@ -453,3 +458,6 @@ pub(super) fn container_security() -> SecurityContext {
         ..SecurityContext::default()
     }
 }
+
+#[cfg(test)]
+mod tests;

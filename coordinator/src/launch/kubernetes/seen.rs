@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use kube::api::DynamicObject;
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use super::objects::{CONTAINER, SETTINGS};
 
@@ -59,28 +61,38 @@ impl SeenPod {
 }
 
 /// The parts of a status that are read. The whole types would make this program half as large again.
+///
+/// Each part stands for itself: what is missing, null or of another form counts as not said, and takes nothing else along.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Status {
+    #[serde(deserialize_with = "lenient")]
     phase: String,
+    #[serde(deserialize_with = "lenient_list")]
     conditions: Vec<Condition>,
+    #[serde(deserialize_with = "lenient_list")]
     container_statuses: Vec<Container>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Condition {
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "lenient")]
     kind: String,
+    #[serde(deserialize_with = "lenient")]
     status: String,
+    #[serde(deserialize_with = "lenient")]
     reason: String,
+    #[serde(deserialize_with = "lenient")]
     message: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Container {
+    #[serde(deserialize_with = "lenient")]
     name: String,
+    #[serde(deserialize_with = "lenient")]
     state: State,
 }
 
@@ -88,19 +100,42 @@ struct Container {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct State {
+    #[serde(deserialize_with = "lenient")]
     waiting: Option<Why>,
+    #[serde(deserialize_with = "lenient")]
     terminated: Option<Why>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Why {
+    #[serde(deserialize_with = "lenient")]
     exit_code: i32,
+    #[serde(deserialize_with = "lenient")]
     reason: String,
+    #[serde(deserialize_with = "lenient")]
     message: String,
 }
 
-/// What is not understood counts as not said.
+fn lenient<'de, D, T>(from: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: DeserializeOwned + Default,
+{
+    let value = Value::deserialize(from)?;
+    Ok(T::deserialize(value).unwrap_or_default())
+}
+
+fn lenient_list<'de, D, T>(from: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    let values: Vec<Value> = lenient(from)?;
+    let read = values.into_iter().map(T::deserialize);
+    Ok(read.filter_map(Result::ok).collect())
+}
+
 fn status(found: &DynamicObject) -> Status {
     let status = found.data.get("status");
     status.map_or_else(Status::default, |status| {
@@ -174,4 +209,68 @@ fn ended(why: &Why) -> (i32, String) {
         &why.message
     };
     (why.exit_code, words.trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(object: Value) -> DynamicObject {
+        serde_json::from_value(object).expect("an object")
+    }
+
+    /// Go writes an empty list as null, and a field that another version knows may be missing or more than text.
+    #[test]
+    fn what_is_null_missing_or_strange_takes_nothing_else_along() {
+        let found = read(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "w-0", "uid": "u", "labels": null, "ownerReferences": null},
+            "status": {
+                "phase": "Failed", "conditions": [
+                    null, 7, {"type": "Ready", "status": null, "reason": null, "message": {}},
+                    {"type": "DisruptionTarget", "status": "True", "reason": "Evicted", "message": null},
+                ],
+                "containerStatuses": [
+                    null, {"name": null, "state": null},
+                    {"name": CONTAINER, "state": {
+                        "waiting": null, "running": null,
+                        "terminated": {"exitCode": 137, "reason": "OOMKilled", "message": null, "signal": null},
+                    }},
+                ],
+            },
+        }));
+        let seen = pod(&found);
+        assert_eq!((seen.name.as_str(), seen.phase.as_str()), ("w-0", "Failed"));
+        assert_eq!(seen.disrupted.as_deref(), Some("Evicted"));
+        assert_eq!(seen.ended, Some((137, "OOMKilled".into())));
+        assert_eq!((seen.waiting, seen.unplaced), (None, None));
+        assert!(!is_of(&found, "job"));
+    }
+
+    #[test]
+    fn nulls_in_place_of_everything_are_a_pod_of_which_nothing_is_known() {
+        let nothing = [
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": {}}),
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": null}, "status": null}),
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": {}, "status": {
+                "phase": null, "conditions": null, "containerStatuses": null}}),
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": {}, "status": {
+                "phase": [], "conditions": {}, "containerStatuses": "?"}}),
+        ];
+        for object in nothing {
+            assert_eq!(pod(&read(object.clone())), SeenPod::default(), "{object}");
+        }
+        let mark = "settings";
+        let found = read(json!({
+            "apiVersion": "batch/v1", "kind": "Job",
+            "metadata": {"uid": "j", "annotations": {SETTINGS: mark}},
+            "status": {"conditions": [{"type": "Failed", "status": "True", "reason": "X", "message": null}]},
+        }));
+        let seen = job(&found, mark);
+        assert!(seen.current && !seen.leaving);
+        let (reason, message) = ("X".to_owned(), String::new());
+        assert_eq!(seen.finished, Some(Finished::Failed { reason, message }));
+    }
 }
