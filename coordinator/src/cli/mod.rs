@@ -14,7 +14,6 @@ mod run;
 mod sample;
 mod schema;
 mod status;
-mod workers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -71,7 +70,7 @@ enum Command {
     /// Shows how a run is.
     Status(status::Arguments),
     /// Shows the workers of a run, what each does and for how long.
-    Workers(workers::Arguments),
+    Workers(status::Arguments),
     /// Shows what engines have printed, with -f as it comes.
     Logs(logs::Arguments),
     /// Stops a run, to be resumed: after a checkpoint, or at once.
@@ -141,7 +140,7 @@ pub fn main() -> ExitCode {
         Command::Render(own) => render::run(own, context),
         Command::Schema => schema::run(),
         Command::Status(own) => status::run(&own, context),
-        Command::Workers(own) => workers::run(&own, context),
+        Command::Workers(own) => status::workers(&own, context),
         Command::Logs(own) => logs::run(own, context),
         Command::Stop(own) => control::stop(own, context),
         Command::Pause(own) => control::pause(own, context),

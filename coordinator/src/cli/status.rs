@@ -1,8 +1,9 @@
-//! `coordinator status RUN`.
+//! `coordinator status RUN` and `coordinator workers RUN`.
 
 use std::io;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use serde_json::json;
 
 use distillery_common::run::RunRecord;
@@ -30,6 +31,30 @@ async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCod
     match found.client {
         Some(mut client) => live(&client.status().await?, context)?,
         None => stored(&found.record, &found.durable, found.store.uri(), context)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn workers(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCode> {
+    super::runtime()?.block_on(show_workers(arguments, context))
+}
+
+async fn show_workers(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCode> {
+    let found = app::find(&arguments.run).await?;
+    let mut client = found.client.with_context(|| {
+        let uri = found.store.uri();
+        match &found.durable.outcome {
+            Some(outcome) => format!("the run at {uri} has no workers: it {outcome}"),
+            None => format!(
+                "no coordinator of the run at {uri} answers, so that its workers are not known; `coordinator run` with its recipe resumes it"
+            ),
+        }
+    })?;
+    let status = client.status().await?;
+    if context.json {
+        console::result(&status.to_json()["workers"])?;
+    } else {
+        console::result(status.workers_text().trim_end())?;
     }
     Ok(ExitCode::SUCCESS)
 }
