@@ -1,8 +1,6 @@
 //! What people and programs see of a run: the live page, metrics, logs, workers, failures.
 
 use std::collections::BTreeSet;
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::process::Output;
 use std::time::Duration;
 
@@ -50,16 +48,7 @@ fn page(run: &Run) -> (String, String) {
 
 /// Head and body of an answer.
 fn get(address: &str, path: &str, headers: &[String]) -> (String, String) {
-    let mut stream = TcpStream::connect(address).expect("it listens");
-    let mut request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
-    for header in headers {
-        request.push_str(&format!("{header}\r\n"));
-    }
-    write!(stream, "{request}\r\n").expect("it reads");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
-    (head.to_owned(), body.to_owned())
+    distillery_tests::harness::get(address, path, headers).expect("it answers")
 }
 
 fn bearer(run: &Run) -> String {

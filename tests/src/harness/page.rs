@@ -36,8 +36,8 @@ impl Run {
         let link = link.trim().strip_prefix("http://");
         let address = link.and_then(|link| link.split('/').next());
         let address = address.context("the page is not on this host")?;
-        let token = read("token")?;
-        let bearer = format!("Authorization: Bearer {}", token.trim());
+        let key = read("page-key").context("no key of the page")?;
+        let bearer = format!("Authorization: Bearer {}", key.trim());
         let (head, body) = get(address, "/metrics", &[bearer])?;
         anyhow::ensure!(head.starts_with("HTTP/1.1 200 "), "{head}");
         Ok(body)
