@@ -12,8 +12,10 @@ use serde::{Deserialize, Serialize};
 pub const LINE_BYTES: usize = 4096;
 /// Lines of an engine's output that a failure carries.
 pub const TAIL_LINES: usize = 200;
-/// Bytes of output that a failure carries: the last of them.
-pub const TAIL_BYTES: usize = 16 << 10;
+/// Most bytes of a line among these; the rest of a longer one is left out.
+pub const TAIL_LINE_BYTES: usize = 512;
+/// Most bytes of all of them: each is indented below the one before it, and says whether it goes on.
+pub const TAIL_BYTES: usize = TAIL_LINES * (TAIL_LINE_BYTES + "\n  …".len());
 
 /// One line.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -47,10 +49,20 @@ pub fn from_bytes(bytes: &[u8]) -> Vec<Line> {
         .collect()
 }
 
-/// `text` as one line that a terminal shows and does not obey, and at most [`LINE_BYTES`] of it. Colours and the like
-/// (ANSI escape sequences) are left out, tabs become spaces, and other control characters a mark.
+/// `text` as [`whole`], and at most [`LINE_BYTES`] of it.
 pub fn plain(text: &str) -> String {
-    let mut kept = String::with_capacity(text.len().min(LINE_BYTES));
+    cut(&whole(text)).to_owned()
+}
+
+/// As much of `text` as is kept of a line.
+pub fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(LINE_BYTES)]
+}
+
+/// `text` as one line that a terminal shows and does not obey. Colours and the like (ANSI escape sequences) are left out,
+/// tabs become spaces, and other control characters a mark.
+pub fn whole(text: &str) -> String {
+    let mut kept = String::with_capacity(text.len());
     let mut chars = text.trim_end().chars().peekable();
     while let Some(c) = chars.next() {
         let c = match c {
@@ -69,32 +81,23 @@ pub fn plain(text: &str) -> String {
             c if c.is_control() => '\u{fffd}',
             c => c,
         };
-        if kept.len() + c.len_utf8() > LINE_BYTES {
-            break;
-        }
         kept.push(c);
     }
     kept
 }
 
-/// The last of `lines` as a failure carries them, each below the last and indented: at most [`TAIL_LINES`], and no
-/// more than [`TAIL_BYTES`] together.
+/// The last of `lines` as a failure carries them, each below the last and indented: [`TAIL_LINES`] and
+/// [`TAIL_LINE_BYTES`] of each at most. The whole lines are in the logs.
 pub fn tail<S: AsRef<str>>(lines: &[S]) -> String {
-    let mut bytes = 0;
-    let fits = |line: &&S| {
-        bytes += line.as_ref().len() + 3;
-        bytes <= TAIL_BYTES
-    };
-    let kept: Vec<&S> = lines
-        .iter()
-        .rev()
-        .take(TAIL_LINES)
-        .take_while(fits)
-        .collect();
     let mut text = String::new();
-    for line in kept.into_iter().rev() {
+    for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
+        let line = line.as_ref();
+        let kept = &line[..line.floor_char_boundary(TAIL_LINE_BYTES)];
         text.push_str("\n  ");
-        text.push_str(line.as_ref());
+        text.push_str(kept);
+        if kept.len() < line.len() {
+            text.push('…');
+        }
     }
     text
 }
@@ -102,6 +105,7 @@ pub fn tail<S: AsRef<str>>(lines: &[S]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::MAX_MESSAGE_BYTES;
 
     #[test]
     fn lines_are_read_as_they_were_kept_and_foreign_ones_are_left_out() {
@@ -140,9 +144,13 @@ mod tests {
         let text = tail(&many);
         assert_eq!(text.lines().skip(1).count(), TAIL_LINES);
         assert!(text.starts_with("\n  300\n") && text.ends_with("\n  499"));
-        let long = vec!["x".repeat(LINE_BYTES); 50];
+        let long = vec!["ü".repeat(LINE_BYTES); TAIL_LINES];
         let text = tail(&long);
-        assert!(text.len() <= TAIL_BYTES && text.len() > TAIL_BYTES - LINE_BYTES - 3);
+        assert_eq!(text.lines().skip(1).count(), TAIL_LINES);
+        assert!(text.ends_with("ü…"));
+        assert_eq!(text.len(), TAIL_BYTES);
+        // A status tells of twenty failures.
+        assert!(20 * TAIL_BYTES < MAX_MESSAGE_BYTES);
         assert_eq!(tail::<&str>(&[]), "");
     }
 }

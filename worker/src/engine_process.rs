@@ -8,9 +8,10 @@ use std::net::IpAddr;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
-use distillery_common::proto::engine_link::{Command, CommitOutcome, Setup};
+use distillery_common::proto::engine_link::{Command, CommitOutcome, Event, Setup};
 use distillery_common::proto::{framing, wire};
 use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 use tokio::net::unix::OwnedReadHalf;
@@ -18,10 +19,12 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{Child, Command as Process};
 use tokio::sync::{mpsc, watch};
 
+use crate::secrets::Secrets;
+
 mod messages;
 mod output;
 
-pub use self::messages::{FromEngine, Request};
+pub use self::messages::{FromEngine, Request, from_wire};
 pub use self::output::{Output as Printed, Tail};
 
 /// Time from the start of the process until it must have opened its socket.
@@ -158,6 +161,7 @@ impl Engine {
             setup,
             queued: far.told,
             outputs: outputs.clone(),
+            secrets: Arc::clone(&printed.secrets),
         };
         tokio::spawn(async move {
             let exit = watched.run(listener, folder, conversation, printed).await;
@@ -265,6 +269,7 @@ struct Conversation {
     setup: Setup,
     queued: mpsc::Receiver<ToEngine>,
     outputs: mpsc::Sender<(u64, Output)>,
+    secrets: Arc<Secrets>,
 }
 
 impl Conversation {
@@ -285,7 +290,7 @@ impl Conversation {
         };
         tokio::select! {
             ended = transmit => ended,
-            ended = receive(self.id, reading, self.outputs) => ended,
+            ended = receive(self.id, reading, self.outputs, &self.secrets) => ended,
         }
     }
 }
@@ -294,16 +299,41 @@ async fn receive(
     id: u64,
     mut socket: OwnedReadHalf,
     outputs: mpsc::Sender<(u64, Output)>,
+    secrets: &Secrets,
 ) -> Result<(), framing::Error> {
     while let Some(message) = framing::read::<_, wire::FromEngine>(&mut socket).await? {
         match messages::from_wire(message) {
             Ok(message) => {
+                let message = without_secrets(message, secrets);
                 let _ = outputs.send((id, Output::Said(message))).await;
             }
             Err(error) => tracing::error!(%error, "the engine sent a malformed message"),
         }
     }
     Ok(())
+}
+
+/// What an engine says went wrong may be the words of a library, too.
+fn without_secrets(said: FromEngine, secrets: &Secrets) -> FromEngine {
+    match said {
+        FromEngine::Event(Event::TaskFailed { lease, failure }) => {
+            let failure = secrets.hidden_in_failure(failure);
+            FromEngine::Event(Event::TaskFailed { lease, failure })
+        }
+        FromEngine::Event(Event::GroupFailed {
+            group,
+            rank,
+            failure,
+        }) => {
+            let failure = secrets.hidden_in_failure(failure);
+            FromEngine::Event(Event::GroupFailed {
+                group,
+                rank,
+                failure,
+            })
+        }
+        said @ (FromEngine::Event(_) | FromEngine::Commit(_)) => said,
+    }
 }
 
 struct Watched {

@@ -9,3 +9,4 @@ pub mod app;
 pub mod cli;
 pub mod engine_process;
 pub mod logs;
+pub mod secrets;

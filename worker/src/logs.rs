@@ -25,8 +25,6 @@ const QUEUE: usize = 4096;
 /// Most bytes, and most parts, that one life of an engine keeps.
 const KEPT_BYTES: usize = 16 << 20;
 const KEPT_PARTS: usize = 2000;
-/// Shortest value of a variable that is taken for a secret.
-const SECRET_BYTES: usize = 8;
 
 /// Keeps the output of this process's engines.
 #[derive(Debug)]
@@ -162,50 +160,6 @@ impl Parts {
     }
 }
 
-/// What must not be shown: values of variables whose names say that they are secret. An engine sees them, and a library
-/// in it may print them.
-#[derive(Default)]
-pub struct Secrets(Vec<String>);
-
-impl Secrets {
-    /// Those of this process's environment, which its engines inherit.
-    pub fn of_environment() -> Self {
-        Self::of(std::env::vars_os().filter_map(|(name, value)| {
-            let name = name.into_string().ok()?;
-            Some((name, value.into_string().ok()?))
-        }))
-    }
-
-    fn of(variables: impl Iterator<Item = (String, String)>) -> Self {
-        const MARKS: [&str; 6] = ["SECRET", "TOKEN", "PASSWORD", "CREDENTIAL", "_KEY", "JOIN"];
-        let is_secret = |name: &str| {
-            let name = name.to_ascii_uppercase();
-            MARKS.iter().any(|mark| name.contains(mark))
-        };
-        let values = variables
-            .filter(|(name, value)| is_secret(name) && value.len() >= SECRET_BYTES)
-            .map(|(_, value)| value);
-        Self(values.collect())
-    }
-
-    /// `text` without them.
-    pub fn hidden_in(&self, text: String) -> String {
-        let mut text = text;
-        for secret in &self.0 {
-            if text.contains(secret.as_str()) {
-                text = text.replace(secret.as_str(), "•••");
-            }
-        }
-        text
-    }
-}
-
-impl std::fmt::Debug for Secrets {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Secrets({})", self.0.len())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -275,22 +229,5 @@ mod tests {
         assert!(bytes <= KEPT_BYTES as u64 && bytes > (KEPT_BYTES - 2 * PART_BYTES) as u64);
         let last = entries.last().and_then(|e| layout::parse_log_part(&e.key));
         assert_eq!(last.map(|(.., seq)| seq), Some(parts as u64 - 1));
-    }
-
-    #[test]
-    fn values_of_secret_variables_are_hidden() {
-        let variables = [
-            ("AWS_SECRET_ACCESS_KEY", "abcdefgh12345678"),
-            ("DISTILLERY_TOKEN", "0123456789abcdef"),
-            ("HF_TOKEN", "short"),
-            ("HOME", "/home/somebody"),
-        ];
-        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let secrets = Secrets::of(variables.into_iter());
-        assert_eq!(
-            secrets.hidden_in("0123456789abcdef: abcdefgh12345678 short /home/somebody".into()),
-            "•••: ••• short /home/somebody"
-        );
-        assert_eq!(format!("{secrets:?}"), "Secrets(2)");
     }
 }

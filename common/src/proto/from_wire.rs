@@ -131,7 +131,7 @@ pub fn failure(failure: Option<wire::Failure>) -> Result<Failure, Malformed> {
 }
 
 /// The most bytes of a failure's message that are kept: what it says, and the last lines of an engine.
-const MESSAGE_BYTES: usize = 4 * crate::logs::TAIL_BYTES;
+const MESSAGE_BYTES: usize = crate::logs::TAIL_BYTES + (64 << 10);
 
 fn bounded(mut text: String) -> String {
     if text.len() > MESSAGE_BYTES {

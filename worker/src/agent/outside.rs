@@ -15,7 +15,8 @@ use tokio::sync::mpsc;
 
 use super::client::{self, Closed, Heard, Said};
 use crate::engine_process::{Engine, Output, Printed, Program, Tail};
-use crate::logs::{Keeper, Secrets};
+use crate::logs::Keeper;
+use crate::secrets::Secrets;
 
 /// The world round an agent.
 #[tonic::async_trait]
@@ -86,6 +87,8 @@ impl Host {
 #[tonic::async_trait]
 impl Outside for Host {
     async fn open_session(&self, join: &Join, said: Said) -> Result<Heard, Closed> {
+        // An engine starts only after a coordinator has answered.
+        self.secrets.learn(join);
         client::dial(join, said).await
     }
 

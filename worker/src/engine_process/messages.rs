@@ -28,7 +28,10 @@ pub struct Request {
 }
 
 /// Reads a message of the engine.
-pub(super) fn from_wire(message: wire::FromEngine) -> Result<FromEngine, Malformed> {
+///
+/// # Errors
+/// [`Malformed`] for what no correct engine says.
+pub fn from_wire(message: wire::FromEngine) -> Result<FromEngine, Malformed> {
     use wire::from_engine::Message;
     let message = message.message.ok_or(Malformed::Missing("content"))?;
     Ok(FromEngine::Event(match message {
