@@ -22,6 +22,8 @@ pub struct Guest {
     visit: Arc<Visit>,
     /// None once the token was shown.
     patience: Option<Patience>,
+    /// Whether it was told to go: whatever it says now comes too late.
+    gone: bool,
 }
 
 /// What carries the bytes.
@@ -75,10 +77,20 @@ impl Guest {
             io,
             visit,
             patience: Some(patience),
+            gone: false,
         }
     }
 
-    /// Whether a stranger's time is over; asks to be woken when it is.
+    /// Ends with an error when a stranger's time is over; asks to be woken when it is. Asked before everything, since whoever
+    /// takes no answers keeps the service waiting to write, and is never read from again.
+    fn may_stay(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        self.gone = self.gone || self.has_to_go(cx);
+        match self.gone {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(()),
+        }
+    }
+
     fn has_to_go(&mut self, cx: &mut Context<'_>) -> bool {
         if self.visit.is_member() {
             self.patience = None;
@@ -111,9 +123,7 @@ impl AsyncRead for Guest {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.has_to_go(cx) {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
+        self.may_stay(cx)?;
         match &mut self.io {
             Io::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
             Io::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
@@ -127,6 +137,7 @@ impl AsyncWrite for Guest {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.may_stay(cx)?;
         match &mut self.io {
             Io::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
             Io::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
@@ -134,6 +145,7 @@ impl AsyncWrite for Guest {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.may_stay(cx)?;
         match &mut self.io {
             Io::Plain(stream) => Pin::new(stream).poll_flush(cx),
             Io::Tls(stream) => Pin::new(stream).poll_flush(cx),
@@ -141,6 +153,7 @@ impl AsyncWrite for Guest {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.may_stay(cx)?;
         match &mut self.io {
             Io::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             Io::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
@@ -152,6 +165,7 @@ impl AsyncWrite for Guest {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.may_stay(cx)?;
         match &mut self.io {
             Io::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
             Io::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),

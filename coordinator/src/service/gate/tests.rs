@@ -66,6 +66,53 @@ fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
     assert_eq!(book.count(), (3, 0));
 }
 
+/// Only reading used to be watched, and whoever takes no answers is not read from.
+#[tokio::test]
+async fn a_stranger_that_takes_no_answers_is_hung_up_on_in_time() {
+    use tokio::io::AsyncWriteExt as _;
+
+    let limits = Limits {
+        patience: Duration::from_millis(100),
+        ..limits()
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let place = listener.local_addr().expect("an address");
+    let (hall, mut guests) = hall();
+    let door = tokio::spawn(keep(listener, None, limits, hall));
+    let stranger = TcpStream::connect(place).await.expect("let in");
+    let mut guest = guests.recv().await.expect("a guest");
+    // More than any socket's buffers hold.
+    let answer = vec![0; 256 << 20];
+    let error = guest.write_all(&answer).await.expect_err("it is not taken");
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    let error = guest.flush().await.expect_err("it has to go for good");
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    drop((guest, guests, stranger));
+    door.await.expect("it ends");
+}
+
+#[tokio::test]
+async fn a_stranger_that_was_sent_away_gets_no_further_word() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let place = listener.local_addr().expect("an address");
+    let _stranger = TcpStream::connect(place).await.expect("let in");
+    let (stream, peer) = listener.accept().await.expect("accepted");
+    let book = Book::new(Limits {
+        strangers: 1,
+        ..limits()
+    });
+    let (visit, dismissed) = book.enter(peer).expect("comes in");
+    let patience = Patience::new(Duration::from_secs(3600), dismissed);
+    let mut guest = Guest::new(Io::Plain(stream), visit, patience);
+    (0..5).for_each(|_| book.look());
+    assert!(book.make_room());
+    let mut heard = [0; 1];
+    guest.read(&mut heard).await.expect_err("it has to go");
+    guest.write_all(b"more").await.expect_err("and stays gone");
+}
+
 #[test]
 fn an_address_that_fails_too_often_waits_for_the_next_window_and_no_other_does() {
     let book = Book::new(limits());
