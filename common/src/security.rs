@@ -72,11 +72,7 @@ pub struct Token([u8; 32]);
 impl Token {
     /// A new token from the operating system's randomness.
     pub fn generate() -> Result<Self, Error> {
-        let mut bytes = [0; 32];
-        SystemRandom::new()
-            .fill(&mut bytes)
-            .map_err(|_| Error::NoRandomness)?;
-        Ok(Self(bytes))
+        nonce().map(Self)
     }
 
     /// Reads 64 hexadecimal digits; white space around them is ignored.
@@ -221,6 +217,18 @@ impl Interceptor for RequireToken {
             ))
         }
     }
+}
+
+/// Bytes that nobody can foresee, and that are never said twice.
+///
+/// # Errors
+/// [`Error::NoRandomness`].
+pub fn nonce() -> Result<[u8; 32], Error> {
+    let mut bytes = [0; 32];
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| Error::NoRandomness)?;
+    Ok(bytes)
 }
 
 /// What the engines of a run recognise each other by: 32 bytes that follow from (token, run id).

@@ -1,23 +1,40 @@
 //! How two neighbours make sure that they are meant for each other.
 //!
+//! ```text
+//! caller                                    listener
+//!        ◀── magic, 32 random bytes ──────            for this caller alone
+//!        ─── greeting, 32 random bytes ──▶            sealed over both
+//!        ◀── greeting ────────────────────            sealed over both
+//! ```
+//!
 //! A greeting names its sender's place and carries a seal that only a holder of the group's secret can make. The secret
-//! itself is never sent. A generation is never used twice, so a greeting that was recorded is of no use in a later one.
+//! itself is never sent. A seal is of no use on any other connection: whoever listened on the way and says the same again,
+//! in the same generation or another, is answered with other random bytes.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
-use distillery_common::security::GroupSecret;
+use distillery_common::security::{self, GroupSecret};
 
 use super::{Error, Invitation, Links};
 
 /// First bytes of every connection; the number is the version of the ring's protocol.
-const MAGIC: [u8; 8] = *b"dstring2";
+const MAGIC: [u8; 8] = *b"dstring3";
 
-/// Bytes of a greeting: magic, seal, direction, generation, rank, world, length of the stage's name.
-const FIXED: usize = 8 + 32 + 1 + 8 + 4 + 4 + 2;
+/// Random bytes of one side of a connection.
+type Nonce = [u8; 32];
+
+/// Bytes of a challenge: magic, the listener's random bytes.
+const CHALLENGE: usize = 8 + 32;
+
+/// Bytes of a greeting without the stage's name: magic, seal, direction, generation, rank, world, length of the
+/// stage's name, the caller's random bytes.
+const FIXED: usize = 8 + 32 + 1 + 8 + 4 + 4 + 2 + 32;
 
 /// Longest stage name of a greeting.
 const LONGEST_STAGE: usize = 256;
@@ -52,20 +69,23 @@ struct Greeting {
     rank: u32,
     world: u32,
     stage: String,
+    /// The caller's, which its answer repeats.
+    nonce: Nonce,
 }
 
 impl Greeting {
-    fn of(invitation: &Invitation<'_>, rank: u32, direction: Direction) -> Self {
+    fn of(invitation: &Invitation<'_>, rank: u32, direction: Direction, nonce: Nonce) -> Self {
         Self {
             direction: direction as u8,
             generation: invitation.group.generation.0,
             rank,
             world: invitation.peers.len() as u32,
             stage: invitation.group.stage.clone(),
+            nonce,
         }
     }
 
-    /// What is sealed.
+    /// What is said.
     fn words(&self) -> Vec<u8> {
         let mut words = Vec::with_capacity(FIXED + self.stage.len());
         words.push(self.direction);
@@ -73,14 +93,20 @@ impl Greeting {
         words.extend(self.rank.to_le_bytes());
         words.extend(self.world.to_le_bytes());
         words.extend((self.stage.len() as u16).to_le_bytes());
+        words.extend(self.nonce);
         words.extend(self.stage.as_bytes());
         words
     }
 
-    fn write(&self, to: &mut impl Write, secret: &[u8; 32]) -> io::Result<()> {
+    /// What is sealed on the connection on which the listener said `challenge`.
+    fn sealed_words(&self, challenge: &Nonce) -> Vec<u8> {
+        [challenge.as_slice(), &self.words()].concat()
+    }
+
+    fn write(&self, to: &mut impl Write, secret: &[u8; 32], challenge: &Nonce) -> io::Result<()> {
         let words = self.words();
         let mut bytes = MAGIC.to_vec();
-        bytes.extend(GroupSecret(*secret).seal(&words));
+        bytes.extend(GroupSecret(*secret).seal(&self.sealed_words(challenge)));
         bytes.extend(words);
         to.write_all(&bytes)
     }
@@ -103,14 +129,20 @@ impl Greeting {
             rank: u32::from_le_bytes(fixed(&head[49..53])),
             world: u32::from_le_bytes(fixed(&head[53..57])),
             stage,
+            nonce: fixed(&head[59..91]),
         };
         Ok((greeting, fixed(&head[8..40])))
     }
 
     /// Why what was heard is not the expected greeting, if it is not; says nothing of secrets.
-    fn difference(&self, secret: &[u8; 32], (other, seal): &(Self, [u8; 32])) -> Option<String> {
-        if !GroupSecret(*secret).sealed(&other.words(), seal) {
-            return Some("its token is not this run's".to_owned());
+    fn difference(
+        &self,
+        secret: &[u8; 32],
+        challenge: &Nonce,
+        (other, seal): &(Self, [u8; 32]),
+    ) -> Option<String> {
+        if !GroupSecret(*secret).sealed(&other.sealed_words(challenge), seal) {
+            return Some("its token is not this run's, or it repeats what it has heard".to_owned());
         }
         (self != other).then(|| {
             format!(
@@ -145,44 +177,116 @@ fn fixed<const N: usize>(bytes: &[u8]) -> [u8; N] {
     bytes.try_into().expect("as many bytes were read")
 }
 
-/// Calls the next rank, hears from the previous one, and checks both.
+/// Calls the next rank, hears from the previous one, and checks both. Both at once, since everybody waits for the one it
+/// calls, in a ring.
 pub(super) fn join(listener: &TcpListener, invitation: &Invitation<'_>) -> Result<Links, Error> {
     let world = invitation.peers.len() as u32;
     let next_rank = (invitation.rank + 1) % world;
     let previous_rank = (invitation.rank + world - 1) % world;
-    let unreachable = |source: io::Error| Error::Setup {
-        reason: format!(
-            "rank {next_rank} at {} cannot be reached: {source}",
-            invitation.peers[next_rank as usize]
-        ),
+    let watched = Watched {
+        invitation,
+        hopeless: AtomicBool::new(false),
     };
-    let mut next = call(&invitation.peers[next_rank as usize], invitation)
+    let (next, previous) = thread::scope(|scope| {
+        let calling = scope.spawn(|| reach(&watched, next_rank));
+        let previous = wait_for(listener, &watched, previous_rank);
+        if previous.is_err() {
+            watched.give_up();
+        }
+        let next = calling.join();
+        (
+            next.unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            previous,
+        )
+    });
+    match (next, previous) {
+        (Ok(next), Ok(previous)) => Ok(Links { next, previous }),
+        // It was only told to stop: what the other says is the reason.
+        (Err(error), Err(Error::Aborted)) => Err(error),
+        // Who listens can say who else called.
+        (_, Err(error)) | (Err(error), Ok(_)) => Err(error),
+    }
+}
+
+/// An invitation, and whether one of its two sides has failed for good, so that the other need not go on.
+struct Watched<'a> {
+    invitation: &'a Invitation<'a>,
+    hopeless: AtomicBool,
+}
+
+impl Watched<'_> {
+    fn is_over(&self) -> bool {
+        self.invitation.ended.is_set() || self.hopeless.load(Ordering::SeqCst)
+    }
+
+    fn give_up(&self) {
+        self.hopeless.store(true, Ordering::SeqCst);
+    }
+
+    fn given_up(&self) -> io::Result<()> {
+        match self.is_over() {
+            true => Err(io::Error::other("the group was given up")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Calls the next rank and hears its answer.
+fn reach(watched: &Watched<'_>, next_rank: u32) -> Result<TcpStream, Error> {
+    let invitation = watched.invitation;
+    let address = &invitation.peers[next_rank as usize];
+    let failed = |reason: String| match watched.is_over() {
+        true => Error::Aborted,
+        false => Error::Setup { reason },
+    };
+    let unreachable = |source: io::Error| {
+        let error = failed(format!(
+            "rank {next_rank} at {address} cannot be reached: {source}"
+        ));
+        watched.give_up();
+        error
+    };
+    let silent = |source: io::Error| failed(format!("rank {next_rank} did not answer: {source}"));
+    let mut next = call(address, watched)
         .and_then(|stream| prepare(stream, invitation.deadline))
         .map_err(unreachable)?;
-    Greeting::of(invitation, invitation.rank, Direction::Call)
-        .write(&mut next, &invitation.token)
+    let nonce = nonce().map_err(unreachable)?;
+    let challenge = patiently(&next, watched, read_challenge).map_err(silent)?;
+    Greeting::of(invitation, invitation.rank, Direction::Call, nonce)
+        .write(&mut next, &invitation.token, &challenge)
         .map_err(unreachable)?;
-    let previous = wait_for(listener, invitation, previous_rank)?;
-    // The neighbour's answer: it accepted this rank's greeting.
-    let answer = answer(&next, invitation).map_err(|source| Error::Setup {
-        reason: format!("rank {next_rank} did not answer: {source}"),
-    })?;
-    let expected = Greeting::of(invitation, next_rank, Direction::Answer);
-    match expected.difference(&invitation.token, &answer) {
-        Some(difference) => Err(Error::Setup {
-            reason: format!("rank {next_rank} answered, but {difference}"),
-        }),
-        None => Ok(Links { next, previous }),
+    let answer = patiently(&next, watched, Greeting::read).map_err(silent)?;
+    let expected = Greeting::of(invitation, next_rank, Direction::Answer, nonce);
+    match expected.difference(&invitation.token, &challenge, &answer) {
+        Some(difference) => Err(failed(format!(
+            "rank {next_rank} answered, but {difference}"
+        ))),
+        None => Ok(next),
+    }
+}
+
+fn nonce() -> io::Result<Nonce> {
+    security::nonce().map_err(io::Error::other)
+}
+
+/// What the listener says first.
+fn read_challenge(from: &mut impl Read) -> io::Result<Nonce> {
+    let mut challenge = [0; CHALLENGE];
+    from.read_exact(&mut challenge)?;
+    match challenge.strip_prefix(&MAGIC) {
+        Some(nonce) => Ok(fixed(nonce)),
+        None => Err(malformed("it is no member of a ring")),
     }
 }
 
 /// Connects to the first of a name's addresses that answers within the deadline.
-fn call(address: &str, invitation: &Invitation<'_>) -> io::Result<TcpStream> {
+fn call(address: &str, watched: &Watched<'_>) -> io::Result<TcpStream> {
+    let invitation = watched.invitation;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
         let mut waited = Duration::ZERO;
         while waited < invitation.deadline {
-            given_up(invitation)?;
+            watched.given_up()?;
             let once = LONGEST_CALL.min(invitation.deadline);
             match TcpStream::connect_timeout(&address, once) {
                 Ok(stream) => return Ok(stream),
@@ -200,48 +304,46 @@ fn call(address: &str, invitation: &Invitation<'_>) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// The greeting with which the next rank answers, as soon as it is ready to.
-fn answer(next: &TcpStream, invitation: &Invitation<'_>) -> io::Result<(Greeting, [u8; 32])> {
+/// Reads what the next rank says as soon as it is ready to.
+fn patiently<'a, T>(
+    next: &'a TcpStream,
+    watched: &'a Watched<'a>,
+    read: impl FnOnce(&mut Patient<'a>) -> io::Result<T>,
+) -> io::Result<T> {
     next.set_read_timeout(Some(GLANCE))?;
-    let answer = Greeting::read(&mut Patient {
+    let said = read(&mut Patient {
         stream: next,
-        invitation,
+        watched,
         waited: Duration::ZERO,
     });
-    next.set_read_timeout(Some(invitation.deadline))?;
-    answer
+    next.set_read_timeout(Some(watched.invitation.deadline))?;
+    said
 }
 
 /// Reads from a stream whose own timeout is [`GLANCE`], until the invitation's deadline or end.
 struct Patient<'a> {
     stream: &'a TcpStream,
-    invitation: &'a Invitation<'a>,
+    watched: &'a Watched<'a>,
     waited: Duration,
 }
 
 impl Read for Patient<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut stream = self.stream;
         loop {
-            given_up(self.invitation)?;
-            match self.stream.read(buffer) {
+            self.watched.given_up()?;
+            match stream.read(buffer) {
                 Err(error)
                     if matches!(
                         error.kind(),
                         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-                    ) && self.waited < self.invitation.deadline =>
+                    ) && self.waited < self.watched.invitation.deadline =>
                 {
                     self.waited += GLANCE;
                 }
                 read => return read,
             }
         }
-    }
-}
-
-fn given_up(invitation: &Invitation<'_>) -> io::Result<()> {
-    match invitation.ended.is_set() {
-        true => Err(io::Error::other("the group was given up")),
-        false => Ok(()),
     }
 }
 
@@ -255,21 +357,17 @@ fn prepare(stream: TcpStream, deadline: Duration) -> io::Result<TcpStream> {
 
 /// Accepts until the expected rank has greeted, and answers it; everybody else is hung up on. Callers are heard side by
 /// side, so that one that says nothing holds up nobody.
-fn wait_for(
-    listener: &TcpListener,
-    invitation: &Invitation<'_>,
-    rank: u32,
-) -> Result<TcpStream, Error> {
+fn wait_for(listener: &TcpListener, watched: &Watched<'_>, rank: u32) -> Result<TcpStream, Error> {
+    let invitation = watched.invitation;
     let failed = |source: io::Error| Error::Setup {
         reason: format!("this rank cannot listen: {source}"),
     };
     listener.set_nonblocking(true).map_err(failed)?;
-    let expected = Greeting::of(invitation, rank, Direction::Call);
     let mut looks = invitation.deadline.as_millis() / LOOK.as_millis() + 1;
     let mut callers: VecDeque<Caller> = VecDeque::new();
     let mut refused = Refused::default();
     let mut calls = 0u64;
-    while looks > 0 && !invitation.ended.is_set() {
+    while looks > 0 && !watched.is_over() {
         let accepted = match listener.accept() {
             Ok((stream, _)) => Some(stream),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
@@ -296,9 +394,9 @@ fn wait_for(
             let Some(mut caller) = callers.pop_front() else {
                 break;
             };
-            match caller.hear(&expected, &invitation.token) {
-                Ok(false) => callers.push_back(caller),
-                Ok(true) => match welcome(caller.stream, invitation) {
+            match caller.hear(invitation, rank) {
+                Ok(None) => callers.push_back(caller),
+                Ok(Some(nonce)) => match welcome(caller, invitation, nonce) {
                     Ok(stream) => return Ok(stream),
                     Err(error) => refused.note(&error.to_string()),
                 },
@@ -306,7 +404,7 @@ fn wait_for(
             }
         }
     }
-    if invitation.ended.is_set() {
+    if watched.is_over() {
         return Err(Error::Aborted);
     }
     Err(Error::Setup {
@@ -345,26 +443,34 @@ impl fmt::Display for Refused {
 #[derive(Debug)]
 struct Caller {
     stream: TcpStream,
+    /// What it was told, and nobody else.
+    challenge: Nonce,
     heard: Vec<u8>,
 }
 
 impl Caller {
-    fn new(stream: TcpStream) -> io::Result<Self> {
+    fn new(mut stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
+        let challenge = nonce()?;
+        // The buffer of a new connection has room for it.
+        stream.write_all(&[MAGIC.as_slice(), &challenge].concat())?;
         Ok(Self {
             stream,
+            challenge,
             heard: Vec::new(),
         })
     }
 
-    /// Takes what has arrived, and not a byte beyond the greeting. Gives whether it is `expected`; an error is the
-    /// reason to hang up.
-    fn hear(&mut self, expected: &Greeting, secret: &[u8; 32]) -> Result<bool, String> {
+    /// Takes what has arrived, and not a byte beyond the greeting. Gives the caller's random bytes once it has proved to be
+    /// `rank`; an error is the reason to hang up.
+    fn hear(&mut self, invitation: &Invitation<'_>, rank: u32) -> Result<Option<Nonce>, String> {
         loop {
             let missing = match Greeting::read(&mut self.heard.as_slice()) {
-                Ok(greeting) => {
-                    return match expected.difference(secret, &greeting) {
-                        None => Ok(true),
+                Ok(heard) => {
+                    let nonce = heard.0.nonce;
+                    let expected = Greeting::of(invitation, rank, Direction::Call, nonce);
+                    return match expected.difference(&invitation.token, &self.challenge, &heard) {
+                        None => Ok(Some(nonce)),
                         Some(difference) => Err(difference),
                     };
                 }
@@ -375,7 +481,7 @@ impl Caller {
             match self.stream.read(&mut more) {
                 Ok(0) => return Err("it hung up".to_owned()),
                 Ok(count) => self.heard.extend(&more[..count]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.to_string()),
             }
@@ -395,9 +501,79 @@ impl Caller {
 }
 
 /// Answers the neighbour's greeting.
-fn welcome(stream: TcpStream, invitation: &Invitation<'_>) -> io::Result<TcpStream> {
-    let mut stream = prepare(stream, invitation.deadline)?;
-    Greeting::of(invitation, invitation.rank, Direction::Answer)
-        .write(&mut stream, &invitation.token)?;
+fn welcome(caller: Caller, invitation: &Invitation<'_>, nonce: Nonce) -> io::Result<TcpStream> {
+    let mut stream = prepare(caller.stream, invitation.deadline)?;
+    Greeting::of(invitation, invitation.rank, Direction::Answer, nonce).write(
+        &mut stream,
+        &invitation.token,
+        &caller.challenge,
+    )?;
     Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use distillery_common::seed::{Purpose, Stream};
+
+    const SECRET: [u8; 32] = [7; 32];
+
+    fn greeting(direction: Direction) -> Greeting {
+        Greeting {
+            direction: direction as u8,
+            generation: 3,
+            rank: 1,
+            world: 2,
+            stage: "seg8".into(),
+            nonce: [5; 32],
+        }
+    }
+
+    fn bytes(greeting: &Greeting, challenge: &Nonce) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        greeting.write(&mut bytes, &SECRET, challenge).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_seal_holds_for_one_challenge_one_direction_and_every_byte() {
+        let call = greeting(Direction::Call);
+        let whole = bytes(&call, &[1; 32]);
+        let heard = Greeting::read(&mut whole.as_slice()).unwrap();
+        assert_eq!(call.difference(&SECRET, &[1; 32], &heard), None);
+        assert!(call.difference(&SECRET, &[2; 32], &heard).is_some());
+        assert!(call.difference(&[8; 32], &[1; 32], &heard).is_some());
+        let answer = greeting(Direction::Answer);
+        assert!(answer.difference(&SECRET, &[1; 32], &heard).is_some());
+        for bit in 0..whole.len() * 8 {
+            let mut flipped = whole.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            if let Ok(heard) = Greeting::read(&mut flipped.as_slice()) {
+                assert!(call.difference(&SECRET, &[1; 32], &heard).is_some());
+            }
+        }
+    }
+
+    /// Greetings that were changed, cut and added to at random: none is believed, none breaks the reader.
+    #[test]
+    fn no_changed_bytes_are_taken_for_a_greeting() {
+        let call = greeting(Direction::Call);
+        let whole = bytes(&call, &[1; 32]);
+        let mut stream = Stream::new(1, Purpose::Bootstrap, 0, 0);
+        for _ in 0..20_000 {
+            let mut changed = whole.clone();
+            for _ in 0..=stream.below(8) {
+                let at = stream.below(changed.len() as u32) as usize;
+                changed[at] = stream.below(256) as u8;
+            }
+            changed.truncate(stream.below(2 * whole.len() as u32) as usize);
+            if changed.get(..whole.len()) == Some(whole.as_slice()) {
+                continue;
+            }
+            let _ = read_challenge(&mut changed.as_slice());
+            if let Ok(heard) = Greeting::read(&mut changed.as_slice()) {
+                assert!(call.difference(&SECRET, &[1; 32], &heard).is_some());
+            }
+        }
+    }
 }
