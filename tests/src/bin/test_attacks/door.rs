@@ -15,8 +15,10 @@ use super::site::{Site, Trial};
 pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 /// A stranger must be gone after this.
 const GONE: Duration = Duration::from_secs(15);
-/// Attackers of one kind at a time, whose refusal must be logged once.
-const CROWD: usize = 50;
+/// Attackers of one kind at a time, of whom the log must tell in few lines.
+const CROWD: u64 = 50;
+/// The first of them, and how many more, in two windows at most.
+const LINES: u64 = 4;
 
 /// Every attack at the door.
 pub(crate) async fn all(site: &Site) -> Vec<Trial> {
@@ -79,7 +81,7 @@ pub(crate) async fn all(site: &Site) -> Vec<Trial> {
     trials
 }
 
-/// A crowd that shows a wrong certificate: all are refused, and the log says so once (twice where its window ended).
+/// A crowd that shows a wrong certificate: all are refused, and the log tells of all of them in a few lines.
 async fn certificate(site: &Site, shown: Shown, reason: &str) -> Result<String> {
     let forge = Forge::of(&site.join)?;
     let before = site.refusals_for(reason);
@@ -89,15 +91,15 @@ async fn certificate(site: &Site, shown: Shown, reason: &str) -> Result<String> 
             unheard(stream, PREFACE).await?;
         }
     }
-    site.await_refusal(reason).await?;
-    let logged = site.refusals_for(reason) - before;
-    // Kinds of one reason share their words, and a window may end in between.
+    let told = site.await_refusals(reason, before, CROWD).await?;
     ensure!(
-        (1..=2).contains(&logged),
-        "{logged} lines of log for {CROWD} refusals"
+        told.lines <= LINES,
+        "{} lines of log for {CROWD} refusals",
+        told.lines
     );
     Ok(format!(
-        "{CROWD} times refused, {logged} times in the log: {reason}"
+        "{CROWD} times refused, told in {} lines of log: {reason}",
+        told.lines
     ))
 }
 
@@ -120,10 +122,11 @@ async fn unheard(mut stream: impl AsyncRead + AsyncWrite + Unpin, words: &[u8]) 
 }
 
 async fn words(site: &Site, words: &[u8]) -> Result<String> {
+    let reason = "it speaks no TLS";
+    let before = site.refusals_for(reason);
     let stream = TcpStream::connect(site.join.address()).await?;
     let heard = unheard(stream, words).await?;
-    let reason = "it speaks no TLS";
-    site.await_refusal(reason).await?;
+    site.await_refusals(reason, before, 1).await?;
     Ok(format!("{heard} bytes of answer; {reason}"))
 }
 
@@ -135,16 +138,22 @@ async fn foreign_join(site: &Site) -> Result<String> {
         Token::generate()?,
         true,
     )?;
-    let error = refused(&join).await?;
+    untrusted(site, &join).await
+}
+
+/// A client of `join` does not trust this coordinator, and one that does not look whom it talks to is refused.
+async fn untrusted(site: &Site, join: &Join) -> Result<String> {
+    let reason = "not valid for this run";
+    let before = site.refusals_for(reason);
+    let error = refused(join).await?;
     ensure!(error.contains("invalid peer certificate"), "{error}");
-    // And one that does not look whom it talks to.
-    let stream = Forge::of(&join)?
+    let stream = Forge::of(join)?
         .connect(join.address(), Shown::Member)
         .await;
     if let Ok(stream) = stream {
         unheard(stream, PREFACE).await?;
     }
-    site.await_refusal("not valid for this run").await?;
+    site.await_refusals(reason, before, 1).await?;
     Ok(format!("at the client: {error}"))
 }
 
@@ -153,15 +162,7 @@ async fn stale_join(site: &Site) -> Result<String> {
     let earlier = "01890000-0000-7000-8000-000000000000";
     let token = site.join.token().clone();
     let join = Join::new(site.join.address(), earlier, token, true)?;
-    let error = refused(&join).await?;
-    ensure!(error.contains("invalid peer certificate"), "{error}");
-    let stream = Forge::of(&join)?
-        .connect(join.address(), Shown::Member)
-        .await;
-    if let Ok(stream) = stream {
-        unheard(stream, PREFACE).await?;
-    }
-    Ok(format!("at the client: {error}"))
+    untrusted(site, &join).await
 }
 
 async fn refused(join: &Join) -> Result<String> {
@@ -234,18 +235,22 @@ async fn replay(site: &Site) -> Result<String> {
             .any(|bytes| bytes == join.token().reveal().as_bytes()),
         "the token is in plain sight"
     );
+    let reason = "the TLS handshake failed";
+    let before = site.refusals_for(reason);
     let mut stream = TcpStream::connect(site.join.address()).await?;
     stream.write_all(&session).await?;
     let mut heard = Vec::new();
     let ended = tokio::time::timeout(GONE, stream.read_to_end(&mut heard)).await;
     ensure!(ended.is_ok(), "the connection is open after {GONE:?}");
-    site.await_refusal("the TLS handshake failed").await?;
+    site.await_refusals(reason, before, 1).await?;
     ensure!(site.workers().await? == workers, "the workers have changed");
     Ok(format!("{} bytes, the handshake failed", session.len()))
 }
 
 /// Connections that stop in the middle of their first message, and members' ones that never show the token.
 async fn half_a_handshake(site: &Site) -> Result<String> {
+    let reason = "it did not show the token in time";
+    let before = site.refusals_for(reason);
     let mut stream = TcpStream::connect(site.join.address()).await?;
     stream.write_all(&[0x16, 3, 1, 2, 0, 1, 0]).await?;
     let silent = unheard(stream, b"");
@@ -263,7 +268,6 @@ async fn half_a_handshake(site: &Site) -> Result<String> {
         Ok(0)
     };
     tokio::try_join!(silent, tokenless)?;
-    site.await_refusal("it did not show the token in time")
-        .await?;
+    site.await_refusals(reason, before, 2).await?;
     Ok("both were hung up on after ten seconds".into())
 }

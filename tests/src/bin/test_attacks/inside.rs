@@ -49,16 +49,24 @@ pub(crate) async fn all(site: &Site) -> Vec<Trial> {
     ]
 }
 
+/// What the log says of those who do not show this run's token.
+const TOKENLESS: &str = "its token is not this run's";
+
 async fn no_token(site: &Site) -> Result<String> {
+    let before = site.refusals_for(TOKENLESS);
     let channel = site.join.endpoint()?.connect().await?;
     let mut client = CoordinatorClient::new(channel);
-    match client.status(wire::StatusRequest {}).await {
+    let refused = match client.status(wire::StatusRequest {}).await {
         Ok(_) => bail!("it was answered"),
-        Err(status) => said(&status, tonic::Code::Unauthenticated),
-    }
+        Err(status) => said(&status, tonic::Code::Unauthenticated)?,
+    };
+    drop(client);
+    site.await_refusals(TOKENLESS, before, 1).await?;
+    Ok(refused)
 }
 
 async fn wrong_token(site: &Site) -> Result<String> {
+    let before = site.refusals_for(TOKENLESS);
     let channel = site.join.endpoint()?.connect().await?;
     let token = ShowToken::new(&Token::generate()?);
     let mut client = CoordinatorClient::with_interceptor(channel, token);
@@ -67,7 +75,7 @@ async fn wrong_token(site: &Site) -> Result<String> {
         Err(status) => said(&status, tonic::Code::Unauthenticated)?,
     };
     drop(client);
-    site.await_refusal("its token is not this run's").await?;
+    site.await_refusals(TOKENLESS, before, 1).await?;
     Ok(refused)
 }
 

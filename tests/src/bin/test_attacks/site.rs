@@ -18,8 +18,11 @@ use tonic::transport::Channel;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 /// Between two looks.
 const GLANCE: Duration = Duration::from_millis(100);
-/// What the coordinator logs of connections that it refuses.
+/// What the coordinator logs of the first connection that it refuses for a reason, and of others in the same window.
 const REFUSED: &str = "turned a connection away";
+const MORE_REFUSED: &str = "turned more such connections away";
+/// How long the log may take to tell of a refusal: a window, and some.
+const TOLD: Duration = Duration::from_secs(25);
 
 /// What came of one attack.
 #[derive(Debug)]
@@ -49,6 +52,13 @@ impl fmt::Display for Trial {
             Err(words) => write!(f, "FAILED  {}: {words}", self.name),
         }
     }
+}
+
+/// Refusals for one reason, and lines of the log about them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Refusals {
+    pub(crate) connections: u64,
+    pub(crate) lines: u64,
 }
 
 /// What the coordinator holds.
@@ -211,11 +221,25 @@ impl Site {
         std::fs::read_to_string(path).unwrap_or_default()
     }
 
-    /// Lines of the log that say `reason` of a refused connection.
-    pub(crate) fn refusals_for(&self, reason: &str) -> usize {
+    /// What the log says so far of connections that were refused for `reason`.
+    pub(crate) fn refusals_for(&self, reason: &str) -> Refusals {
         let log = self.log();
-        let lines = log.lines().filter(|line| line.contains(REFUSED));
-        lines.filter(|line| line.contains(reason)).count()
+        let mut seen = Refusals::default();
+        for line in log.lines().filter(|line| line.contains(reason)) {
+            let more = line.rsplit_once("more=").map(|(_, count)| count);
+            let digits = |text: &str| {
+                let end = text.find(|c: char| !c.is_ascii_digit());
+                text[..end.unwrap_or(text.len())].parse::<u64>().ok()
+            };
+            let count = match more.and_then(digits) {
+                Some(more) if line.contains(MORE_REFUSED) => more,
+                _ if line.contains(REFUSED) => 1,
+                _ => continue,
+            };
+            seen.connections += count;
+            seen.lines += 1;
+        }
+        seen
     }
 
     /// Lines of the log about refusals.
@@ -224,18 +248,35 @@ impl Site {
         log.lines().filter(|line| line.contains("turned ")).count()
     }
 
-    /// Waits until the log gives `reason` for a refusal more often than `before`.
-    pub(crate) async fn await_refusal(&self, reason: &str) -> Result<()> {
+    /// Waits until the log has told of `count` more connections that were refused for `reason` than `before`, and of no
+    /// more: then none of them was an earlier attack's, and the next one begins with none that is not told of.
+    pub(crate) async fn await_refusals(
+        &self,
+        reason: &str,
+        before: Refusals,
+        count: u64,
+    ) -> Result<Refusals> {
         let watch = Stopwatch::start();
-        while self.refusals_for(reason) == 0 {
+        loop {
+            let now = self.refusals_for(reason);
+            let since = now.connections - before.connections;
             ensure!(
-                watch.elapsed() < Duration::from_secs(20),
-                "the log does not say {reason:?}:\n{}",
+                since <= count,
+                "{since} connections were refused for {reason:?} where {count} called"
+            );
+            if since == count {
+                return Ok(Refusals {
+                    connections: since,
+                    lines: now.lines - before.lines,
+                });
+            }
+            ensure!(
+                watch.elapsed() < TOLD,
+                "the log tells of {since} refusals for {reason:?}, not of {count}:\n{}",
                 self.run.log_tail()
             );
             tokio::time::sleep(GLANCE).await;
         }
-        Ok(())
     }
 
     fn finish_run(&mut self) -> Result<()> {
