@@ -108,7 +108,7 @@ test-attacks: ## Attack a living run in every way of the threat model (deploy/RE
 	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
 	$(target)/release/test-attacks --idle $(IDLE)
 
-fuzz: ## Feed every parser of foreign bytes with changed inputs for MINUTES (SEED).
+fuzz: ## Feed parsers of foreign bytes, from recipes and files to messages, Slurm's words and the page's requests, with changed inputs for MINUTES (SEED).
 	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
 	$(target)/release/fuzz --minutes $(MINUTES) --seed $(SEED)
 

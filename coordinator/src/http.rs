@@ -135,7 +135,8 @@ async fn converse(stream: TcpStream, tls: Option<TlsAcceptor>, site: Arc<Site>) 
     }
 }
 
-async fn answer_all(stream: impl AsyncRead + AsyncWrite + Unpin, site: Arc<Site>) {
+/// Answers what is asked on one connection, until it closes.
+pub async fn answer_all(stream: impl AsyncRead + AsyncWrite + Unpin, site: Arc<Site>) {
     let service = service_fn(move |request| {
         let site = Arc::clone(&site);
         async move { Ok::<_, Infallible>(site.answer(&request).await) }

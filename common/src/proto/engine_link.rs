@@ -343,6 +343,14 @@ enum Incoming {
     Outcome(u64, CommitOutcome),
 }
 
+/// Whether `message` is one that an engine understands.
+///
+/// # Errors
+/// [`Malformed`] for what no correct worker says.
+pub fn understand(message: wire::ToEngine) -> Result<(), Malformed> {
+    read_message(message).map(drop)
+}
+
 fn read_message(message: wire::ToEngine) -> Result<Incoming, Malformed> {
     use wire::to_engine::Message;
     let message = message.message.ok_or(Malformed::Missing("content"))?;

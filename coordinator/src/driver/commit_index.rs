@@ -72,8 +72,8 @@ pub(super) async fn read(
     Ok(commits)
 }
 
-/// COMMITs of one part, without their keys.
-fn parse(bytes: &[u8]) -> Result<Vec<(u64, CommitSummary)>, String> {
+/// COMMITs of one part, without their keys, or why it is passed over.
+pub fn parse(bytes: &[u8]) -> Result<Vec<(u64, CommitSummary)>, String> {
     let body = checked::read(bytes)?;
     let stored: Stored = serde_json::from_slice(body).map_err(|error| error.to_string())?;
     if stored.format_version != FORMAT_VERSION {

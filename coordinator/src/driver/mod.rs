@@ -27,6 +27,7 @@ use crate::scheduler::{
 };
 use crate::spans::Spans;
 
+pub use commit_index::parse as parse_commit_index;
 pub use errands::{Dataset, Errands};
 pub use failures::FailureSeen;
 
@@ -85,6 +86,12 @@ pub struct Handle {
 pub struct Ended;
 
 impl Handle {
+    /// The way to a driver that has ended: whatever is asked of it is answered so at once.
+    pub fn to_nobody() -> Self {
+        let (inputs, _) = mpsc::channel(1);
+        Self { inputs }
+    }
+
     /// A worker introduced itself on a new stream; what it is told comes out of the receiver, whose end is the
     /// stream's end.
     pub async fn connect(

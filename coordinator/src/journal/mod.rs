@@ -281,6 +281,11 @@ pub fn parse(segment: &[u8]) -> Result<(Term, Vec<Record>), String> {
     Ok((term, records))
 }
 
+/// How many segments stand before what a snapshot's bytes hold, or why it is passed over.
+pub fn parse_snapshot(bytes: &[u8]) -> Result<u64, String> {
+    snapshot::parse(bytes).map(|folded| folded.next)
+}
+
 async fn read_segment(store: &Store, seq: u64) -> Result<stored::Segment, Error> {
     let found = store.find(&layout::journal_segment(seq)).await?;
     let bytes = found.ok_or(Error::Gap { seq })?;

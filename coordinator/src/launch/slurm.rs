@@ -59,6 +59,11 @@ pub struct Workers {
     pub fewest: u32,
 }
 
+/// How many jobs squeue names in `text`.
+pub fn count_jobs(text: &str) -> usize {
+    queue::parse(text).len()
+}
+
 /// Name of the jobs of a run.
 pub fn name_of(run_id: &str) -> String {
     format!("distill-{run_id}")

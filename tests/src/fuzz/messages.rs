@@ -145,3 +145,120 @@ pub(super) fn of_coordinators() -> Vec<Vec<u8>> {
     });
     whole.iter().map(prost::Message::encode_to_vec).collect()
 }
+
+/// What engines say to their worker.
+pub(super) fn of_engines() -> Vec<Vec<u8>> {
+    use wire::commit_request::What;
+    use wire::from_engine::Message;
+    let failure = Some(wire::Failure {
+        class: 1,
+        message: "broken".into(),
+    });
+    let commit = |key: &str, what| {
+        Message::Commit(wire::CommitRequest {
+            id: 1,
+            key: key.into(),
+            body: b"{}".to_vec(),
+            what: Some(what),
+            rows: 8,
+            bytes: 1000,
+        })
+    };
+    let checkpoint = "checkpoints/seg4/0000000040-g3/COMMIT";
+    let all = [
+        Message::Ready(wire::EngineReady {
+            device: "cpu".into(),
+            device_name: "cpu".into(),
+            libtorch_version: "2".into(),
+        }),
+        Message::Progress(wire::EngineProgress {
+            lease: lease(),
+            done: 1,
+            total: 8,
+        }),
+        commit(
+            "trajectories/x/shard-000007/a1-1/COMMIT",
+            What::Task(lease().unwrap_or_default()),
+        ),
+        commit(
+            checkpoint,
+            What::Checkpoint(wire::CheckpointCommitted {
+                group: group(),
+                step: 40,
+                key: checkpoint.into(),
+                digest: vec![7; 32],
+                bytes: 1000,
+                r#final: true,
+            }),
+        ),
+        Message::TaskFailed(wire::EngineTaskFailed {
+            lease: lease(),
+            failure: failure.clone(),
+        }),
+        Message::GroupReady(wire::EngineGroupReady {
+            group: group(),
+            rank: 1,
+            address: "127.0.0.1:4000".into(),
+        }),
+        Message::GroupFailed(wire::EngineGroupFailed {
+            group: group(),
+            rank: 1,
+            failure,
+        }),
+    ];
+    all.map(|message| {
+        framed(&wire::FromEngine {
+            message: Some(message),
+        })
+    })
+    .into()
+}
+
+/// What workers say to their engine.
+pub(super) fn to_engines() -> Vec<Vec<u8>> {
+    use wire::to_engine::Message;
+    let all = [
+        Message::Setup(wire::EngineSetup {
+            run_uri: "file:///run".into(),
+            worker: "worker".into(),
+            incarnation: 1,
+            group_secret: vec![7; 32],
+        }),
+        Message::Start(lease().unwrap_or_default()),
+        Message::Join(wire::GroupJoin {
+            group: group(),
+            rank: 1,
+            world: 2,
+            base_step: 10,
+            base_checkpoint: "checkpoints/seg4/0000000010-g1/COMMIT".into(),
+            parent_checkpoint: String::new(),
+            term: 1,
+        }),
+        Message::Peers(wire::GroupPeers {
+            group: group(),
+            addresses: vec![b"127.0.0.1:4000".to_vec().into(); 2],
+        }),
+        Message::Abort(wire::GroupAbort {
+            group: group(),
+            reason: "a member was lost".into(),
+        }),
+        Message::Drain(wire::EngineDrain { checkpoint: true }),
+        Message::CommitOutcome(wire::CommitOutcome {
+            id: 1,
+            outcome: 4,
+            message: "the store is away".into(),
+        }),
+    ];
+    all.map(|message| {
+        framed(&wire::ToEngine {
+            message: Some(message),
+        })
+    })
+    .into()
+}
+
+/// A message as it goes over an engine's socket, behind its length.
+fn framed(message: &impl prost::Message) -> Vec<u8> {
+    let body = message.encode_to_vec();
+    [&(body.len() as u32).to_le_bytes()[..], &body].concat()
+}

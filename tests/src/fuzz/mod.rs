@@ -1,10 +1,13 @@
-//! Every parser of bytes that others may have written, fed with what nobody should write.
+//! Parsers of bytes that others may have written, fed with what nobody should write: recipes, join strings, users' files, every
+//! kind of object in the store, the messages of both wires, what Slurm answers and what the page is asked. The greetings of
+//! a ring of engines are fed by the engine's own tests, since nothing here links libtorch; TLS and HTTP/2 are libraries'.
 //!
 //! Valid inputs are taken from the repository and from a run of the engine's stand-in, then changed at random: bits,
 //! numbers, lengths, pieces of other inputs. What comes back does not matter. A panic does, and so does memory that a few
 //! bytes asked for. A [`Target`] is a function of bytes, so that an engine that is guided by coverage can call it as well.
 
 mod corpus;
+mod inside;
 mod messages;
 mod mutate;
 mod targets;
@@ -42,6 +45,9 @@ pub fn targets(corpus: &Corpus) -> anyhow::Result<Vec<Target>> {
     all.extend(targets::files(corpus)?);
     all.extend(targets::stored(corpus)?);
     all.extend(targets::wires());
+    all.extend(inside::sockets());
+    all.extend(inside::caches(corpus)?);
+    all.extend(inside::answers()?);
     for target in &all {
         anyhow::ensure!(!target.seeds.is_empty(), "{} has no seed", target.name);
     }

@@ -21,11 +21,11 @@ use super::corpus::{Corpus, repository_files};
 use super::{Target, messages};
 
 /// For one input of a parser that keeps little.
-const LITTLE_MIB: f64 = 48.0;
+pub(super) const LITTLE_MIB: f64 = 48.0;
 /// For prompts: one page of a Parquet file may have 256 MiB, and is copied once.
 const PROMPTS_MIB: f64 = 640.0;
 
-fn target(
+pub(super) fn target(
     name: &'static str,
     memory_mib: f64,
     seeds: Vec<Vec<u8>>,
