@@ -10,6 +10,7 @@
 //! value as soon as it has added its own.
 
 mod chain;
+mod greeting;
 mod handshake;
 mod pump;
 mod rounds;
