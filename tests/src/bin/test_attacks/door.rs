@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use distillery_common::security::{Join, Token};
+use distillery_common::proto::wire::StatusRequest;
+use distillery_common::proto::wire::coordinator_client::CoordinatorClient;
+use distillery_common::security::{Join, ShowToken, Token};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -209,15 +211,9 @@ async fn replay(site: &Site) -> Result<String> {
     let workers = site.workers().await?;
     {
         let channel = join.endpoint()?.connect().await?;
-        let token = distillery_common::security::ShowToken::new(join.token());
-        let mut client =
-            distillery_common::proto::wire::coordinator_client::CoordinatorClient::with_interceptor(
-                channel, token,
-            );
-        client
-            .status(distillery_common::proto::wire::StatusRequest {})
-            .await
-            .context("the recorded session itself")?;
+        let mut client = CoordinatorClient::with_interceptor(channel, ShowToken::new(join.token()));
+        let answer = client.status(StatusRequest {}).await;
+        answer.context("the recorded session itself")?;
     }
     let _ = tokio::time::timeout(Duration::from_secs(5), tapped).await;
     let mut session = Vec::new();
