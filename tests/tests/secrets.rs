@@ -2,6 +2,8 @@
 //! given, whatever is asked of the run, and however much is logged.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -69,6 +71,50 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Asks the page and the metrics as somebody who may, and keeps what comes beside the run. The link's first answer leaves its
+/// key in a cookie, which is where it belongs.
+fn look_at_the_page(run: &Run, join: &Join, folder: &Path) {
+    let link = run.read_when_there(&run.output().join("page"), PATIENCE);
+    let link = link.expect("a link").trim().to_owned();
+    let place = link.strip_prefix("http://").expect("on this host");
+    let (address, _) = place.split_once('/').expect("a path");
+    for (at, path) in ["/", "/metrics", "/nothing", "/healthz", "/readyz"]
+        .into_iter()
+        .enumerate()
+    {
+        let token = join.token().reveal();
+        let mut stream = TcpStream::connect(address).expect("it listens");
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
+        )
+        .expect("it reads");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).expect("it answers");
+        let code: &[u8] = match path {
+            "/nothing" => b"HTTP/1.1 404 ",
+            _ => b"HTTP/1.1 200 ",
+        };
+        assert!(answer.starts_with(code), "{path}");
+        fs::write(folder.join(format!("page-{at}")), answer).expect("written");
+    }
+}
+
+/// Runs the coordinator's command with `arguments`, and keeps what it says beside the run. Gives whether it succeeded.
+fn ask(run: &Run, folder: &Path, answer: String, arguments: &[&str]) -> bool {
+    let mut command = run.command("coordinator");
+    command.args(arguments).arg("-vv");
+    let said = command.output().expect("it starts");
+    let errors = String::from_utf8_lossy(&said.stderr);
+    assert_ne!(
+        said.status.code(),
+        Some(64),
+        "{arguments:?} is no command: {errors}"
+    );
+    fs::write(folder.join(answer), [said.stdout, said.stderr].concat()).expect("written");
+    said.status.success()
+}
+
 /// Asks everything that can be asked, and keeps the answers beside the run.
 fn ask_everything(run: &Run, folder: &Path, moment: &str) {
     let output = run.output().display().to_string();
@@ -90,19 +136,42 @@ fn ask_everything(run: &Run, folder: &Path, moment: &str) {
         &["gc", &output],
     ];
     for (at, arguments) in asked.into_iter().enumerate() {
-        let mut command = run.command("coordinator");
-        command.args(arguments).arg("-vv");
-        let said = command.output().expect("it starts");
-        assert_ne!(
-            said.status.code(),
-            Some(64),
-            "{arguments:?} is no command: {}",
-            String::from_utf8_lossy(&said.stderr)
-        );
-        let path = folder.join(format!("answer-{moment}-{at}"));
-        fs::write(path, [said.stdout, said.stderr].concat()).expect("written");
+        ask(run, folder, format!("answer-{moment}-{at}"), arguments);
     }
-    // Workers with broken and foreign join strings, on the command line and in a file.
+    let report = folder.join(format!("report-{moment}.html"));
+    let report = ["report", &output, "--out", &report.display().to_string()];
+    assert!(ask(run, folder, format!("report-{moment}"), &report));
+    render(run, folder, moment, &recipe);
+    join_wrongly(run, folder, moment);
+}
+
+/// Has the recipe rendered for clusters, with a token that is named and not written, and without.
+fn render(run: &Run, folder: &Path, moment: &str, recipe: &str) {
+    let token = "token: \"${env:TOKEN_OF_THE_TEST}\"";
+    let pods = "launcher: kubernetes, kubernetes: {image: somewhere/engine}";
+    for (at, (what, cluster, succeeds)) in [
+        (
+            "slurm",
+            format!("launcher: slurm, slurm: {{}}, {token}"),
+            true,
+        ),
+        ("kubernetes", pods.to_owned(), true),
+        // It would stand in a ConfigMap.
+        ("kubernetes", format!("{pods}, {token}"), false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let cluster = format!("cluster={{{cluster}, workers: {{max: 2}}}}");
+        let output = "output=s3://bucket/run";
+        let asked = ["render", what, recipe, "--set", &cluster, "--set", output];
+        let rendered = ask(run, folder, format!("rendered-{moment}-{at}"), &asked);
+        assert_eq!(rendered, succeeds, "{asked:?}");
+    }
+}
+
+/// Has workers join with broken and foreign join strings.
+fn join_wrongly(run: &Run, folder: &Path, moment: &str) {
     let join = fs::read_to_string(run.output().join("join")).expect("there");
     let (head, token) = join.trim().rsplit_once('#').expect("a token");
     let broken = [
@@ -159,6 +228,7 @@ fn check(given: Given) {
         assert_eq!(name, Some("DISTILLERY_JOIN"), "{given:?}");
     }
     ask_everything(&run, folder.path(), "during");
+    look_at_the_page(&run, &join, folder.path());
     // A worker that dies has its engine's last words in the report of the failure.
     run.kill(Target::Engine, 0).expect("killed");
     run.finish(PATIENCE).expect("it finishes");
