@@ -1,6 +1,8 @@
 //! What people and programs see of a run: the live page, metrics, logs, workers, failures.
 
 use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::process::Output;
 use std::time::Duration;
 
