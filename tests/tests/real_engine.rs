@@ -295,6 +295,67 @@ fn a_stopped_run_that_saves_in_shares_goes_on_where_it_stood() {
     );
 }
 
+/// The worker that asks for a COMMIT stands still for a while. Whoever left before it is there would end the group, and with it
+/// the right to commit.
+#[test]
+fn whoever_leaves_waits_for_the_commit_of_the_slowest() {
+    for sharded in [true, false] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let recipe = first_stage(3, 400, 1000, sharded).replace("min: 3", "min: 1");
+        let mut run = Run::new(folder.path(), &recipe, EngineKind::Real).expect("built");
+        run.start().expect("it starts");
+        let trains = || run.log_tail().contains("seg8: training ").then_some(());
+        run.await_some(trains, "step", PATIENCE).expect("it trains");
+        let log = |name: &str| {
+            let path = run.output().join(format!("logs/{name}.log"));
+            std::fs::read_to_string(path).unwrap_or_default()
+        };
+        let names = ["local-0", "local-1", "local-2"];
+        let (first, others): (Vec<_>, Vec<_>) = names
+            .into_iter()
+            .partition(|name| log(name).contains("generation 1 rank=0 "));
+        let commanded = |name: &str| {
+            let is_of = |pid: &u32| {
+                let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline"));
+                line.is_ok_and(|line| line.split('\0').any(|word| word == name))
+            };
+            run.processes_of(Target::Worker).into_iter().find(is_of)
+        };
+        let stopped = commanded(first[0]).expect("the worker of rank 0");
+        signal(stopped, "STOP").expect("it lives");
+        let mut drain = run.command("coordinator");
+        drain.arg("drain").arg(run.output()).arg(others[0]);
+        let drained = drain.output().expect("it starts");
+        assert!(drained.status.success(), "{drained:?}");
+        let stage = run.output().join("checkpoints/seg8");
+        let folders = || {
+            std::fs::read_dir(&stage)
+                .ok()
+                .into_iter()
+                .flatten()
+                .flatten()
+        };
+        let written = || folders().any(|f| f.path().join("metrics.jsonl").exists());
+        run.await_some(|| written().then_some(()), "state", PATIENCE)
+            .expect("rank 0 writes");
+        // Time enough for those who do not wait.
+        std::thread::sleep(Duration::from_secs(2));
+        signal(stopped, "CONT").expect("it lives");
+        let committed = || folders().any(|f| f.path().join("COMMIT").exists());
+        run.await_some(|| committed().then_some(()), "COMMIT", PATIENCE)
+            .expect("rank 0 commits");
+        let log = log(first[0]);
+        assert!(!log.contains("killing the engine"), "{log}");
+        let saved: Vec<_> = folders().map(|folder| folder.file_name()).collect();
+        assert!(
+            saved
+                .iter()
+                .all(|name| name.to_string_lossy().ends_with("-g1")),
+            "{saved:?}"
+        );
+    }
+}
+
 /// Where a member leaves, all stop after the same step and write their shares: what the others need is in the checkpoint.
 #[test]
 fn one_that_is_drained_leaves_a_checkpoint_in_shares_behind() {

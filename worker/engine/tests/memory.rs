@@ -10,7 +10,7 @@ use distillery_engine::collective::solo::Solo;
 use distillery_engine::diffusion::denoiser::Conditioning;
 use distillery_engine::distill::{Rows, objective};
 use distillery_engine::task::student::Student;
-use distillery_engine::train::{Plan, Trainer};
+use distillery_engine::train::{Notice, Plan, Trainer};
 use distillery_engine::workbench::TeacherModel;
 use tch::{Device, Kind, Tensor};
 
@@ -74,7 +74,7 @@ fn measured(folder: &Folder, stage: &Stage, count: i64, baseline: u64) -> u64 {
         trainer
             .step(
                 &rows,
-                None,
+                &mut Notice::default,
                 objective.as_ref(),
                 &student.unet,
                 None,

@@ -15,7 +15,7 @@ use distillery_engine::diffusion::solver::ddim;
 use distillery_engine::distill::{Objective, Rows, objective};
 use distillery_engine::raw_tensor::keep_freed_memory;
 use distillery_engine::task::student::Student;
-use distillery_engine::train::{Plan, Trainer};
+use distillery_engine::train::{Notice, Plan, Trainer};
 use distillery_engine::workbench::TeacherModel;
 use serde_json::json;
 use tch::{Device, Tensor};
@@ -185,7 +185,7 @@ impl Training {
     fn step(&mut self) -> Result<f64> {
         let report = self.trainer.step(
             &self.rows,
-            None,
+            &mut Notice::default,
             self.objective.as_ref(),
             &self.student.unet,
             None,

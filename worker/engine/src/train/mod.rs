@@ -20,7 +20,7 @@ pub mod snapshot;
 mod trainer;
 
 pub use restoring::Restoring;
-pub use trainer::{Control, Error, Plan, Sink, Source, StepReport, Trainer};
+pub use trainer::{Control, Error, Notice, Plan, Sink, Source, StepReport, Trainer};
 
 #[cfg(test)]
 mod tests;

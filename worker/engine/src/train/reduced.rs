@@ -4,18 +4,19 @@ use distillery_common::curves::{TIME_BINS, time_bin};
 use distillery_common::ledger::{Ledger, PLACES};
 use tch::{Device, Kind, Tensor};
 
+use super::Notice;
 use super::flat::Parameters;
 use crate::collective::{self, Collective, Parts};
 use crate::diffusion::schedule::TRAIN_TIMES;
 use crate::distill::{Objective, Rows};
 
-/// Values that say who wants to leave: how many ranks do, and how many of them with a checkpoint.
-const LEAVE: usize = 2;
+/// Values of a [`Notice`], each a number of ranks: who leave, who of them with a checkpoint, who are saving.
+const NOTICE: usize = 3;
 
 /// What is summed over the group: the gradient, then loss sums and row counts by segment and by time, then the ledger, then
-/// who wants to leave.
+/// the notices.
 pub(super) struct Reduced {
-    /// `[len + 2 (segments + TIME_BINS) + PLACES + LEAVE]`, f32.
+    /// `[len + 2 (segments + TIME_BINS) + PLACES + NOTICE]`, f32.
     pub(super) flat: Tensor,
     len: i64,
     segments: usize,
@@ -30,7 +31,7 @@ pub(super) struct Losses {
 
 impl Reduced {
     pub(super) fn new(len: i64, segments: usize, parameters: &Parameters) -> Self {
-        let tail = (2 * (segments + TIME_BINS) + PLACES + LEAVE) as i64;
+        let tail = (2 * (segments + TIME_BINS) + PLACES + NOTICE) as i64;
         let flat = Tensor::zeros([len + tail], (Kind::Float, parameters.device()));
         Self {
             flat,
@@ -55,7 +56,7 @@ impl Reduced {
 
     /// Values that follow the gradient.
     pub(super) fn tail_len(&self) -> usize {
-        2 * self.bins() + PLACES + LEAVE
+        2 * self.bins() + PLACES + NOTICE
     }
 
     /// After a sum of which every rank has its own part: tells all ranks the tail, which the last one has, and the sums of
@@ -126,22 +127,29 @@ impl Reduced {
         tch::no_grad(|| place += tail);
     }
 
-    /// Tells the others that this rank wants to leave after the step, and whether with a checkpoint. Once a step.
-    pub(super) fn add_leave(&mut self, checkpoint: bool) {
-        let told = Tensor::from_slice(&[1.0, f32::from(u8::from(checkpoint))]);
-        let mut place = self
-            .flat
-            .narrow(0, self.len + self.leave_at(), LEAVE as i64);
+    /// Tells the others what this rank has to say. Once a step.
+    pub(super) fn add_notice(&mut self, notice: Notice) {
+        let told = [
+            notice.leave.is_some(),
+            notice.leave == Some(true),
+            notice.saving,
+        ];
+        let told = Tensor::from_slice(&told.map(|yes| f32::from(u8::from(yes))));
+        let start = self.len + self.notice_at();
+        let mut place = self.flat.narrow(0, start, NOTICE as i64);
         tch::no_grad(|| place += told.to_device(self.flat.device()));
     }
 
-    /// Whether any rank wants to leave, and if so, whether one of them with a checkpoint.
-    pub(super) fn leave(&self) -> Option<bool> {
-        let told = self.tail(self.leave_at(), LEAVE);
-        (told[0] > 0.0).then_some(told[1] > 0.0)
+    /// What any rank had to say.
+    pub(super) fn notice(&self) -> Notice {
+        let told = self.tail(self.notice_at(), NOTICE);
+        Notice {
+            leave: (told[0] > 0.0).then_some(told[1] > 0.0),
+            saving: told[2] > 0.0,
+        }
     }
 
-    fn leave_at(&self) -> i64 {
+    fn notice_at(&self) -> i64 {
         (2 * self.bins() + PLACES) as i64
     }
 

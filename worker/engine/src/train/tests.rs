@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::flat::Parameters;
 use super::snapshot::{self, Part};
-use super::{Control, Error, Plan, Restoring, Sink, Source, StepReport, Trainer};
+use super::{Control, Error, Notice, Plan, Restoring, Sink, Source, StepReport, Trainer};
 use crate::collective::solo::Solo;
 use crate::collective::tcp::{Invitation, TcpRing};
 use crate::collective::{self, Abort, Collective, Parts};
@@ -424,16 +424,22 @@ fn shared_moments_make_the_same_bits_and_are_held_once() {
     assert_eq!(two.iter().map(moments_of).collect::<Vec<_>>(), [96, 68]);
 }
 
-/// Says before the step after `steps` of them that this rank leaves, with a checkpoint or without.
+/// Says in the step after `steps` of them that this rank leaves, with a checkpoint or without.
 struct Leaver {
     recorder: Recorder,
     steps: usize,
     checkpoint: bool,
+    /// The step in which it says that it is still saving.
+    saves_in: usize,
 }
 
 impl Sink for Leaver {
-    fn leave(&mut self) -> Option<bool> {
-        (self.recorder.reports.len() >= self.steps).then_some(self.checkpoint)
+    fn notice(&mut self) -> Notice {
+        let done = self.recorder.reports.len();
+        Notice {
+            leave: (done >= self.steps).then_some(self.checkpoint),
+            saving: done == self.saves_in,
+        }
     }
 
     fn after_step(&mut self, trainer: &Trainer, report: &StepReport) -> anyhow::Result<Control> {
@@ -461,6 +467,7 @@ fn a_rank_that_leaves_takes_the_others_along_after_the_same_step() {
                 recorder: Recorder::until(40),
                 steps: leaves[ring.rank() as usize],
                 checkpoint,
+                saves_in: ring.rank() as usize,
             };
             let (objective, mut source) = (objective(), Rowmaker::new());
             trainer
@@ -468,12 +475,16 @@ fn a_rank_that_leaves_takes_the_others_along_after_the_same_step() {
                 .unwrap();
             // Nobody is left behind in a step.
             ring.agree(&trainer.fingerprint()).unwrap();
-            let said: Vec<_> = sink.recorder.reports.iter().map(|r| r.leave).collect();
+            let said: Vec<_> = sink.recorder.reports.iter().map(|r| r.notice).collect();
             (trainer.position().step, said)
         });
         let steps = leaves.into_iter().min().unwrap();
-        let mut said = vec![None; steps];
-        said.push(Some(checkpoint));
+        let said: Vec<Notice> = (0..=steps)
+            .map(|step| Notice {
+                leave: (step == steps).then_some(checkpoint),
+                saving: step < 3,
+            })
+            .collect();
         for end in ended {
             assert_eq!(end, (steps as u64 + 1, said.clone()), "{leaves:?} {plan:?}");
         }

@@ -73,8 +73,8 @@ pub struct StepReport {
     pub skipped: bool,
     /// The rows that all ranks together have consumed.
     pub rows: Ledger,
-    /// Whether a rank wanted to leave after this step, and if so, whether one of them with a checkpoint.
-    pub leave: Option<bool>,
+    /// What any rank had to say in this step.
+    pub notice: Notice,
 }
 
 /// Where rows come from.
@@ -92,12 +92,21 @@ pub enum Control {
     Stop,
 }
 
+/// What a rank tells the others in a step, beside its gradient.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Notice {
+    /// Whether it wants to leave after this step, and if so, whether with a checkpoint. All stop then: one that stopped alone
+    /// would leave the others waiting for it in the next step.
+    pub leave: Option<bool>,
+    /// Whether it is still writing an earlier checkpoint.
+    pub saving: bool,
+}
+
 /// Where reports and state go.
 pub trait Sink {
-    /// Whether this rank wants to leave after the step to come, and if so, whether with a checkpoint. All ranks hear of it
-    /// in that step and stop after it: one that stopped alone would leave the others waiting for it in the next.
-    fn leave(&mut self) -> Option<bool> {
-        None
+    /// What this rank has to say to the others: asked in every step, when its gradient is there.
+    fn notice(&mut self) -> Notice {
+        Notice::default()
     }
 
     /// Called after every step; may take a snapshot of the trainer.
@@ -241,15 +250,15 @@ impl Trainer {
                 .map(&mut rows)
                 .collect::<anyhow::Result<_>>()
                 .map_err(handover)?;
-            let leave = sink.leave();
-            let report = self.step(&rows, leave, objective, student, teacher, group)?;
+            let notice = &mut || sink.notice();
+            let report = self.step(&rows, notice, objective, student, teacher, group)?;
             // First of all: whatever ends the group next, the step is applied and must be on record.
             let control = sink.after_step(self, &report).map_err(handover)?;
             if self.position.step.is_multiple_of(COMPARED_EVERY) && group.world() > 1 {
                 let compared = group.agree(&self.fingerprint());
                 compared.map_err(|source| Error::Group { step, source })?;
             }
-            if control == Control::Stop || report.leave.is_some() {
+            if control == Control::Stop || report.notice.leave.is_some() {
                 break;
             }
         }
@@ -260,7 +269,7 @@ impl Trainer {
     /// ([`super::batch::shares`]).
     ///
     /// The loss is the mean over the global batch however it is split: each pass adds its rows' sum divided by
-    /// the batch. `leave` is what [`Sink::leave`] said. On an error nothing was applied, or the state [`Self::is_torn`].
+    /// the batch. `notice` is asked as [`Sink::notice`]. On an error nothing was applied, or the state [`Self::is_torn`].
     ///
     /// # Panics
     ///
@@ -268,7 +277,7 @@ impl Trainer {
     pub fn step(
         &mut self,
         shares: &[Vec<Rows>],
-        leave: Option<bool>,
+        notice: &mut dyn FnMut() -> Notice,
         objective: &dyn Objective,
         student: &dyn Denoiser,
         teacher: Option<&Guided<'_>>,
@@ -284,7 +293,7 @@ impl Trainer {
         let step = self.position.step;
         let broke = |source| Error::Group { step, source };
         let mut reduced = self
-            .sum(shares, leave, objective, student, teacher, group)
+            .sum(shares, notice, objective, student, teacher, group)
             .map_err(broke)?;
         let own = self.own_values();
         let mut gradient = narrow(&reduced.gradient(), &own);
@@ -317,7 +326,7 @@ impl Trainer {
             rate,
             skipped,
             rows: reduced.rows(),
-            leave: reduced.leave(),
+            notice: reduced.notice(),
         })
     }
 
@@ -325,7 +334,7 @@ impl Trainer {
     fn sum(
         &self,
         shares: &[Vec<Rows>],
-        leave: Option<bool>,
+        notice: &mut dyn FnMut() -> Notice,
         objective: &dyn Objective,
         student: &dyn Denoiser,
         teacher: Option<&Guided<'_>>,
@@ -345,7 +354,7 @@ impl Trainer {
         match self.plan.batch.virtual_ranks {
             None => {
                 shares.iter().for_each(|passes| add(passes, &mut reduced));
-                leave.inspect(|&checkpoint| reduced.add_leave(checkpoint));
+                reduced.add_notice(notice());
                 let parts = self.cut[0].with_tail(reduced.tail_len());
                 match self.shares_moments() {
                     true => group.reduce_scatter_sum(&mut reduced.flat, &parts)?,
@@ -355,14 +364,14 @@ impl Trainer {
             Some(ranks) => {
                 let leaves = leaves_of(ranks, group.rank(), group.world());
                 let mut partials = Partials::new(leaves.clone());
-                let mut leave = leave;
+                let last = leaves.end - 1;
                 for (leaf, passes) in leaves.zip(shares) {
                     let mut own = reduced.another(partials.spare());
                     add(passes, &mut own);
-                    // Every rank has a leaf, and speaks in its first.
-                    leave
-                        .take()
-                        .inspect(|&checkpoint| own.add_leave(checkpoint));
+                    // Every rank has a leaf, and speaks in its last.
+                    if leaf == last {
+                        own.add_notice(notice());
+                    }
                     partials.push_leaf(leaf, own.flat);
                 }
                 group.all_reduce_fixed(partials.finish(), ranks, &mut reduced.flat)?;

@@ -286,6 +286,9 @@ fn finish(
         saver.save_now(trainer).map_err(Fault::from)?;
         return Ok(Outcome::Finished);
     }
+    if let Err(error @ train::Error::Diverged { .. }) = result {
+        return Err(train_fault(error));
+    }
     if saver.take_leave(trainer).map_err(Fault::from)? {
         return Ok(Outcome::Drained);
     }

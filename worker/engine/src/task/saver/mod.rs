@@ -10,10 +10,11 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
+use distillery_common::backoff::Backoff;
 use distillery_common::checkpoint::{Share, Training};
 use distillery_common::curves::{StepRecord, finite, to_jsonl};
 use distillery_common::group::{Membership, Phase, Progress};
-use distillery_common::storage::Store;
+use distillery_common::storage::{self, Store, layout};
 use distillery_common::task::{Failure, FailureClass};
 use distillery_common::telemetry::{Stopwatch, peak_memory};
 use tokio::task::JoinHandle;
@@ -24,14 +25,14 @@ use super::rows::StoredRows;
 use crate::io::Io;
 use crate::link::{Event, Link};
 use crate::train::snapshot::{Position, Snapshot};
-use crate::train::{Control, Sink, StepReport, Trainer};
+use crate::train::{Control, Notice, Sink, StepReport, Trainer};
 
 /// Steps between two reports of progress to the worker.
 const PROGRESS_EVERY: u64 = 5;
 /// Steps that the shown loss is averaged over.
 const SHOWN_STEPS: usize = 20;
 
-/// How long rank 0 waits for the other shares of a checkpoint. A rank that had another one in flight when this was due has none.
+/// How long rank 0 waits for the other shares of a checkpoint, and the others, when they leave, for it to be committed.
 const SHARES: Duration = Duration::from_secs(300);
 /// As [`SHARES`], of an engine that is told to end when its group is broken: the others may write none.
 const LAST_SHARES: Duration = Duration::from_secs(10);
@@ -126,31 +127,59 @@ impl<'a> Saver<'a> {
     }
 
     /// What a member owes that leaves before the stage's last step. True if this engine was told to end.
+    ///
+    /// Where all agreed on a checkpoint, those who were not told to end do their part too: they may be told a moment later, and
+    /// of a state in shares those who go have the rest. Nobody is gone before the COMMIT is there, since whoever goes ends the
+    /// group, also for those who are still writing.
     pub fn take_leave(&mut self, trainer: &Trainer) -> Result<bool, Failure> {
-        let told = match self.agreed {
-            Some(_) => self.watch.wanted_checkpoint(),
-            None => self.wanted_checkpoint(),
-        };
-        // Whoever stays keeps the state in memory; but of a state in shares those who go have the rest.
-        let agreed = self.agreed.filter(|_| self.place.sharded);
-        let patience = match self.agreed {
-            Some(_) => SHARES,
-            None => LAST_SHARES,
+        let (wants, patience) = match self.agreed {
+            Some(checkpoint) => (checkpoint, SHARES),
+            None => (self.wanted_checkpoint() == Some(true), LAST_SHARES),
         };
         // The last applied step is whole, whatever became of the one after it, but for shared moments.
-        if [told, agreed].contains(&Some(true)) && !trainer.is_torn() {
+        if wants && !trainer.is_torn() && !self.watch.is_over() {
             self.save_within(patience, trainer)?;
+            let writes = self.share().is_some() || self.agreed.is_some();
+            if writes && self.place.membership.rank != 0 {
+                self.await_commit(trainer.position().step, patience);
+            }
         }
-        Ok(told.is_some())
+        Ok(self.watch.wanted_checkpoint().is_some())
     }
 
     fn save_within(&mut self, patience: Duration, trainer: &Trainer) -> Result<(), Failure> {
-        self.settle(true)?;
         let step = trainer.position().step;
-        if self.saved_step != Some(step) && step > 0 {
+        if step == 0 {
+            return Ok(());
+        }
+        // It may take longer than steps do.
+        self.report_progress(Phase::Sealing, step);
+        if let Err(failure) = self.settle(true) {
+            tracing::warn!(%failure, "an earlier checkpoint came to nothing");
+        }
+        if self.saved_step != Some(step) {
             self.begin(trainer, patience);
         }
         self.settle(true)
+    }
+
+    /// Waits until rank 0 has committed `step`, or nothing can come of it any more.
+    fn await_commit(&mut self, step: u64, patience: Duration) {
+        let group = &self.place.membership.group;
+        let folder = layout::checkpoint(&group.stage, step, group.generation);
+        let commit = layout::commit(&folder);
+        let mut pause = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
+        let mut waited = Duration::ZERO;
+        while waited < patience && !self.watch.is_over() {
+            match self.io.wait(self.store.get(&commit)) {
+                Ok(_) => return,
+                Err(storage::Error::NotFound { .. }) => {}
+                Err(error) => tracing::warn!(%error, "looking for a COMMIT"),
+            }
+            let delay = pause.next_delay(0.5);
+            std::thread::sleep(delay);
+            waited += delay;
+        }
     }
 
     /// Saves a state that a checkpoint was due of and that no checkpoint holds: the generation before this one was
@@ -228,15 +257,30 @@ impl<'a> Saver<'a> {
         self.stall = Some(stopwatch.elapsed());
     }
 
-    /// Takes in an upload that has ended; with `wait`, waits for it first.
+    /// Takes in an upload that has ended; with `wait`, waits for it first, for as long as the group is not ended from outside:
+    /// then no COMMIT is granted any more, and an engine that waited on would be taken for one that hangs.
     fn settle(&mut self, wait: bool) -> Result<(), Failure> {
-        let Some(upload) = self
+        let Some(mut upload) = self
             .in_flight
             .take_if(|upload| wait || upload.is_finished())
         else {
             return Ok(());
         };
-        let saved = self.io.wait(upload).map_err(|error| Failure {
+        let saved = loop {
+            let glance = async { tokio::time::timeout(GLANCE, &mut upload).await };
+            match self.io.wait(glance) {
+                Ok(saved) => break saved,
+                Err(_) if self.watch.is_over() => {
+                    upload.abort();
+                    return Err(Failure {
+                        class: FailureClass::Stale,
+                        message: "the group was ended while a checkpoint was written".to_owned(),
+                    });
+                }
+                Err(_) => {}
+            }
+        };
+        let saved = saved.map_err(|error| Failure {
             class: FailureClass::Unknown,
             message: format!("saving a checkpoint broke off: {error}"),
         })?;
@@ -255,7 +299,7 @@ impl<'a> Saver<'a> {
         }
     }
 
-    fn report_progress(&self, step: u64) {
+    fn report_progress(&self, phase: Phase, step: u64) {
         let recent = &self.curves[self.curves.len().saturating_sub(SHOWN_STEPS)..];
         let mean = |of: &dyn Fn(&StepRecord) -> Option<f64>| {
             let values: Vec<f64> = recent.iter().filter_map(of).collect();
@@ -266,7 +310,7 @@ impl<'a> Saver<'a> {
         let per_second = 1e3 / step_ms.max(1e-6);
         self.link.send(Event::GroupProgress(Progress {
             group: self.place.membership.group.clone(),
-            phase: Phase::Stepping,
+            phase,
             step,
             total_steps: self.place.steps,
             loss: mean(&|r| r.loss),
@@ -277,8 +321,14 @@ impl<'a> Saver<'a> {
 }
 
 impl Sink for Saver<'_> {
-    fn leave(&mut self) -> Option<bool> {
-        self.watch.wanted_checkpoint()
+    fn notice(&mut self) -> Notice {
+        Notice {
+            leave: self.watch.wanted_checkpoint(),
+            saving: self
+                .in_flight
+                .as_ref()
+                .is_some_and(|upload| !upload.is_finished()),
+        }
     }
 
     fn after_step(&mut self, trainer: &Trainer, report: &StepReport) -> anyhow::Result<Control> {
@@ -287,17 +337,22 @@ impl Sink for Saver<'_> {
         let step = trainer.position().step;
         let is_first = !std::mem::replace(&mut self.stepped, true);
         if is_first || step.is_multiple_of(PROGRESS_EVERY) || step == self.place.steps {
-            self.report_progress(step);
+            self.report_progress(Phase::Stepping, step);
         }
         self.settle(false)?;
+        // Where all have to write, one that still does would be waited for: then nobody begins.
+        let is_late = match self.place.sharded {
+            true => report.notice.saving,
+            false => self.in_flight.is_some(),
+        };
         if step.is_multiple_of(self.place.every_steps) && step < self.place.steps {
-            if self.in_flight.is_some() {
+            if is_late {
                 self.left_out += 1;
             } else {
                 self.begin(trainer, SHARES);
             }
         }
-        self.agreed = report.leave;
+        self.agreed = report.notice.leave;
         Ok(if self.watch.is_over() {
             Control::Stop
         } else {
@@ -375,7 +430,7 @@ mod tests {
             rate: 1e-4,
             rows: Ledger::of(0..4),
             skipped: !loss.is_finite(),
-            leave: None,
+            notice: Notice::default(),
         }
     }
 

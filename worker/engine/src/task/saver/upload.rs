@@ -119,8 +119,9 @@ impl Upload {
         }
         let metrics = checkpoint::write_metrics(&self.store, &folder, self.curves.clone()).await?;
         let mut parts = vec![part];
+        let mut waited = Duration::ZERO;
         for rank in 1..self.share.world {
-            match self.account(&folder, rank).await? {
+            match self.account(&folder, rank, &mut waited).await? {
                 Some(part) => parts.push(part),
                 None => {
                     tracing::warn!(%group, step, rank, "a checkpoint is left out: a share is missing");
@@ -139,16 +140,16 @@ impl Upload {
         checkpoint::merge(manifest, parts, metrics, &state.tensors()).map(Some)
     }
 
-    /// What `rank` says of its share; none when it says nothing for too long.
+    /// What `rank` says of its share; none when it says nothing for too long, `waited` for other ranks included.
     async fn account(
         &self,
         folder: &Prefix,
         rank: u32,
+        waited: &mut Duration,
     ) -> Result<Option<checkpoint::Part>, checkpoint::Error> {
         let key = layout::checkpoint_account(folder, rank);
         let mut pause = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
-        let mut waited = Duration::ZERO;
-        while waited < self.patience {
+        while *waited < self.patience {
             match self.store.get(&key).await {
                 Ok(bytes) => return checkpoint::Part::from_bytes(folder, &bytes).map(Some),
                 Err(storage::Error::NotFound { .. }) => {}
@@ -156,7 +157,7 @@ impl Upload {
             }
             let delay = pause.next_delay(0.5);
             tokio::time::sleep(delay).await;
-            waited += delay;
+            *waited += delay;
         }
         Ok(None)
     }
