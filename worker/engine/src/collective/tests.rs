@@ -1,5 +1,5 @@
 mod fixed;
-mod nccl;
+pub(crate) mod nccl;
 mod seats;
 
 use std::io::{Read as _, Write};
@@ -61,7 +61,7 @@ pub(crate) fn on_ring<T: Send>(
     })
 }
 
-const PATIENT: Duration = Duration::from_secs(30);
+pub(crate) const PATIENT: Duration = Duration::from_secs(30);
 
 /// Values with many magnitudes, different on every rank.
 fn values(rank: u32, len: usize) -> Vec<f32> {

@@ -16,6 +16,8 @@ use super::snapshot::{self, Part};
 use super::{Control, Error, Notice, Plan, Restoring, Sink, Source, StepReport, Trainer};
 use crate::collective::solo::Solo;
 use crate::collective::tcp::{Invitation, TcpRing};
+use crate::collective::tests::PATIENT;
+use crate::collective::tests::nccl::on_nccl;
 use crate::collective::{self, Abort, Collective, Parts};
 use crate::diffusion::denoiser::{Conditioning, Denoiser};
 use crate::diffusion::prediction::Prediction;
@@ -460,24 +462,27 @@ fn a_rank_that_leaves_takes_the_others_along_after_the_same_step() {
         let ways = [(None, false), (None, true), (Some(6), false)];
         ways.map(|(ranks, sharded)| (case, shared_plan(ranks, sharded)))
     }) {
-        let ended = on_ring(3, |ring| {
+        let leave = |group: &mut dyn Collective| {
+            let rank = group.rank();
             let student = Mlp::new(Kind::Float);
-            let mut trainer = Trainer::member(plan.clone(), student.parameters(), ring.rank(), 3);
+            let mut trainer = Trainer::member(plan.clone(), student.parameters(), rank, 3);
             let mut sink = Leaver {
                 recorder: Recorder::until(40),
-                steps: leaves[ring.rank() as usize],
+                steps: leaves[rank as usize],
                 checkpoint,
-                saves_in: ring.rank() as usize,
+                saves_in: rank as usize,
             };
             let (objective, mut source) = (objective(), Rowmaker::new());
             trainer
-                .run(&objective, &student, None, ring, &mut source, &mut sink)
+                .run(&objective, &student, None, group, &mut source, &mut sink)
                 .unwrap();
             // Nobody is left behind in a step.
-            ring.agree(&trainer.fingerprint()).unwrap();
+            group.agree(&trainer.fingerprint()).unwrap();
             let said: Vec<_> = sink.recorder.reports.iter().map(|r| r.notice).collect();
             (trainer.position().step, said)
-        });
+        };
+        let mut ended = on_ring(3, |ring| leave(ring));
+        ended.extend(on_nccl(3, PATIENT, |mut nccl| leave(&mut nccl)));
         let steps = leaves.into_iter().min().unwrap();
         let said: Vec<Notice> = (0..=steps)
             .map(|step| Notice {

@@ -30,7 +30,11 @@ fn library() -> Nvidia {
 }
 
 /// Runs `body` on each rank of a formed communicator.
-fn on_nccl<T: Send>(world: u32, deadline: Duration, body: impl Fn(Nccl) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_nccl<T: Send>(
+    world: u32,
+    deadline: Duration,
+    body: impl Fn(Nccl) -> T + Sync,
+) -> Vec<T> {
     let (library, body) = (library(), &body);
     let id = &UniqueId::new(&library).unwrap();
     thread::scope(|scope| {
