@@ -45,3 +45,8 @@ fn a_worker_that_stood_still_commits_nothing_twice() {
 fn a_killed_writer_loses_nothing_that_was_acknowledged() {
     check(&["--campaign", "writers", "--number", "300"]);
 }
+
+#[test]
+fn whatever_joins_leaves_or_dies_changes_no_bit_of_a_student() {
+    check(&["--campaign", "elastic", "--number", "3"]);
+}

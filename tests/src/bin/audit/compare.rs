@@ -4,9 +4,12 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Context as _;
 use serde_json::{Value, json};
 
+use super::checkpoints::Checkpoint;
 use super::finding::{Findings, Promise};
+use super::store::sha256;
 use super::{Run, checkpoints, tasks};
 
 /// What the report says of a run that depends on its recipe alone.
@@ -66,15 +69,11 @@ async fn made(run: &Run) -> anyhow::Result<BTreeMap<String, Value>> {
             if checkpoint.value["step"] != training.steps {
                 continue;
             }
-            let tensors = checkpoint
-                .files
-                .iter()
-                .filter(|f| f.key.ends_with(".safetensors"));
-            let digests: Vec<_> = tensors.map(|file| json!(file.sha256)).collect();
+            let state = digest_of_state(run, &checkpoint).await?;
             let name = format!("the student of {}", stage.name);
-            let earlier = made.insert(name.clone(), json!(digests));
-            if earlier.is_some_and(|earlier| earlier != json!(digests)) {
-                made.insert(format!("a second {name}"), json!(digests));
+            let earlier = made.insert(name.clone(), json!(state));
+            if earlier.is_some_and(|earlier| earlier != json!(state)) {
+                made.insert(format!("a second {name}"), json!(state));
             }
         }
     }
@@ -89,6 +88,29 @@ async fn made(run: &Run) -> anyhow::Result<BTreeMap<String, Value>> {
         }
     }
     Ok(made)
+}
+
+/// One digest of all tensors of a checkpoint, in whichever files and shares they lie.
+async fn digest_of_state(run: &Run, checkpoint: &Checkpoint) -> anyhow::Result<String> {
+    let mut files = Vec::new();
+    for file in &checkpoint.files {
+        files.push(run.tree.get(&file.key).await?);
+    }
+    let tensors = checkpoint.value["tensors"].as_array();
+    let tensors = tensors.context("a checkpoint without tensors")?.iter();
+    let mut digests = BTreeMap::new();
+    for tensor in tensors {
+        let number = |name: &str| tensor[name].as_u64().and_then(|n| usize::try_from(n).ok());
+        let bytes = number("file").and_then(|file| {
+            let (start, len) = (number("offset")?, number("len")?);
+            files.get(file)?.get(start..start.checked_add(len)?)
+        });
+        let bytes = bytes.with_context(|| format!("a tensor beyond its file: {tensor}"))?;
+        let name = format!("{} {}", tensor["kind"], tensor["name"]);
+        let said = json!([tensor["dtype"], tensor["shape"], sha256(bytes)]);
+        anyhow::ensure!(digests.insert(name, said).is_none(), "twice: {tensor}");
+    }
+    Ok(sha256(json!(digests).to_string().as_bytes()))
 }
 
 /// The last part of a key without the attempt in its name, or the part below its folder.

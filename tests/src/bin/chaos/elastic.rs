@@ -17,7 +17,24 @@ pub(crate) const WAITS: &str = "beat=200ms,suspect=600ms,lease_ttl=1500ms,lease_
      member_silence=1500ms,hang=20s,reattach=2s,first_formation=200ms,grow=0s,\
      keep_for_group=2s,sweep=200ms,retry=200ms,retry_cap=2s";
 
-/// The setting of every history.
+/// What the members of a group keep or write in shares. The student is the same.
+const SHARES: [&str; 3] = [
+    "checkpoint: {every_steps: 10}",
+    "checkpoint: {every_steps: 10, sharded: true}",
+    "checkpoint: {every_steps: 10, sharded: true}\noptimizer: {sharded: true}",
+];
+
+/// The setting of history `number`.
+fn setting_of(context: &Context, number: u64) -> Setting {
+    let shares = SHARES[(number % SHARES.len() as u64) as usize];
+    let setting = setting(context);
+    Setting {
+        recipe: setting.recipe.replace(SHARES[0], shares),
+        ..setting
+    }
+}
+
+/// The setting of a run in which nothing is shared out.
 pub(crate) fn setting(context: &Context) -> Setting {
     Setting {
         recipe: include_str!("../../../recipes/elastic.yaml").to_owned(),
@@ -49,7 +66,7 @@ pub(crate) fn histories(context: &Context, score: &mut Score) -> anyhow::Result<
     while !context.is_over(score.faults) {
         let number = score.faults;
         let mut stream = context.stream(number);
-        let mut site = live(&setting(context), &mut stream)?;
+        let mut site = live(&setting_of(context, number), &mut stream)?;
         site.finish()?;
         score.faults += 1;
         score.runs += 1;
