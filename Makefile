@@ -40,12 +40,13 @@ sim-mutants: ## Break the shipping code in each way of tests/mutants.txt and see
 	cargo build $(cargo_flags) -p distillery-tests --bin mutants
 	$(target)/release/mutants
 
-manifests: ## Hold the manifests of deploy/kubernetes against their recipes and the three newest versions of Kubernetes.
+MANIFESTS ?=
+manifests: ## Hold the manifests of deploy/kubernetes against their recipes and the three newest versions of Kubernetes (MANIFESTS=--without-schemas).
 	@mkdir -p $(target)
 	@deploy/manifest-checker.sh >$(target)/manifest-checker.env
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin manifests
 	set -a; . $(target)/manifest-checker.env; set +a; \
-	$(target)/release/manifests
+	$(target)/release/manifests $(MANIFESTS)
 
 MINUTES ?= 10
 chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audited; some ways take root.
@@ -85,7 +86,7 @@ bench-engine: libtorch ## Measure guided evaluations and training steps beside P
 bench-allreduce: libtorch ## Measure the sum over a TCP ring beside Gloo, by processes on this machine (PYTHON has torch).
 	cargo bench --locked -p distillery-engine --bench bench-allreduce
 
-bench-steps: libtorch ## Measure a step with 1, 2 and 4 real engines: what rows and sums take of it, shared moments, reproducible batches.
+bench-steps: libtorch ## Measure a step with 1, 2 and 4 real engines: what rows and sums take of it, how many messages it needs, shared moments, reproducible batches.
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin bench-steps
 	$(target)/release/bench-steps
 

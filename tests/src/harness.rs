@@ -224,10 +224,6 @@ impl Run {
         Ok(())
     }
 
-    fn log_path(&self) -> PathBuf {
-        self.folder.join("coordinator.log")
-    }
-
     fn result_path(&self) -> PathBuf {
         self.folder.join("result.json")
     }
@@ -236,13 +232,6 @@ impl Run {
     pub fn result(&self) -> anyhow::Result<serde_json::Value> {
         let text = std::fs::read_to_string(self.result_path())?;
         serde_json::from_str(&text).with_context(|| format!("{text:?} is no JSON"))
-    }
-
-    /// What the coordinators said, the last lines of it.
-    pub fn log_tail(&self) -> String {
-        let text = std::fs::read_to_string(self.log_path()).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
     /// How the coordinator ended, if it has.
@@ -398,27 +387,38 @@ impl Run {
         for &target in targets {
             let at = share.mul_f64(f64::from(stream.below(1000)) / 1000.0);
             std::thread::sleep(at);
-            let stage = self.stage_at_work();
-            let killed = self.kill(target, stream.next_u32())?;
-            let mut hurt = Hurt {
-                target,
-                at,
-                killed,
-                stage,
-            };
-            if matches!(target, Target::Coordinator | Target::All) {
-                let status = self.wait(patience)?;
-                // One that had ended of itself was not killed.
-                if status.signal().is_none() {
-                    hurt.killed = 0;
-                }
-                self.no_orphans(Duration::from_secs(15))?;
-                self.start()?;
-            }
-            hurts.push(hurt);
+            hurts.push(self.hurt(target, at, stream.next_u32(), patience)?);
         }
         self.finish(patience)?;
         Ok(hurts)
+    }
+
+    /// Kills a process of a kind, chosen by `pick`, now, which is `at` after the last start or kill, and starts the same
+    /// command again if the coordinator is gone.
+    pub fn hurt(
+        &mut self,
+        target: Target,
+        at: Duration,
+        pick: u32,
+        patience: Duration,
+    ) -> anyhow::Result<Hurt> {
+        let stage = self.stage_at_work();
+        let mut killed = self.kill(target, pick)?;
+        if matches!(target, Target::Coordinator | Target::All) {
+            let status = self.wait(patience)?;
+            // One that had ended of itself was not killed.
+            if status.signal().is_none() {
+                killed = 0;
+            }
+            self.no_orphans(patience)?;
+            self.start()?;
+        }
+        Ok(Hurt {
+            target,
+            at,
+            killed,
+            stage,
+        })
     }
 
     /// The last stage that has left something in the store.

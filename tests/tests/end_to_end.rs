@@ -36,8 +36,7 @@ fn a_run_leaves_the_documented_tree_and_a_second_one_has_nothing_to_do() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut run = sim(&folder);
     run.finish(PATIENCE).expect("it finishes");
-    run.no_orphans(Duration::from_secs(5))
-        .expect("all processes end");
+    run.no_orphans(PATIENCE).expect("all processes end");
 
     let output = run.output();
     let dataset = names(&output.join("trajectories"));
@@ -69,7 +68,7 @@ fn a_run_leaves_the_documented_tree_and_a_second_one_has_nothing_to_do() {
     let journal = names(&output.join("journal"));
 
     run.start().expect("starts again");
-    let status = run.wait(Duration::from_secs(10)).expect("returns at once");
+    let status = run.wait(PATIENCE).expect("it returns");
     assert!(status.success(), "{}", run.log_tail());
     assert_eq!(run.made().expect("still readable"), made);
     let again = names(&output.join("journal"));

@@ -70,7 +70,7 @@ impl Scene {
 
     /// Waits until the coordinator has said `words`.
     fn said(&self, words: &str) {
-        let log = || self.run.log_tail().contains(words).then_some(());
+        let log = || self.run.log().contains(words).then_some(());
         self.run
             .await_some(log, words, PATIENCE)
             .expect("it is said");
@@ -89,9 +89,7 @@ impl Scene {
             (left == 0).then_some(())
         });
         empty.expect("Job, Secret and pods are gone");
-        self.run
-            .no_orphans(Duration::from_secs(10))
-            .expect("all processes end");
+        self.run.no_orphans(PATIENCE).expect("all processes end");
         let forbidden = self.fake.world(|world| world.forbidden.clone());
         assert_eq!(forbidden, [], "the Role allows what is asked");
     }
@@ -185,7 +183,7 @@ fn a_worker_that_was_started_wrongly_ends_the_run_with_its_words() {
     scene.run.start().expect("starts");
     let status = scene.run.wait(PATIENCE).expect("it ends");
     assert_eq!(status.code(), Some(1), "{}", scene.run.log_tail());
-    let said = scene.run.log_tail();
+    let said = scene.run.log();
     assert!(said.contains("PodFailurePolicy"), "{said}");
     assert!(said.contains("unexpected argument '--nonsense'"), "{said}");
     scene.nothing_left();
@@ -211,7 +209,7 @@ fn waiting_for_room_or_an_image_is_told_and_fails_nothing() {
     );
     scene.fake.world(|world| world.set_room(Room::Free));
     scene.finish();
-    let told = scene.run.log_tail().matches("no node has room").count();
+    let told = scene.run.log().matches("no node has room").count();
     assert_eq!(told, 1, "{}", scene.run.log_tail());
 }
 
@@ -244,10 +242,13 @@ fn trouble_with_the_api_server_costs_no_pod() {
         .run
         .await_some(expired, "watch that expired", PATIENCE);
     expired.expect("watches see that their version is too old");
-    let said = |words: &str| scene.run.log_tail().matches(words).count();
+    let said = |words: &str| scene.run.log().matches(words).count();
     let before = said("answers again");
+    let failures = said("; trying again");
     scene.fake.away(true);
-    std::thread::sleep(Duration::from_secs(6));
+    let noticed = || (said("; trying again") > failures).then_some(());
+    let noticed = scene.run.await_some(noticed, "failure", PATIENCE);
+    noticed.expect("the launcher is not answered");
     scene.fake.away(false);
     let again = || (said("answers again") > before).then_some(());
     let again = scene
@@ -299,7 +300,7 @@ fn only_a_job_that_is_refused_itself_ends_the_run() {
         scene.run.start().expect("starts");
         let status = scene.run.wait(PATIENCE).expect("it ends");
         assert_eq!(status.code(), Some(1), "{}", scene.run.log_tail());
-        let said = scene.run.log_tail();
+        let said = scene.run.log();
         let words = format!("making the Job: refused by the test ({code})");
         assert!(said.contains(&words), "{said}");
     }
@@ -386,7 +387,7 @@ fn without_a_cluster_the_run_says_what_is_missing() {
     run.start().expect("starts");
     let status = run.wait(PATIENCE).expect("it ends");
     assert_eq!(status.code(), Some(1));
-    let said = run.log_tail();
+    let said = run.log();
     assert!(
         said.contains("there is no cluster") && said.contains("KUBECONFIG"),
         "{said}"

@@ -228,7 +228,7 @@ fn a_takeover_ends_the_coordinator_before_it_even_if_that_has_nothing_to_write()
     let mut second = second.spawn().expect("starts");
     let status = run.wait(PATIENCE).expect("the first one ends");
     assert_eq!(status.code(), Some(TRY_AGAIN), "{}", run.log_tail());
-    let said = run.log_tail();
+    let said = run.log();
     assert!(
         said.contains("another coordinator has taken over this run with term 2"),
         "{said}"

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use distillery_common::cryptography;
 use distillery_common::security::{Authority, Join, SERVER_NAME, Token};
-use distillery_tests::harness::{EngineKind, Run, sim_recipe};
+use distillery_tests::harness::{EngineKind, Run, get, sim_recipe};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -31,15 +31,12 @@ impl Scene {
         let run = Run::new(folder.path(), &recipe, EngineKind::Sim).expect("built");
         let mut run = run.with("SIM_TASK_MS", 300).with("SIM_STEP_MS", 100);
         run.start().expect("starts");
-        let link = run.read_when_there(&run.output().join("page"), PATIENCE);
-        let link = link.expect("a link");
-        let rest = link.trim().split_once("://").expect("a scheme").1;
-        let (address, key) = rest.split_once("/?key=").expect("a key");
+        let (address, key) = run.page(PATIENCE).expect("a link");
         let port = address.rsplit_once(':').expect("a port").1;
         let scene = Self {
             run,
             port: port.parse().expect("a number"),
-            key: key.to_owned(),
+            key,
             _folder: folder,
         };
         // Whatever is tried lasts longer than the work would.
@@ -58,7 +55,7 @@ impl Scene {
     fn finish(mut self) {
         self.tell("resume");
         self.run.finish(PATIENCE).expect("it finishes");
-        let said = self.run.log_tail();
+        let said = self.run.log();
         assert!(!said.contains("panicked"), "{said}");
     }
 
@@ -160,12 +157,9 @@ fn taken_by_the_silent(http: &str, ask: impl Fn(&Scene) -> String) {
 }
 
 fn ask_plainly(scene: &Scene) -> String {
-    let mut stream = scene.connect();
-    let asked = "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    stream.write_all(asked.as_bytes()).expect("it is sent");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
-    answer
+    let address = format!("127.0.0.1:{}", scene.port);
+    let (head, _) = get(&address, "/healthz", &[]).expect("it answers");
+    head
 }
 
 #[test]
@@ -228,7 +222,7 @@ fn who_only_looks_whether_the_workers_port_is_there_is_not_told_of() {
     stranger.write_all(b"hello\r\n\r\n").expect("it is sent");
     let _ = stranger.read_to_end(&mut Vec::new());
     let told = || {
-        let log = scene.run.log_tail();
+        let log = scene.run.log();
         log.contains("it speaks no TLS").then_some(log)
     };
     let told = scene.run.await_some(told, "refusal", PATIENCE);

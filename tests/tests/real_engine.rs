@@ -274,7 +274,7 @@ fn a_stopped_run_that_saves_in_shares_goes_on_where_it_stood() {
     whole.finish(PATIENCE).expect("it finishes");
     let folder = tempfile::tempdir().expect("a folder");
     let mut run = start(&folder, true);
-    let trains = || run.log_tail().contains("seg8: training ").then_some(());
+    let trains = || run.log().contains("seg8: training ").then_some(());
     run.await_some(trains, "step", PATIENCE).expect("it trains");
     let coordinator = run.processes_of(Target::Coordinator)[0];
     signal(coordinator, "INT").expect("it lives");
@@ -369,7 +369,7 @@ fn one_that_is_drained_leaves_a_checkpoint_in_shares_behind() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut run = Run::new(folder.path(), &recipe(3, true), EngineKind::Real).expect("built");
     run.start().expect("it starts");
-    let trains = || run.log_tail().contains("seg8: training ").then_some(());
+    let trains = || run.log().contains("seg8: training ").then_some(());
     run.await_some(trains, "step", PATIENCE).expect("it trains");
     let mut drain = run.command("coordinator");
     drain.arg("drain").arg(run.output()).arg("local-1");

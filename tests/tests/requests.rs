@@ -46,6 +46,17 @@ fn await_commits(run: &Run, n: usize) {
         .expect("it works");
 }
 
+/// Waits until no worker has anything in hand.
+fn await_idle(run: &Run) {
+    let idle = || {
+        let status = heard(run, &["status", &uri(run)]);
+        let workers = status["workers"].as_array().expect("a list");
+        let mut doing = workers.iter().map(|worker| &worker["doing"]);
+        doing.all(|doing| doing == "").then_some(())
+    };
+    run.await_some(idle, "rest", PATIENCE).expect("it ends");
+}
+
 #[test]
 fn a_paused_run_stands_still_over_a_restart_and_then_goes_on_to_the_same_students() {
     let undisturbed = tempfile::tempdir().expect("a folder");
@@ -60,14 +71,14 @@ fn a_paused_run_stands_still_over_a_restart_and_then_goes_on_to_the_same_student
     assert_eq!(answer["heard"], "the coordinator was told");
     assert_eq!(state(&run), "paused");
     // The two attempts at work end; nothing follows.
-    std::thread::sleep(Duration::from_millis(800));
+    await_idle(&run);
     let after = commits(&run);
     std::thread::sleep(Duration::from_millis(1000));
     assert_eq!(commits(&run), after, "nothing new is begun");
 
     run.kill(Target::Coordinator, 0).expect("killed");
     run.wait(PATIENCE).expect("it ends");
-    run.no_orphans(Duration::from_secs(15)).expect("none");
+    run.no_orphans(PATIENCE).expect("none");
     let stored = state(&run);
     let stored = stored.as_str().expect("text");
     assert!(stored.starts_with("paused"), "{stored}");
@@ -94,7 +105,7 @@ fn a_training_group_is_paused_at_its_next_checkpoint() {
     let training = run.output().join("checkpoints/seg4");
     run.await_path(&training, PATIENCE).expect("it trains");
     heard(&run, &["pause", &uri(&run)]);
-    std::thread::sleep(Duration::from_millis(1500));
+    await_idle(&run);
     let stages = || heard(&run, &["status", &uri(&run)])["stages"].clone();
     let before = stages();
     std::thread::sleep(Duration::from_millis(1000));
@@ -120,13 +131,13 @@ fn a_cancelled_run_ends_and_cannot_be_started_again() {
     heard(&run, &["cancel", &uri(&run), "--reason", "wrong teacher"]);
     let status = run.wait(PATIENCE).expect("it ends");
     assert_eq!(status.code(), Some(1), "{}", run.log_tail());
-    assert!(run.log_tail().contains("cancelled: wrong teacher"));
-    run.no_orphans(Duration::from_secs(15)).expect("none");
+    assert!(run.log().contains("cancelled: wrong teacher"));
+    run.no_orphans(PATIENCE).expect("none");
     let made = commits(&run);
     run.start().expect("starts");
     let again = run.wait(PATIENCE).expect("it ends");
     assert_eq!(again.code(), Some(1));
-    let said = run.log_tail();
+    let said = run.log();
     assert!(
         said.contains("was cancelled (wrong teacher)") && said.contains("another output"),
         "{said}"

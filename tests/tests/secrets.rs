@@ -2,8 +2,6 @@
 //! given, whatever is asked of the run, and however much is logged.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +9,7 @@ use std::time::Duration;
 
 use distillery_common::ids::Digest;
 use distillery_common::security::{GroupSecret, Join, PageKey, Token};
-use distillery_tests::harness::{EngineKind, Run, Target, sim_recipe};
+use distillery_tests::harness::{EngineKind, Run, Target, get, sim_recipe};
 
 const PATIENCE: Duration = Duration::from_secs(180);
 const SECRET: &str = "5eC2e7";
@@ -74,29 +72,20 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
 /// Asks the page and the metrics as somebody who may, and keeps what comes beside the run. The link's first answer leaves its
 /// key in a cookie, which is where it belongs.
 fn look_at_the_page(run: &Run, join: &Join, folder: &Path) {
-    let link = run.read_when_there(&run.output().join("page"), PATIENCE);
-    let link = link.expect("a link").trim().to_owned();
-    let place = link.strip_prefix("http://").expect("on this host");
-    let (address, _) = place.split_once('/').expect("a path");
+    let (address, _) = run.page(PATIENCE).expect("a link");
+    let bearer = format!("Authorization: Bearer {}", join.token().reveal());
     for (at, path) in ["/", "/metrics", "/nothing", "/healthz", "/readyz"]
         .into_iter()
         .enumerate()
     {
-        let token = join.token().reveal();
-        let mut stream = TcpStream::connect(address).expect("it listens");
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
-        )
-        .expect("it reads");
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).expect("it answers");
-        let code: &[u8] = match path {
-            "/nothing" => b"HTTP/1.1 404 ",
-            _ => b"HTTP/1.1 200 ",
+        let answer = get(&address, path, std::slice::from_ref(&bearer));
+        let (head, body) = answer.expect("it answers");
+        let code = match path {
+            "/nothing" => "HTTP/1.1 404 ",
+            _ => "HTTP/1.1 200 ",
         };
-        assert!(answer.starts_with(code), "{path}");
-        fs::write(folder.join(format!("page-{at}")), answer).expect("written");
+        assert!(head.starts_with(code), "{path}: {head}");
+        fs::write(folder.join(format!("page-{at}")), head + &body).expect("written");
     }
 }
 
@@ -119,7 +108,7 @@ fn ask(run: &Run, folder: &Path, answer: String, arguments: &[&str]) -> bool {
 fn ask_everything(run: &Run, folder: &Path, moment: &str) {
     let output = run.output().display().to_string();
     let recipe = folder.join("recipe.yaml").display().to_string();
-    let asked: [&[&str]; 14] = [
+    let asked: [&[&str]; 13] = [
         &["status", &output],
         &["status", &output, "--json"],
         &["plan", &recipe],
@@ -129,7 +118,6 @@ fn ask_everything(run: &Run, folder: &Path, moment: &str) {
         &["run", &recipe, "--set", "seed=9"],
         &["run", &recipe, "--set", "cluster.launcher=nobody", "--json"],
         &["pause", &output, "--reason", "to see what it says"],
-        &["resume", &output],
         &["drain", &output, "nobody"],
         &["workers", &output],
         &["logs", &output],
@@ -210,6 +198,11 @@ fn check(given: Given) {
         .with("RUST_LOG", "trace")
         .with("TOKEN_OF_THE_TEST", &token);
     run.start().expect("starts");
+    // Whatever is asked takes longer than the work would.
+    run.page(PATIENCE).expect("somebody to tell");
+    let output = run.output().display().to_string();
+    let pause = ["pause", &output];
+    assert!(ask(&run, folder.path(), "pause".into(), &pause));
     let path = run.output().join("join");
     let join = run.read_when_there(&path, PATIENCE).expect("a join string");
     let join = Join::parse(&join, false).expect("usable");
@@ -229,6 +222,8 @@ fn check(given: Given) {
     }
     ask_everything(&run, folder.path(), "during");
     look_at_the_page(&run, &join, folder.path());
+    let resume = ["resume", &output];
+    assert!(ask(&run, folder.path(), "resume".into(), &resume));
     // A worker that dies has its engine's last words in the report of the failure.
     run.kill(Target::Engine, 0).expect("killed");
     run.finish(PATIENCE).expect("it finishes");

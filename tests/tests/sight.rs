@@ -41,11 +41,8 @@ fn status(run: &Run) -> Value {
 
 /// Host and port of the page, and the path of its link.
 fn page(run: &Run) -> (String, String) {
-    let file = run.output().join("page");
-    let link = run.read_when_there(&file, PATIENCE).expect("a link");
-    let link = link.trim().strip_prefix("http://").expect("on this host");
-    let (address, path) = link.split_once('/').expect("a path");
-    (address.to_owned(), format!("/{path}"))
+    let (address, key) = run.page(PATIENCE).expect("a link");
+    (address, format!("/?key={key}"))
 }
 
 /// Head and body of an answer.
@@ -129,7 +126,7 @@ fn the_page_and_metrics_want_the_token_and_the_health_checks_do_not() {
     stream.read_to_string(&mut refused).expect("it answers");
     assert!(refused.starts_with("HTTP/1.1 405 "), "{refused}");
     run.finish(PATIENCE).expect("it finishes");
-    let said = run.log_tail();
+    let said = run.log();
     assert!(
         said.contains("page: ") && !said.contains(&key),
         "no key in a log: {said}"
@@ -398,7 +395,7 @@ fn spans_of_attempts_and_generations_reach_a_collector() {
         assert_eq!(span["status"]["code"], 1, "{span}");
         assert!(time(span, "startTimeUnixNano") <= time(span, "endTimeUnixNano"));
     }
-    let said = run.log_tail();
+    let said = run.log();
     assert!(!said.contains("sesame"), "{said}");
 }
 

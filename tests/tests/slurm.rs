@@ -6,9 +6,7 @@ use std::process::Command;
 
 use std::time::Duration;
 
-use distillery_tests::harness::{
-    EngineKind, Run, Target, programs, repository, signal, sim_recipe,
-};
+use distillery_tests::harness::{EngineKind, Run, Target, programs, repository, sim_recipe};
 
 const WAIT: Duration = Duration::from_secs(120);
 
@@ -119,9 +117,12 @@ fn a_signal_and_its_echo_drain_a_worker_once() {
     let is_ready = || logs().contains("the engine is ready").then_some(());
     run.await_some(is_ready, "ready engine", patience)
         .expect("both start");
-    for name in ["TERM", "USR1", "TERM"] {
-        signal(worker, name).expect("it lives");
-    }
+    // One right after the other: it leaves as soon as it has nothing in hand.
+    let signals = ["TERM", "USR1", "TERM"].map(|name| format!("kill -{name} {worker}"));
+    let sent = Command::new("sh")
+        .args(["-c", &signals.join(" && ")])
+        .status();
+    assert!(sent.expect("sh starts").success(), "it lives");
     let has_left = || (!run.processes_of(Target::Worker).contains(&worker)).then_some(());
     run.await_some(has_left, "end of the worker", patience)
         .expect("it leaves");
@@ -150,14 +151,24 @@ fn stand_in_slurm(folder: &Path) -> PathBuf {
         ),
     );
     script("squeue", "#!/bin/sh\n".into());
-    script("scancel", "#!/bin/sh\n".into());
+    script(
+        "scancel",
+        format!("#!/bin/sh\nenv >{here}/environment-of-the-end\n"),
+    );
     programs
 }
 
+/// What `sbatch` answers from now on. It may be reading what it was to answer before.
+fn answer(programs: &Path, answer: &str) {
+    let partial = programs.join("answer.partial");
+    fs::write(&partial, answer).expect("written");
+    fs::rename(partial, programs.join("answer")).expect("renamed");
+}
+
 /// A run whose workers are jobs of the stand-in above.
-fn with_stand_in(folder: &Path, cluster: &str, answer: &str) -> (Run, PathBuf) {
+fn with_stand_in(folder: &Path, cluster: &str, first: &str) -> (Run, PathBuf) {
     let programs = stand_in_slurm(folder);
-    fs::write(programs.join("answer"), answer).expect("written");
+    answer(&programs, first);
     let recipe = sim_recipe().replace("launcher: local", cluster);
     let run = Run::new(folder, &recipe, EngineKind::Sim).expect("a run");
     let path = std::env::var("PATH").unwrap_or_default();
@@ -189,6 +200,15 @@ fn a_job_is_handed_no_variable_that_holds_the_token() {
     assert!(!handed.contains("token_of_the_test"), "nor is it empty");
     run.kill(Target::Coordinator, 0).expect("killed");
     run.wait(WAIT).expect("it ends");
+    // Nor is the program that ends them when nobody has the run.
+    let mut command = run.command("coordinator");
+    command.arg("cancel").arg(run.output());
+    let said = command.output().expect("it starts");
+    assert!(said.status.success(), "{said:?}");
+    let handed = fs::read_to_string(programs.join("environment-of-the-end"));
+    let handed = handed.expect("they are ended").to_lowercase();
+    assert!(handed.contains("of the bucket"), "{handed}");
+    assert!(!handed.contains(&token), "the token is handed on");
 }
 
 fn status(run: &Run) -> String {
@@ -216,29 +236,26 @@ fn a_limit_on_jobs_is_waited_out_and_status_says_so() {
     let said = status(&run);
     assert!(said.contains("QOSMaxSubmitJobPerUserLimit"), "{said}");
     assert_eq!(run.ended().expect("known"), None, "{}", run.log_tail());
-    let told = run
-        .log_tail()
-        .matches("Slurm takes no more workers")
-        .count();
+    let told = run.log();
+    let told = told.matches("Slurm takes no more workers").count();
     assert!(
         told <= 2,
         "as news of the launcher and of the run: {}",
-        run.log_tail()
+        run.log()
     );
-    fs::write(programs.join("answer"), "echo 7\n").expect("written");
+    answer(&programs, "echo 7\n");
     let gone = || (!status(&run).contains("QOSMaxSubmitJob")).then_some(());
     run.await_some(gone, "end of the limit", WAIT)
         .expect("it is taken");
 
     // What is refused for good is not waited out.
-    fs::write(
-        programs.join("answer"),
+    answer(
+        &programs,
         "echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1\n",
-    )
-    .expect("written");
+    );
     let status = run.wait(WAIT).expect("it ends");
     assert_eq!(status.code(), Some(1), "{}", run.log_tail());
-    let said = run.log_tail();
+    let said = run.log();
     assert!(
         said.contains("3 times in a row") && said.contains("Invalid qos"),
         "{said}"

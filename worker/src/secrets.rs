@@ -6,6 +6,7 @@
 //! shorter than [`SECRET_BYTES`] is not hidden, since it would be found in every other word.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use aho_corasick::AhoCorasick;
@@ -15,6 +16,8 @@ use distillery_common::task::Failure;
 
 /// Shortest text that is taken for a secret.
 const SECRET_BYTES: usize = 8;
+/// Shortest user of a URL without a password that is taken for a token.
+const TOKEN_BYTES: usize = 20;
 /// Longest form that is looked for; whoever searches holds three times as much of a line without an end.
 const LONGEST: usize = 64 << 10;
 /// What stands in a secret's place.
@@ -227,7 +230,7 @@ fn without(bytes: &[u8], places: &[(usize, usize)]) -> Vec<u8> {
 fn of_variable(name: &str, value: &str) -> Vec<String> {
     let name = name.to_ascii_uppercase();
     let mut found = in_urls(value, name.contains("PROXY"));
-    if is_secret(&name) {
+    if is_secret(&name) && !is_place(value) {
         found.push(value.to_owned());
         found.extend(value.lines().map(|line| line.trim().to_owned()));
         if let Ok(json) = serde_json::from_str(value) {
@@ -248,6 +251,12 @@ fn of_variable(name: &str, value: &str) -> Vec<String> {
     }
     found.retain(|secret| secret.len() >= SECRET_BYTES || is_short_user(secret));
     found
+}
+
+/// Whether it names a file or folder of this host: where a secret is, and none itself.
+fn is_place(value: &str) -> bool {
+    let path = Path::new(value);
+    path.is_absolute() && path.exists()
 }
 
 /// Whether it is `user:password@`, which is no word however short it is.
@@ -275,7 +284,8 @@ fn in_json(json: &serde_json::Value, secret: bool, found: &mut Vec<String>) {
     }
 }
 
-/// `user:password` of the URLs in a value, and the passwords; of a proxy, also where it is no whole URL.
+/// `user:password` of the URLs in a value, and the passwords; of a proxy, also where it is no whole URL. A user alone is
+/// somebody's name, unless it is so long that it may be a token.
 fn in_urls(value: &str, proxy: bool) -> Vec<String> {
     let mut found = Vec::new();
     let mut urls: Vec<&str> = value.split("://").skip(1).collect();
@@ -289,6 +299,9 @@ fn in_urls(value: &str, proxy: bool) -> Vec<String> {
         let Some((user, _)) = url[..end].rsplit_once('@') else {
             continue;
         };
+        if !user.contains(':') && user.len() < TOKEN_BYTES {
+            continue;
+        }
         let short = user.len() < SECRET_BYTES;
         found.push(format!("{user}{}", if short { "@" } else { "" }));
         if let Some((_, password)) = user.split_once(':') {

@@ -2,9 +2,9 @@
 
 use anyhow::Context as _;
 
-use distillery_common::run::RunRecord;
 use serde_json::Value;
 
+use super::access::Access;
 use super::find::{Found, find};
 #[cfg(feature = "kubernetes")]
 use crate::console;
@@ -52,20 +52,23 @@ pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Resul
     let is_end = matches!(record, Record::RunFinished(_));
     note(&found, record, clock).await?;
     if is_end {
-        end_workers(&found.record)
-            .await
-            .context("the run is cancelled")?;
+        end_workers(&found).await.context("the run is cancelled")?;
     }
     Ok(Heard::Journal)
 }
 
 /// Ends the workers that a launcher of this run left with its cluster. Those of this host ended with their coordinator, and
 /// those that somebody else started are for somebody else to end.
-async fn end_workers(record: &RunRecord) -> anyhow::Result<()> {
+async fn end_workers(found: &Found) -> anyhow::Result<()> {
+    let record = &found.record;
     let said = |key: &str| record.recipe.pointer(key).and_then(Value::as_str);
     let run_id = record.run_id.to_string();
     match said("/cluster/launcher") {
-        Some("slurm") => slurm::end_jobs(&run_id).await,
+        Some("slurm") => {
+            // Without it jobs are ended all the same.
+            let access = Access::find(&found.store, record).ok().flatten();
+            slurm::end_jobs(&run_id, access.as_ref().map(Access::token)).await
+        }
         Some("kubernetes") => {
             let namespace = said("/cluster/kubernetes/namespace");
             // Stored as a recipe writes it.

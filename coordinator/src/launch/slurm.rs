@@ -69,12 +69,13 @@ pub fn name_of(run_id: &str) -> String {
     format!("distill-{run_id}")
 }
 
-/// Ends the jobs of a run that nobody has.
+/// Ends the jobs of a run that nobody has. Slurm's programs are handed no variable that holds `token`, if it is known here.
 ///
 /// # Errors
 /// When Slurm cannot be asked from here, with what to do.
-pub async fn end_jobs(run_id: &str) -> anyhow::Result<()> {
-    let client = Client::of(name_of(run_id), Vec::new())?;
+pub async fn end_jobs(run_id: &str, token: Option<&Token>) -> anyhow::Result<()> {
+    let withheld = token.map(environment::telling).unwrap_or_default();
+    let client = Client::of(name_of(run_id), withheld)?;
     let name = &client.name;
     client.cancel_all().await.with_context(|| {
         format!("its jobs may still be in Slurm's queue; `scancel --name={name}` ends them")

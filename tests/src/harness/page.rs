@@ -1,7 +1,8 @@
-//! What a run's page says.
+//! What a run says of itself: its page, and its log.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -9,7 +10,7 @@ use anyhow::Context as _;
 use super::Run;
 
 /// Longest wait for an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Head and body of the answer to a request for `path` at `address`, without TLS.
 pub fn get(address: &str, path: &str, headers: &[String]) -> io::Result<(String, String)> {
@@ -29,17 +30,37 @@ pub fn get(address: &str, path: &str, headers: &[String]) -> io::Result<(String,
 }
 
 impl Run {
+    /// Address and key of the page, once its link is there.
+    pub fn page(&self, patience: Duration) -> anyhow::Result<(String, String)> {
+        let link = self.read_when_there(&self.output().join("page"), patience)?;
+        let parts = link.trim().split_once("://");
+        let parts = parts.and_then(|(_, rest)| rest.split_once("/?key="));
+        let (address, key) = parts.with_context(|| format!("{link:?} is no link to a page"))?;
+        Ok((address.to_owned(), key.to_owned()))
+    }
+
     /// What the living coordinator says at `/metrics` of a page on this host.
     pub fn metrics(&self) -> anyhow::Result<String> {
-        let read = |name: &str| std::fs::read_to_string(self.output().join(name));
-        let link = read("page").context("no link to a page")?;
-        let link = link.trim().strip_prefix("http://");
-        let address = link.and_then(|link| link.split('/').next());
-        let address = address.context("the page is not on this host")?;
-        let key = read("page-key").context("no key of the page")?;
-        let bearer = format!("Authorization: Bearer {}", key.trim());
-        let (head, body) = get(address, "/metrics", &[bearer])?;
+        let (address, key) = self.page(Duration::ZERO)?;
+        let bearer = format!("Authorization: Bearer {key}");
+        let (head, body) = get(&address, "/metrics", &[bearer])?;
         anyhow::ensure!(head.starts_with("HTTP/1.1 200 "), "{head}");
         Ok(body)
+    }
+
+    /// Everything that the coordinators said.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// What the coordinators said, the last lines of it: for people, since what is looked for may stand before them.
+    pub fn log_tail(&self) -> String {
+        let text = self.log();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    pub(super) fn log_path(&self) -> PathBuf {
+        self.folder.join("coordinator.log")
     }
 }

@@ -101,6 +101,24 @@ fn the_password_of_a_url_is_hidden_and_its_place_is_not() {
 }
 
 #[test]
+fn names_without_a_password_and_places_of_secrets_are_shown() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let path = file.path().to_str().expect("text");
+    let token = "ghp_0123456789abcdefghij";
+    let secrets = of(&[
+        ("REMOTE", "ssh://distillery@host/repository"),
+        ("OTHER_REMOTE", &format!("https://{token}@host/repository")),
+        ("GOOGLE_APPLICATION_CREDENTIALS", path),
+        ("A_TOKEN_FILE", "/nonexistent/token"),
+    ]);
+    for shown in ["distillery@host", path] {
+        assert_eq!(secrets.hidden_in(shown), shown);
+    }
+    assert_eq!(secrets.hidden_in(token), "•••");
+    assert_eq!(secrets.hidden_in("/nonexistent/token"), "•••", "may be one");
+}
+
+#[test]
 fn a_value_of_several_lines_is_hidden_line_by_line() {
     let key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkq\nhkiG9w0BAQEFAASC\n-----END PRIVATE KEY-----\n";
     let variables = [("TLS_PRIVATE_KEY", key)];

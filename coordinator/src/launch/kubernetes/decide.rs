@@ -156,17 +156,14 @@ fn of_ends(pods: &[SeenPod], alive: &BTreeSet<String>, memory: &mut Memory) -> V
         }
         let words = match (&pod.disrupted, &pod.ended) {
             (Some(reason), _) => format!("pod {} had to leave ({reason})", pod.name),
-            (None, Some((TRY_AGAIN, _))) => continue,
+            (None, Some((Some(TRY_AGAIN), _))) => continue,
             (None, Some((code, words))) => {
                 if alive.is_empty() {
                     // NAME-INDEX-RANDOM: the index stays when a pod is made again.
                     let index = pod.name.rsplit_once('-').map_or("", |(index, _)| index);
                     *memory.failures.entry(index.to_owned()).or_default() += 1;
                 }
-                format!(
-                    "the worker of pod {} ended with exit code {code}: {words}",
-                    pod.name
-                )
+                format!("the worker of pod {} {}: {words}", pod.name, how(*code))
             }
             (None, None) => format!("pod {} failed", pod.name),
         };
@@ -261,13 +258,21 @@ fn of_waits(pods: &[SeenPod], memory: &mut Memory) -> Vec<Act> {
     acts
 }
 
+/// How a container ended, for people. A node that was lost may leave no exit code behind.
+fn how(code: Option<i32>) -> String {
+    code.map_or_else(
+        || "ended, and its exit code is not known".to_owned(),
+        |code| format!("ended with exit code {code}"),
+    )
+}
+
 /// The last words of failed workers, those that were started wrongly first.
 fn evidence(pods: &[SeenPod]) -> String {
     let failed = |wrongly: bool| {
         pods.iter().rev().find_map(move |pod| {
             let (code, words) = pod.ended.as_ref()?;
-            let fits = *code != 0 && (*code == USAGE) == wrongly;
-            fits.then(|| format!("\npod {} ended with exit code {code}:\n{words}", pod.name))
+            let fits = *code != Some(0) && (*code == Some(USAGE)) == wrongly;
+            fits.then(|| format!("\npod {} {}:\n{words}", pod.name, how(*code)))
         })
     };
     failed(true).or_else(|| failed(false)).unwrap_or_default()

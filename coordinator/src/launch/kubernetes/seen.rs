@@ -50,8 +50,8 @@ pub(super) struct SeenPod {
     pub(super) unplaced: Option<String>,
     /// Why it was made to leave.
     pub(super) disrupted: Option<String>,
-    /// How its container ended: code and last words.
-    pub(super) ended: Option<(i32, String)>,
+    /// How its container ended: exit code, if one is said, and last words.
+    pub(super) ended: Option<(Option<i32>, String)>,
 }
 
 impl SeenPod {
@@ -110,7 +110,7 @@ struct State {
 #[serde(rename_all = "camelCase", default)]
 struct Why {
     #[serde(deserialize_with = "lenient")]
-    exit_code: i32,
+    exit_code: Option<i32>,
     #[serde(deserialize_with = "lenient")]
     reason: String,
     #[serde(deserialize_with = "lenient")]
@@ -202,7 +202,7 @@ pub(super) fn pod(found: &DynamicObject) -> SeenPod {
 }
 
 /// Exit code and last words; a container without any has a reason, such as `OOMKilled`.
-fn ended(why: &Why) -> (i32, String) {
+fn ended(why: &Why) -> (Option<i32>, String) {
     let words = if why.message.is_empty() {
         &why.reason
     } else {
@@ -244,9 +244,25 @@ mod tests {
         let seen = pod(&found);
         assert_eq!((seen.name.as_str(), seen.phase.as_str()), ("w-0", "Failed"));
         assert_eq!(seen.disrupted.as_deref(), Some("Evicted"));
-        assert_eq!(seen.ended, Some((137, "OOMKilled".into())));
+        assert_eq!(seen.ended, Some((Some(137), "OOMKilled".into())));
         assert_eq!((seen.waiting, seen.unplaced), (None, None));
         assert!(!is_of(&found, "job"));
+    }
+
+    #[test]
+    fn an_exit_code_that_is_not_said_is_not_a_good_one() {
+        for terminated in [
+            json!({"reason": "ContainerStatusUnknown"}),
+            json!({"exitCode": null, "reason": "ContainerStatusUnknown"}),
+            json!({"exitCode": "?", "reason": "ContainerStatusUnknown"}),
+        ] {
+            let found = read(json!({
+                "apiVersion": "v1", "kind": "Pod", "metadata": {},
+                "status": {"containerStatuses": [{"name": CONTAINER, "state": {"terminated": terminated}}]},
+            }));
+            let words = "ContainerStatusUnknown".to_owned();
+            assert_eq!(pod(&found).ended, Some((None, words)));
+        }
     }
 
     #[test]

@@ -39,8 +39,12 @@ impl Refusals {
     /// Logs what was only counted, and begins anew.
     pub(super) fn close(&mut self) {
         for ((address, reason), count) in std::mem::take(&mut self.seen) {
-            let few = if reason == WORDLESS { PROBES } else { 1 };
-            if count > few {
+            if reason == WORDLESS {
+                // No first line was written: this one tells of all.
+                if count > PROBES {
+                    tracing::warn!(%address, count, "many connections left without a word");
+                }
+            } else if count > 1 {
                 let more = count - 1;
                 tracing::warn!(%address, reason, more, "turned more such connections away");
             }

@@ -66,51 +66,63 @@ fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
     assert_eq!(book.count(), (3, 0));
 }
 
+/// Ends a test that would wait for ever.
+async fn soon<T>(waiting: impl Future<Output = T>) -> T {
+    let longest = Duration::from_secs(120);
+    let waited = tokio::time::timeout(longest, waiting).await;
+    waited.expect("it ends of itself, long before")
+}
+
+/// A stranger that has connected, and the guest that it is to the service.
+async fn stranger(limits: Limits) -> (Book, TcpStream, Guest) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let place = listener.local_addr().expect("an address");
+    let stranger = soon(TcpStream::connect(place)).await.expect("let in");
+    let (stream, peer) = soon(listener.accept()).await.expect("accepted");
+    let book = Book::new(limits);
+    let (visit, dismissed) = book.enter(peer).expect("comes in");
+    let patience = Patience::new(limits.patience, dismissed);
+    let guest = Guest::new(Io::Plain(stream), visit, patience);
+    (book, stranger, guest)
+}
+
 /// Only reading used to be watched, and whoever takes no answers is not read from.
 #[tokio::test]
 async fn a_stranger_that_takes_no_answers_is_hung_up_on_in_time() {
     use tokio::io::AsyncWriteExt as _;
 
-    let limits = Limits {
+    let (_book, _stranger, mut guest) = stranger(Limits {
         patience: Duration::from_millis(100),
         ..limits()
-    };
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let place = listener.local_addr().expect("an address");
-    let (hall, mut guests) = hall();
-    let door = tokio::spawn(keep(listener, None, limits, hall));
-    let stranger = TcpStream::connect(place).await.expect("let in");
-    let mut guest = guests.recv().await.expect("a guest");
+    })
+    .await;
     // More than any socket's buffers hold.
     let answer = vec![0; 256 << 20];
-    let error = guest.write_all(&answer).await.expect_err("it is not taken");
+    let error = soon(guest.write_all(&answer)).await;
+    let error = error.expect_err("it is not taken");
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-    let error = guest.flush().await.expect_err("it has to go for good");
+    let error = soon(guest.flush()).await;
+    let error = error.expect_err("it has to go for good");
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-    drop((guest, guests, stranger));
-    door.await.expect("it ends");
 }
 
 #[tokio::test]
 async fn a_stranger_that_was_sent_away_gets_no_further_word() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let place = listener.local_addr().expect("an address");
-    let _stranger = TcpStream::connect(place).await.expect("let in");
-    let (stream, peer) = listener.accept().await.expect("accepted");
-    let book = Book::new(Limits {
+    let (book, _stranger, mut guest) = stranger(Limits {
         strangers: 1,
+        patience: Duration::from_secs(3600),
         ..limits()
-    });
-    let (visit, dismissed) = book.enter(peer).expect("comes in");
-    let patience = Patience::new(Duration::from_secs(3600), dismissed);
-    let mut guest = Guest::new(Io::Plain(stream), visit, patience);
+    })
+    .await;
     (0..5).for_each(|_| book.look());
     assert!(book.make_room());
     let mut heard = [0; 1];
-    guest.read(&mut heard).await.expect_err("it has to go");
-    guest.write_all(b"more").await.expect_err("and stays gone");
+    let read = soon(guest.read(&mut heard)).await;
+    read.expect_err("it has to go");
+    let written = soon(guest.write_all(b"more")).await;
+    written.expect_err("and stays gone");
 }
 
 #[test]

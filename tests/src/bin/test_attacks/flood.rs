@@ -13,7 +13,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use super::site::{Site, Trial};
+use super::site::{Holdings, Site, Trial};
 
 /// All of them must be gone after this.
 const GONE: Duration = Duration::from_secs(180);
@@ -35,8 +35,9 @@ struct Worst {
     mib: f64,
 }
 
-/// Opens `count` connections at once and waits until the coordinator has closed all of them.
-pub(crate) async fn idle(site: &Site, count: usize) -> Result<(Trial, Vec<Figure>)> {
+/// Opens `count` connections at once and waits until the coordinator has closed all of them. Where they are not the `whole`
+/// of it, times are not measured.
+pub(crate) async fn idle(site: &Site, count: usize, whole: bool) -> Result<(Trial, Vec<Figure>)> {
     allow_files(count as u64 + OTHER_FILES)?;
     let before = site.holdings()?;
     let closed = Arc::new(AtomicUsize::new(0));
@@ -67,20 +68,13 @@ pub(crate) async fn idle(site: &Site, count: usize) -> Result<(Trial, Vec<Figure
             "closed within {seconds:.0} s; {rest} never came out of the kernel's queue"
         ))
     })();
+    let trial = Trial::of(format!("{count} connections that say nothing"), outcome);
+    Ok((trial, figures(&worst, before, whole)))
+}
+
+fn figures(worst: &Worst, before: Holdings, whole: bool) -> Vec<Figure> {
     let files = worst.files.saturating_sub(before.files) as f64;
-    let figures = vec![
-        at_most(
-            "ms until a member is answered in the flood, at worst",
-            worst.member_ms,
-            100.0,
-            2_000.0,
-        ),
-        at_most(
-            "ms until a newcomer is answered in the flood, at worst",
-            worst.newcomer_ms,
-            5_000.0,
-            30_000.0,
-        ),
+    let mut figures = vec![
         at_most(
             "descriptors of the flood at a time",
             files,
@@ -94,10 +88,23 @@ pub(crate) async fn idle(site: &Site, count: usize) -> Result<(Trial, Vec<Figure
             96.0,
         ),
     ];
-    Ok((
-        Trial::of(format!("{count} connections that say nothing"), outcome),
-        figures,
-    ))
+    if whole {
+        figures.extend([
+            at_most(
+                "ms until a member is answered in the flood, at worst",
+                worst.member_ms,
+                100.0,
+                2_000.0,
+            ),
+            at_most(
+                "ms until a newcomer is answered in the flood, at worst",
+                worst.newcomer_ms,
+                5_000.0,
+                30_000.0,
+            ),
+        ]);
+    }
+    figures
 }
 
 /// Connections that wait for their end, and count it.

@@ -19,7 +19,7 @@ const RESETS: usize = 10_000;
 /// An answer must be there after this.
 const ANSWER: Duration = Duration::from_secs(15);
 /// Who abuses the protocol must be gone after this: well before the patience with those who show no token is over.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(60);
 /// Codes of HTTP/2's frames.
 const GOAWAY: u8 = 7;
 

@@ -21,8 +21,8 @@ const GLANCE: Duration = Duration::from_millis(100);
 /// What the coordinator logs of the first connection that it refuses for a reason, and of others in the same window.
 const REFUSED: &str = "turned a connection away";
 const MORE_REFUSED: &str = "turned more such connections away";
-/// How long the log may take to tell of a refusal: a window, and some.
-const TOLD: Duration = Duration::from_secs(25);
+/// How long the log may take to tell of a refusal: a window, and much more on a slow machine.
+const TOLD: Duration = Duration::from_secs(90);
 
 /// What came of one attack.
 #[derive(Debug)]
@@ -208,7 +208,7 @@ impl Site {
         let watch = Stopwatch::start();
         loop {
             let now = self.holdings()?;
-            if now.files <= before.files || watch.elapsed() > Duration::from_secs(30) {
+            if now.files <= before.files || watch.elapsed() > PATIENCE {
                 return Ok(now);
             }
             tokio::time::sleep(GLANCE).await;

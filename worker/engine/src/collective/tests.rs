@@ -254,7 +254,8 @@ fn a_rank_that_leaves_between_two_sums_spoils_only_the_second() {
 #[test]
 fn a_rank_that_is_silent_is_given_up_after_the_deadline() {
     let given_up = Barrier::new(2);
-    let errors = on_ring(2, Duration::from_millis(200), |mut ring| {
+    // The ring must form within it too.
+    let errors = on_ring(2, Duration::from_secs(3), |mut ring| {
         let mut flat = Tensor::zeros([4], (Kind::Float, Device::Cpu));
         if ring.rank() == 1 {
             // Alive, connected, and doing nothing until the other has given up and left.
@@ -356,7 +357,8 @@ fn strangers_are_turned_away_and_the_ring_still_forms() {
 #[test]
 fn callers_that_say_nothing_hold_up_nobody() {
     let (listeners, peers) = listeners(2);
-    let silent: Vec<TcpStream> = (0..100)
+    // More for each than may be in the middle of their greeting, and no more than a queue in the kernel holds.
+    let silent: Vec<TcpStream> = (0..200)
         .map(|at| TcpStream::connect(&peers[at % 2]).unwrap())
         .collect();
     let formed = thread::scope(|scope| {
@@ -424,6 +426,55 @@ fn replay_on_the_way(tap: &std::net::TcpListener, target: &str) -> Vec<u8> {
     greeting
 }
 
+/// Sits on the way to `target`, hangs up on the first two callers, one of them in the middle of its greeting, and passes
+/// on what the third and `target` say.
+fn hang_up_on_the_way(tap: &std::net::TcpListener, target: &str) {
+    drop(tap.accept().unwrap());
+    let (mut second, _) = tap.accept().unwrap();
+    let mut challenge = [5; 40];
+    challenge[..8].copy_from_slice(b"dstring3");
+    second.write_all(&challenge).unwrap();
+    read_greeting(&mut second);
+    drop(second);
+    let (caller, _) = tap.accept().unwrap();
+    let relay = TcpStream::connect(target).unwrap();
+    let pass = |mut from: &TcpStream, mut to: &TcpStream| {
+        // Whoever leaves may do so in any way.
+        let _ = std::io::copy(&mut from, &mut to);
+        let _ = to.shutdown(std::net::Shutdown::Write);
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| pass(&relay, &caller));
+        pass(&caller, &relay);
+    });
+}
+
+/// A listener whose places are taken by strangers hangs up on whoever has waited longest, which may be the neighbour.
+#[test]
+fn a_neighbour_that_is_hung_up_on_calls_again() {
+    let tap = std::net::TcpListener::bind((HOST, 0)).unwrap();
+    let (listeners, peers) = listeners(2);
+    let tapped = [peers[0].clone(), tap.local_addr().unwrap().to_string()];
+    thread::scope(|scope| {
+        scope.spawn(|| hang_up_on_the_way(&tap, &peers[1]));
+        for (rank, listener) in (0..).zip(listeners) {
+            let peers = if rank == 0 { &tapped[..] } else { &peers[..] };
+            scope.spawn(move || {
+                let invitation = Invitation {
+                    group: &group(1),
+                    rank,
+                    peers,
+                    token: [7; 32],
+                    deadline: PATIENT,
+                    ended: Default::default(),
+                };
+                let mut ring = listener.connect(&invitation).unwrap();
+                ring.agree(&[0; 32]).unwrap();
+            });
+        }
+    });
+}
+
 /// It used to be answered, if it was first, and the ring did not form.
 #[test]
 fn a_greeting_that_is_replayed_in_its_own_generation_takes_no_place() {
@@ -467,7 +518,7 @@ fn a_greeting_that_is_replayed_in_its_own_generation_takes_no_place() {
         rank: 1,
         peers: &peers,
         token: [7; 32],
-        deadline: Duration::from_millis(500),
+        deadline: Duration::from_secs(3),
         ended: Default::default(),
     };
     let error = listener.connect(&invitation).unwrap_err().to_string();
@@ -492,7 +543,7 @@ fn members_of_different_generations_or_runs_do_not_form_a_ring() {
                             rank,
                             peers,
                             token: [tokens[rank as usize]; 32],
-                            deadline: Duration::from_millis(300),
+                            deadline: Duration::from_secs(3),
                             ended: Default::default(),
                         };
                         listener.connect(&invitation).unwrap_err().to_string()

@@ -82,9 +82,9 @@ fn a_job_of_other_settings_or_of_the_past_is_replaced_at_the_start_alone() {
 #[test]
 fn a_job_that_failed_ends_the_run_with_the_words_of_who_was_started_wrongly() {
     let mut wrong = pod("w-0", "Failed");
-    wrong.ended = Some((64, "error: unexpected argument".into()));
+    wrong.ended = Some((Some(64), "error: unexpected argument".into()));
     let mut other = pod("w-1", "Failed");
-    other.ended = Some((1, "error: no bucket".into()));
+    other.ended = Some((Some(1), "error: no bucket".into()));
     let mut seen = with(vec![wrong, other]);
     let mut memory = Memory::default();
     at(0, &with(Vec::new()), &nobody(), &mut memory);
@@ -179,7 +179,7 @@ fn an_image_that_cannot_be_a_name_is_hopeless() {
 fn workers_that_fail_without_being_heard_are_given_up_and_others_are_not() {
     let failed = |at: usize, code: i32| {
         let mut pod = pod(&format!("w-0-{at}"), "Failed");
-        pod.ended = Some((code, "no bucket".into()));
+        pod.ended = Some((Some(code), "no bucket".into()));
         pod
     };
     let fail = |code: i32, alive: &BTreeSet<String>| {
@@ -216,11 +216,35 @@ fn workers_that_fail_without_being_heard_are_given_up_and_others_are_not() {
 }
 
 #[test]
+fn a_worker_whose_exit_code_is_not_known_has_not_left_well() {
+    let mut lost = pod("w-0-x", "Failed");
+    lost.ended = Some((None, "ContainerStatusUnknown".into()));
+    let mut seen = with(vec![lost]);
+    let mut memory = Memory::default();
+    let acts = at(0, &seen, &nobody(), &mut memory);
+    assert!(
+        told(&acts).contains("its exit code is not known: ContainerStatusUnknown"),
+        "{acts:?}"
+    );
+    if let Some(job) = &mut seen.job {
+        job.finished = Some(Finished::Failed {
+            reason: "BackoffLimitExceeded".into(),
+            message: "too many".into(),
+        });
+    }
+    let acts = at(1, &seen, &nobody(), &mut memory);
+    assert!(
+        matches!(acts.as_slice(), [Act::GiveUp(text)] if text.contains("ContainerStatusUnknown")),
+        "{acts:?}"
+    );
+}
+
+#[test]
 fn pods_that_all_fail_at_once_are_not_given_up() {
     let mut memory = Memory::default();
     let failed = |index: usize, life: usize| {
         let mut pod = pod(&format!("w-{index}-x{life}"), "Failed");
-        pod.ended = Some((137, "out of memory".into()));
+        pod.ended = Some((Some(137), "out of memory".into()));
         pod
     };
     let look = |life: usize, memory: &mut Memory| {

@@ -93,38 +93,89 @@ impl Watched<'_> {
     }
 }
 
-/// Calls the next rank and hears its answer.
+/// Why there is no connection to the next rank.
+enum Missed {
+    /// It ended the connection before it answered, as when its places for callers were taken.
+    HungUp(io::Error),
+    /// Calling again would help no more.
+    ForGood(Error),
+}
+
+/// Calls the next rank and hears its answer; calls again until the deadline when it is hung up on before.
 fn reach(watched: &Watched<'_>, next_rank: u32) -> Result<TcpStream, Error> {
+    let mut waited = Duration::ZERO;
+    loop {
+        match greet(watched, next_rank, &mut waited) {
+            Ok(next) => return Ok(next),
+            Err(Missed::ForGood(error)) => return Err(error),
+            Err(Missed::HungUp(source)) => {
+                if watched.is_over() {
+                    return Err(Error::Aborted);
+                }
+                if waited >= watched.invitation.deadline {
+                    let reason = format!("rank {next_rank} did not answer: {source}");
+                    return Err(Error::Setup { reason });
+                }
+                thread::sleep(GLANCE);
+                waited += GLANCE;
+            }
+        }
+    }
+}
+
+/// One call of the next rank; the time that it took is added to `waited`, beside that of connecting.
+fn greet(
+    watched: &Watched<'_>,
+    next_rank: u32,
+    waited: &mut Duration,
+) -> Result<TcpStream, Missed> {
     let invitation = watched.invitation;
     let address = &invitation.peers[next_rank as usize];
     let failed = |reason: String| match watched.is_over() {
-        true => Error::Aborted,
-        false => Error::Setup { reason },
+        true => Missed::ForGood(Error::Aborted),
+        false => Missed::ForGood(Error::Setup { reason }),
     };
-    let unreachable = |source: io::Error| {
-        let error = failed(format!(
-            "rank {next_rank} at {address} cannot be reached: {source}"
-        ));
+    let hopeless = |reason: String| {
+        let error = failed(reason);
         watched.give_up();
         error
     };
-    let silent = |source: io::Error| failed(format!("rank {next_rank} did not answer: {source}"));
+    let unreachable = |source: io::Error| {
+        hopeless(format!(
+            "rank {next_rank} at {address} cannot be reached: {source}"
+        ))
+    };
+    let unheard = |source: io::Error| match is_end(&source) {
+        true => Missed::HungUp(source),
+        false => failed(format!("rank {next_rank} did not answer: {source}")),
+    };
     let mut next = call(address, watched)
         .and_then(|stream| prepare(stream, invitation.deadline))
         .map_err(unreachable)?;
     let nonce = nonce().map_err(unreachable)?;
-    let challenge = patiently(&next, watched, read_challenge).map_err(silent)?;
+    let challenge = patiently(&next, watched, waited, read_challenge).map_err(unheard)?;
     Greeting::of(invitation, invitation.rank, Direction::Call, nonce)
         .write(&mut next, &invitation.token, &challenge)
-        .map_err(unreachable)?;
-    let answer = patiently(&next, watched, Greeting::read).map_err(silent)?;
+        .map_err(unheard)?;
+    let answer = patiently(&next, watched, waited, Greeting::read).map_err(unheard)?;
     let expected = Greeting::of(invitation, next_rank, Direction::Answer, nonce);
     match expected.difference(&invitation.token, &challenge, &answer) {
-        Some(difference) => Err(failed(format!(
+        Some(difference) => Err(hopeless(format!(
             "rank {next_rank} answered, but {difference}"
         ))),
         None => Ok(next),
     }
+}
+
+/// Whether it says that the other side has ended the connection.
+fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe
+    )
 }
 
 /// Connects to the first of a name's addresses that answers within the deadline.
@@ -156,13 +207,14 @@ fn call(address: &str, watched: &Watched<'_>) -> io::Result<TcpStream> {
 fn patiently<'a, T>(
     next: &'a TcpStream,
     watched: &'a Watched<'a>,
+    waited: &'a mut Duration,
     read: impl FnOnce(&mut Patient<'a>) -> io::Result<T>,
 ) -> io::Result<T> {
     next.set_read_timeout(Some(GLANCE))?;
     let said = read(&mut Patient {
         stream: next,
         watched,
-        waited: Duration::ZERO,
+        waited,
     });
     next.set_read_timeout(Some(watched.invitation.deadline))?;
     said
@@ -172,7 +224,7 @@ fn patiently<'a, T>(
 struct Patient<'a> {
     stream: &'a TcpStream,
     watched: &'a Watched<'a>,
-    waited: Duration,
+    waited: &'a mut Duration,
 }
 
 impl Read for Patient<'_> {
@@ -185,9 +237,9 @@ impl Read for Patient<'_> {
                     if matches!(
                         error.kind(),
                         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-                    ) && self.waited < self.watched.invitation.deadline =>
+                    ) && *self.waited < self.watched.invitation.deadline =>
                 {
-                    self.waited += GLANCE;
+                    *self.waited += GLANCE;
                 }
                 read => return read,
             }

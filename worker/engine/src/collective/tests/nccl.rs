@@ -29,6 +29,9 @@ fn library() -> Nvidia {
     Nvidia::open(Some(&library_file())).unwrap()
 }
 
+/// A deadline that passes, and within which ranks find one another all the same.
+const SHORT: Duration = Duration::from_secs(3);
+
 /// Runs `body` on each rank of a formed communicator.
 pub(crate) fn on_nccl<T: Send>(
     world: u32,
@@ -162,7 +165,7 @@ fn a_rank_that_dies_is_noticed_over_nccl() {
 
 #[test]
 fn a_rank_that_takes_leave_breaks_nothing_before_it_is_missed() {
-    let errors = on_nccl(2, Duration::from_millis(300), |mut nccl| {
+    let errors = on_nccl(2, SHORT, |mut nccl| {
         let mut flat = Tensor::from_slice(&values(0, 10));
         nccl.all_reduce_sum(&mut flat).unwrap();
         if nccl.rank() == 1 {
@@ -178,7 +181,7 @@ fn a_rank_that_takes_leave_breaks_nothing_before_it_is_missed() {
 #[test]
 fn a_silent_rank_is_given_up_after_the_deadline_over_nccl() {
     let given_up = Barrier::new(2);
-    let errors = on_nccl(2, Duration::from_millis(200), |mut nccl| {
+    let errors = on_nccl(2, SHORT, |mut nccl| {
         let mut flat = Tensor::from_slice(&values(0, 10));
         if nccl.rank() == 1 {
             // Alive until the other has given up, which ends the communicator here too.
