@@ -112,9 +112,15 @@ fn the_page_and_metrics_want_the_token_and_the_health_checks_do_not() {
         "{cookie}"
     );
     let cookie = format!("Cookie: {}", cookie.split(';').next().expect("a pair"));
-    let (head, html) = get(&address, "/", &[cookie]);
+    // Shown as soon as it has joined.
+    let shows_worker = || {
+        let (head, html) = get(&address, "/", std::slice::from_ref(&cookie));
+        html.contains("local-0").then_some((head, html))
+    };
+    let shown = run.await_some(shows_worker, "worker on the page", PATIENCE);
+    let (head, html) = shown.expect("it joins");
     assert!(head.starts_with("HTTP/1.1 200 ") && head.contains("default-src 'none'"));
-    assert!(html.contains("seg4") && html.contains("local-0"), "{html}");
+    assert!(html.contains("seg4"), "{html}");
     assert!(!html.contains("<script") && !html.contains(&key));
     let mut stream = TcpStream::connect(&address).expect("it listens");
     write!(
