@@ -160,13 +160,19 @@ fn main() -> anyhow::Result<ExitCode> {
             beside(Way::plain(way.engines)),
         );
     }
-    tell_messages(&arguments, &drawn[&1])
+    let rows = match drawn.remove(&1) {
+        Some(rows) => rows,
+        None => draw(1, &arguments, folder.path())?,
+    };
+    tell_messages(&arguments, &rows)
 }
 
 /// Counts the messages of a longer run and says how many there were.
 fn tell_messages(arguments: &Arguments, rows: &str) -> anyhow::Result<ExitCode> {
     let folder = tempfile::tempdir()?;
     let recipe = Way::plain(2).recipe(arguments.messages, &arguments.student, rows);
+    // What a step holds changes nothing of what is said about it.
+    let recipe = recipe.replace("global: 64", "global: 2");
     let counted = messages::count(&recipe, folder.path(), arguments.messages)?;
     let (steps, beats) = (counted.steps, counted.beats);
     let others: u64 = counted.others.values().sum();
