@@ -55,6 +55,16 @@ fn bearer(run: &Run) -> String {
     format!("Authorization: Bearer {}", token.trim())
 }
 
+/// The answer to a method that the page does not know.
+fn delete(address: &str) -> String {
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    let request = "DELETE / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers");
+    answer
+}
+
 fn await_training(run: &Run) {
     let training = run.output().join("checkpoints/seg4");
     run.await_path(&training, PATIENCE).expect("it trains");
@@ -122,14 +132,7 @@ fn the_page_and_metrics_want_the_token_and_the_health_checks_do_not() {
     assert!(head.starts_with("HTTP/1.1 200 ") && head.contains("default-src 'none'"));
     assert!(html.contains("seg4"), "{html}");
     assert!(!html.contains("<script") && !html.contains(&key));
-    let mut stream = TcpStream::connect(&address).expect("it listens");
-    write!(
-        stream,
-        "DELETE / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    )
-    .expect("it reads");
-    let mut refused = String::new();
-    stream.read_to_string(&mut refused).expect("it answers");
+    let refused = delete(&address);
     assert!(refused.starts_with("HTTP/1.1 405 "), "{refused}");
     run.finish(PATIENCE).expect("it finishes");
     let said = run.log();
