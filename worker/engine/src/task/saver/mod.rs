@@ -339,6 +339,8 @@ impl Sink for Saver<'_> {
         if is_first || step.is_multiple_of(PROGRESS_EVERY) || step == self.place.steps {
             self.report_progress(Phase::Stepping, step);
         }
+        // Before anything here can fail: the others count on this rank's part in what was agreed.
+        self.agreed = report.notice.leave;
         self.settle(false)?;
         // Where all have to write, one that still does would be waited for: then nobody begins.
         let is_late = match self.place.sharded {
@@ -352,7 +354,6 @@ impl Sink for Saver<'_> {
                 self.begin(trainer, SHARES);
             }
         }
-        self.agreed = report.notice.leave;
         Ok(if self.watch.is_over() {
             Control::Stop
         } else {
