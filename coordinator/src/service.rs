@@ -27,6 +27,7 @@ use distillery_common::proto::wire::coordinator_server::{Coordinator, Coordinato
 use distillery_common::proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, to_wire, wire};
 use distillery_common::security::{self, Authority, RequireToken, Token};
 
+pub use self::gate::bind;
 use self::gate::{Limits, Visit};
 use self::status::status_reply;
 use crate::driver::Handle;

@@ -304,7 +304,7 @@ fn timings(recipe: &Recipe, waits: &[Wait]) -> anyhow::Result<Timings> {
 
 async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> {
     let address = &recipe.cluster.listen;
-    let listener = TcpListener::bind(address)
+    let listener = service::bind(address)
         .await
         .with_context(|| format!("cluster.listen: {address} cannot be bound"))?;
     let is_loopback = listener.local_addr()?.ip().is_loopback();

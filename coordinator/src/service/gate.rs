@@ -2,8 +2,8 @@
 //!
 //! Whoever connects is a *stranger* until it has shown the run's token, and a *member* from then on. With TLS a stranger
 //! must show the run's certificate first; without it no byte of HTTP/2 is read. Strangers get little time and a bounded
-//! number of places. When all are taken, those that have stood there longest make room, and newcomers wait in the
-//! kernel's queue meanwhile; members are never touched. Must never know what is said inside.
+//! number of places. When all are taken, those make room that have stood there silent, then those that have stood there
+//! longest, and newcomers wait in the kernel's queue meanwhile; members are never touched. Must never know what is said inside.
 
 mod guest;
 mod refusals;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
@@ -37,10 +37,19 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(100);
 /// Looks that a stranger may count on when others wait behind it.
 const GRACE: u64 = 20;
+/// Looks that one may count on who has not said a word: a caller that belongs to the run speaks as soon as it is connected,
+/// and what it said is there already if it had to wait in the queue.
+const SILENT_GRACE: u64 = 5;
 /// Looks after which failures and refusals are counted anew.
 const WINDOW: u64 = 100;
 /// Connections of one address that may come to nothing in a window, before the address must wait for the next one.
 const FAILURES: u32 = 500;
+/// Strangers that may be on their way out while newcomers come in: their connections are still open.
+const LEAVING: usize = 64;
+/// Connections that may wait in the kernel until the door has room, if the system allows as many
+/// (`net.core.somaxconn`). With a short queue a flood drives the kernel into SYN cookies, and then most callers believe in
+/// connections that no server knows of; and a fleet that calls at once waits for its kernels' retries.
+const BACKLOG: u32 = 4096;
 /// Guests that may wait to be served.
 const QUEUE: usize = 64;
 
@@ -55,6 +64,8 @@ pub struct Limits {
     pub patience: Duration,
     /// Looks that they may count on when others wait.
     pub grace: u64,
+    /// The same of those that have not said a word.
+    pub silent_grace: u64,
     /// How many of one address may come to nothing in a window.
     pub failures: u32,
 }
@@ -68,6 +79,7 @@ impl Limits {
             strangers: STRANGERS,
             patience: PATIENCE,
             grace: GRACE,
+            silent_grace: SILENT_GRACE,
             failures: FAILURES,
         }
     }
@@ -88,6 +100,32 @@ fn raise_open_files() -> u64 {
         }
     };
     current.unwrap_or(u64::MAX)
+}
+
+/// Binds `address`, with a queue long enough for a fleet that calls at once.
+///
+/// # Errors
+/// When no address that the name stands for can be bound; the last one's error.
+pub async fn bind(address: &str) -> io::Result<TcpListener> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name stands for no address");
+    for address in lookup_host(address).await? {
+        match listen(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // A coordinator that is started anew need not wait for connections of the old one to be forgotten.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Accepts on `listener` until nobody takes guests any more. With `tls`, only who shows the run's certificate is a guest.
@@ -166,6 +204,7 @@ async fn greet(
     if !matches!(said, Ok(1..)) {
         return visit.failed(WORDLESS.to_owned());
     }
+    visit.spoke();
     let io = match tls {
         None => Io::Plain(stream),
         Some(acceptor) => {

@@ -9,6 +9,7 @@ fn limits() -> Limits {
         strangers: 4,
         patience: Duration::from_secs(10),
         grace: 3,
+        silent_grace: 1,
         failures: 5,
     }
 }
@@ -53,6 +54,7 @@ fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
     let (_friend, mut friends) = book.enter(address(FRIEND)).expect("comes in");
     let mut crowd: Vec<_> = (0..3).filter_map(|_| book.enter(address(CROWD))).collect();
     assert!(!book.make_room(), "all have only just come");
+    crowd.iter().for_each(|(visit, _)| visit.spoke());
     (0..3).for_each(|_| book.look());
     assert!(!book.make_room(), "their grace is not over");
     book.look();
@@ -64,6 +66,56 @@ fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
         .expect("the first of the crowd has to go");
     assert!(crowd[1].1.try_recv().is_err());
     assert_eq!(book.count(), (3, 0));
+}
+
+#[test]
+fn whoever_says_nothing_makes_room_first_and_sooner() {
+    let book = Book::new(limits());
+    let mut crowd: Vec<_> = (0..4).filter_map(|_| book.enter(address(CROWD))).collect();
+    for spoken in [0, 1, 3] {
+        crowd[spoken].0.spoke();
+    }
+    book.look();
+    assert!(!book.make_room(), "even its grace is not over");
+    book.look();
+    assert!(book.make_room());
+    crowd[2].1.try_recv().expect("the silent one has to go");
+    crowd.push(book.enter(address(CROWD)).expect("comes in"));
+    assert!(!book.make_room(), "the grace of those that spoke goes on");
+    (0..2).for_each(|_| book.look());
+    assert!(book.make_room());
+    crowd[4].1.try_recv().expect("silent again");
+    crowd.push(book.enter(address(FRIEND)).expect("comes in"));
+    assert!(book.make_room(), "now the oldest has to go");
+    crowd[0].1.try_recv().expect("the oldest");
+}
+
+#[test]
+fn only_so_many_may_be_on_their_way_out() {
+    let places = LEAVING + 2;
+    let book = Book::new(Limits {
+        strangers: places,
+        ..limits()
+    });
+    let mut visits: Vec<_> = (0..places)
+        .filter_map(|_| book.enter(address(CROWD)))
+        .collect();
+    (0..4).for_each(|_| book.look());
+    for _ in 0..LEAVING {
+        assert!(book.make_room());
+        visits.push(book.enter(address(CROWD)).expect("comes in"));
+    }
+    assert!(!book.make_room(), "they are still there");
+    let (stranger, _) = visits.remove(0);
+    drop(stranger);
+    assert!(book.make_room(), "one is gone");
+    visits.push(book.enter(address(FRIEND)).expect("comes in"));
+    assert!(!book.make_room());
+    // It showed the token in that very moment.
+    visits[0].0.prove().expect("there is a place");
+    assert!(book.make_room(), "one has become a member");
+    drop(visits);
+    assert_eq!(book.count(), (0, 0));
 }
 
 /// Ends a test that would wait for ever.
@@ -123,6 +175,20 @@ async fn a_stranger_that_was_sent_away_gets_no_further_word() {
     read.expect_err("it has to go");
     let written = soon(guest.write_all(b"more")).await;
     written.expect_err("and stays gone");
+}
+
+#[tokio::test]
+async fn a_fleet_that_calls_at_once_waits_in_the_queue() {
+    let listener = bind("localhost:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    // Nobody accepts before all are connected: as many as every kernel of the last years queues.
+    let mut callers = Vec::new();
+    for _ in 0..1000 {
+        callers.push(soon(TcpStream::connect(address)).await.expect("a place"));
+    }
+    for _ in &callers {
+        soon(listener.accept()).await.expect("a caller");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use tokio::sync::oneshot;
 
 use super::refusals::Refusals;
-use super::{Limits, WINDOW};
+use super::{LEAVING, Limits, WINDOW};
 
 /// Addresses whose failures are counted at a time.
 const ADDRESSES: usize = 4096;
@@ -25,6 +25,8 @@ struct Pages {
     /// In the order of their arrival.
     strangers: BTreeMap<u64, Stranger>,
     arrivals: u64,
+    /// Sent away, and not gone yet.
+    leaving: usize,
     members: usize,
     looks: u64,
     failures: BTreeMap<IpAddr, u32>,
@@ -35,7 +37,37 @@ struct Pages {
 struct Stranger {
     address: IpAddr,
     arrived: u64,
+    has_spoken: bool,
     dismiss: oneshot::Sender<()>,
+}
+
+impl Pages {
+    /// Crosses out a stranger that became a member or is gone, whether it was sent away before or not.
+    fn forget(&mut self, id: u64) {
+        if self.strangers.remove(&id).is_none() {
+            self.leaving -= 1;
+        }
+    }
+
+    /// Whom of the largest crowd to send away, if anybody's grace is over.
+    fn least_welcome(&self, limits: &Limits) -> Option<u64> {
+        let mut crowds: BTreeMap<IpAddr, usize> = BTreeMap::new();
+        for stranger in self.strangers.values() {
+            *crowds.entry(stranger.address).or_default() += 1;
+        }
+        let (crowd, _) = crowds.into_iter().max_by_key(|&(_, count)| count)?;
+        let oldest = |silent: bool, grace: u64| {
+            let before = self.looks.saturating_sub(grace);
+            let mut strangers = self.strangers.iter();
+            let found = strangers.find(|(_, stranger)| {
+                stranger.address == crowd
+                    && stranger.arrived < before
+                    && !(silent && stranger.has_spoken)
+            });
+            found.map(|(&id, _)| id)
+        };
+        oldest(true, limits.silent_grace).or_else(|| oldest(false, limits.grace))
+    }
 }
 
 impl Book {
@@ -67,6 +99,7 @@ impl Book {
             Stranger {
                 address,
                 arrived,
+                has_spoken: false,
                 dismiss,
             },
         );
@@ -80,27 +113,22 @@ impl Book {
         Some((Arc::new(visit), dismissed))
     }
 
-    /// Whether another stranger may come. Where all places are taken, the one that has stood there longest, of the
-    /// address that takes most of them, is sent away if its grace is over.
+    /// Whether another stranger may come. Where all places are taken, one of the address that takes most of them is sent
+    /// away if its grace is over: one that has not said a word, or else the one that has stood there longest. But no more
+    /// than [`LEAVING`] at a time.
     pub fn make_room(&self) -> bool {
         let mut pages = self.pages();
         if pages.strangers.len() < self.limits.strangers {
             return true;
         }
-        let mut crowds: BTreeMap<IpAddr, usize> = BTreeMap::new();
-        let oldest_look = pages.looks.saturating_sub(self.limits.grace);
-        for stranger in pages.strangers.values() {
-            *crowds.entry(stranger.address).or_default() += 1;
+        if pages.leaving >= LEAVING {
+            return false;
         }
-        let crowd = crowds.into_iter().max_by_key(|&(_, count)| count);
-        let longest = pages.strangers.iter().find(|(_, stranger)| {
-            Some(stranger.address) == crowd.map(|(address, _)| address)
-                && stranger.arrived < oldest_look
-        });
-        let Some(id) = longest.map(|(&id, _)| id) else {
+        let Some(id) = pages.least_welcome(&self.limits) else {
             return false;
         };
         if let Some(stranger) = pages.strangers.remove(&id) {
+            pages.leaving += 1;
             // It may be leaving already.
             let _ = stranger.dismiss.send(());
         }
@@ -187,9 +215,16 @@ impl Visit {
         }
         if !self.member.swap(true, Ordering::SeqCst) {
             pages.members += 1;
-            pages.strangers.remove(&self.id);
+            pages.forget(self.id);
         }
         Ok(())
+    }
+
+    /// Its holder has said something, whatever it is.
+    pub(super) fn spoke(&self) {
+        if let Some(stranger) = self.book.pages().strangers.get_mut(&self.id) {
+            stranger.has_spoken = true;
+        }
     }
 
     /// Whether the token was shown.
@@ -210,7 +245,7 @@ impl Drop for Visit {
             pages.members -= 1;
             return;
         }
-        pages.strangers.remove(&self.id);
+        pages.forget(self.id);
         if pages.failures.len() < ADDRESSES || pages.failures.contains_key(&self.address) {
             *pages.failures.entry(self.address).or_default() += 1;
         }
