@@ -17,6 +17,8 @@ pub(crate) enum Case {
     Requeue,
     /// `scancel --signal=TERM` of a worker's job.
     Signal,
+    /// A job of a partition that goes first takes a worker's node.
+    Preempted,
     /// A node loses power.
     PowerCut,
     /// A node is cut off, and its worker lives on beside its successor.
@@ -36,10 +38,11 @@ pub(crate) enum Case {
 }
 
 impl Case {
-    pub(crate) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Plain,
         Self::Requeue,
         Self::Signal,
+        Self::Preempted,
         Self::PowerCut,
         Self::Partition,
         Self::Coordinator,
@@ -55,6 +58,7 @@ impl Case {
             Self::Plain => "plain",
             Self::Requeue => "requeue",
             Self::Signal => "signal",
+            Self::Preempted => "preempted",
             Self::PowerCut => "power-cut",
             Self::Partition => "partition",
             Self::Coordinator => "coordinator-killed",
@@ -131,6 +135,8 @@ impl Case {
             | Self::Coordinator
             | Self::Warning => 2,
             Self::Signal => 3,
+            // The one that went first is none of the run's.
+            Self::Preempted => 4,
             // What slurmctld had not saved yet it forgets, and submissions of requeued heads are many.
             Self::Controller | Self::HeadJob | Self::External | Self::Heterogeneous => {
                 return Ok(());
@@ -178,6 +184,7 @@ impl Case {
                 let successor = successor(site, &job)?;
                 Ok(format!("{} left, {} came", job.id, successor.id))
             }
+            Self::Preempted => preempted(site, &job),
             Self::PowerCut => {
                 site.cluster.cut_power(job.node)?;
                 site.await_restart(&job, 1)?;
@@ -204,15 +211,32 @@ impl Case {
     }
 }
 
-/// Another job than the first two.
+/// Another job of the run than the first two.
 fn successor(site: &mut Site, gone: &Job) -> anyhow::Result<Job> {
     let array = |id: &str| id.split('_').next().unwrap_or_default().to_owned();
     site.await_some("successor", |site| {
         let jobs = site.jobs()?.into_iter();
         Ok(jobs
             .into_iter()
-            .find(|job| array(&job.id) != array(&gone.id)))
+            .find(|job| job.id.contains('_') && array(&job.id) != array(&gone.id)))
     })
+}
+
+/// A job that goes first wants the node of `job`, whose worker is told to leave and has the partition's grace for it.
+fn preempted(site: &mut Site, job: &Job) -> anyhow::Result<String> {
+    let node = format!("--nodelist=n{}", job.node);
+    let urgent = ["--parsable", "--partition=urgent", "--exclusive", &node];
+    let urgent = [&urgent[..], &["--output=/dev/null", "--wrap=sleep 2"]].concat();
+    let first = site.cluster.slurm("sbatch", &urgent)?.trim().to_owned();
+    let successor = successor(site, job)?;
+    site.await_some("end of the job that goes first", |site| {
+        let mut jobs = site.jobs()?.into_iter();
+        Ok(jobs.find(|other| other.id == first && other.state == "COMPLETED"))
+    })?;
+    Ok(format!(
+        "{} made way for {first}, {} came",
+        job.id, successor.id
+    ))
 }
 
 /// The same job on another node.

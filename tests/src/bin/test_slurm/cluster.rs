@@ -202,7 +202,7 @@ impl Cluster {
             cluster.nodes.push(daemon);
         }
         await_true("idle nodes", || {
-            let told = cluster.slurm("sinfo", &["-h", "-N", "-o", "%T"]);
+            let told = cluster.slurm("sinfo", &["-h", "-N", "-p", "main", "-o", "%T"]);
             told.is_ok_and(|text| text.lines().filter(|l| *l == "idle").count() == NODES as usize)
         })
         .with_context(|| cluster.log("slurmctld.log"))?;
@@ -339,7 +339,8 @@ fn await_true(what: &str, look: impl Fn() -> bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits so short that a lost node is noticed, and its jobs are back, within half a minute. One job fills a node.
+/// Waits so short that a lost node is noticed, and its jobs are back, within half a minute. One job fills a node. Jobs of the
+/// partition `urgent` go first: whom they need the node of has ten seconds to leave.
 fn configuration(folder: &Path) -> String {
     let d = folder.display();
     let mut text = format!(
@@ -354,7 +355,7 @@ fn configuration(folder: &Path) -> String {
          SchedulerType=sched/backfill\n\
          SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1,sched_interval=1\n\
          ReturnToService=2\nSlurmctldTimeout=10\nSlurmdTimeout=3\nTCPTimeout=2\nMessageTimeout=5\n\
-         KillWait=3\nMinJobAge=300\nBatchStartTimeout=10\nSlurmdParameters=config_overrides\n"
+         KillWait=3\nPreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\nMinJobAge=300\nBatchStartTimeout=10\nSlurmdParameters=config_overrides\n"
     );
     for node in 1..=NODES {
         // Writing to a string cannot fail.
@@ -366,7 +367,8 @@ fn configuration(folder: &Path) -> String {
     }
     let _ = writeln!(
         text,
-        "PartitionName=main Nodes=n[1-{NODES}] Default=YES MaxTime=INFINITE State=UP"
+        "PartitionName=main Nodes=n[1-{NODES}] Default=YES MaxTime=INFINITE State=UP GraceTime=10\n\
+         PartitionName=urgent Nodes=n[1-{NODES}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF"
     );
     text
 }
