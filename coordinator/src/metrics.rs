@@ -40,6 +40,7 @@ pub struct Metrics {
     lost: Counters,
     suspected: Counter,
     status: Counter,
+    turned_away: Counters,
     records: Counter,
     append: Histogram,
     step: Histogram,
@@ -68,6 +69,7 @@ impl Default for Metrics {
             lost: Counters::default(),
             suspected: Counter::default(),
             status: Counter::default(),
+            turned_away: Counters::default(),
             records: Counter::default(),
             append: seconds(0.0005),
             step: seconds(0.00001),
@@ -93,6 +95,7 @@ impl Metrics {
         begin(&self.grants, "why", &["next", "again", "straggler"]);
         begin(&self.joined, "how", &["new", "returned"]);
         begin(&self.lost, "how", &["goodbye", "lost"]);
+        begin(&self.turned_away, "said", &["nothing", "something"]);
         let classes = FailureClass::ALL.map(|class| format!("{class:?}"));
         let classes: Vec<_> = classes.iter().map(String::as_str).collect();
         begin(&self.failures, "class", &classes);
@@ -177,6 +180,11 @@ impl Metrics {
                 "workers_lost",
                 "Workers that left, on purpose or not",
                 &self.lost,
+            ),
+            (
+                "connections_turned_away",
+                "Connections that came to nothing: they said nothing, or never showed the token",
+                &self.turned_away,
             ),
         ];
         for (name, help, counter) in counters {
@@ -289,6 +297,12 @@ impl Metrics {
     /// Somebody asked how the run is.
     pub fn asked(&self) {
         self.status.inc();
+    }
+
+    /// A connection came to nothing, on which nothing was said or something.
+    pub fn turned_away(&self, wordless: bool) {
+        let said = if wordless { "nothing" } else { "something" };
+        count(&self.turned_away, "said", said);
     }
 
     /// Adds all counts to `text`, in the text form of OpenMetrics without its end.

@@ -31,6 +31,7 @@ pub use self::gate::bind;
 use self::gate::{Limits, Visit};
 use self::status::status_reply;
 use crate::driver::Handle;
+use crate::metrics::Metrics;
 use crate::scheduler::{ConnectionId, Event, FromWorker, Hello, Timings, ToWorker};
 
 /// How long a new stream may take to say hello.
@@ -73,13 +74,14 @@ pub enum Error {
     Security(#[from] security::Error),
 }
 
-/// Serves on `listener` until `shutdown` is done.
+/// Serves on `listener` until `shutdown` is done. Whoever is turned away is counted in `metrics`.
 pub async fn serve(
     listener: TcpListener,
     identity: Identity,
     token: Token,
     tls: Option<Authority>,
     handle: Handle,
+    metrics: Metrics,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
     let service = Service::new(identity, handle);
@@ -90,7 +92,8 @@ pub async fn serve(
     };
     let (guests, incoming) = gate::hall();
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::convert::Infallible>);
-    let door = tokio::spawn(gate::keep(listener, tls, Limits::of_this_process(), guests));
+    let limits = Limits::of_this_process();
+    let door = tokio::spawn(gate::keep(listener, tls, limits, guests, metrics));
     let served = Server::builder()
         .http2_keepalive_interval(Some(PING.0))
         .http2_keepalive_timeout(Some(PING.1))

@@ -152,7 +152,7 @@ async fn coordinate(
     let driver = driver.told_to(spans);
     let metrics = driver.metrics();
     let page = port
-        .map(|port| sight::open(port, &access, identity.clone(), handle.clone(), metrics))
+        .map(|port| sight::open(port, &access, &identity, &handle, &metrics))
         .transpose()?;
     let (end_service, service_ends) = oneshot::channel::<()>();
     let serving = tokio::spawn(service::serve(
@@ -161,6 +161,7 @@ async fn coordinate(
         access.token().clone(),
         join.authority().cloned(),
         handle.clone(),
+        metrics,
         async move {
             // A dropped sender means the end as well.
             let _ = service_ends.await;

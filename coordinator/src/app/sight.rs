@@ -63,11 +63,16 @@ pub(super) async fn bind(
 pub(super) fn open(
     port: Port,
     access: &Access,
-    identity: service::Identity,
-    handle: driver::Handle,
-    metrics: metrics::Metrics,
+    identity: &service::Identity,
+    handle: &driver::Handle,
+    metrics: &metrics::Metrics,
 ) -> anyhow::Result<JoinHandle<()>> {
-    let site = Site::new(identity, access.token().clone(), handle, metrics);
+    let site = Site::new(
+        identity.clone(),
+        access.token().clone(),
+        handle.clone(),
+        metrics.clone(),
+    );
     let tls = port.tls.is_some();
     let link = site.link(&port.address, tls);
     let file = access.write_page(&link)?;

@@ -20,6 +20,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
+use crate::metrics::Metrics;
+
 pub use self::guest::Guest;
 use self::guest::{Io, Patience};
 use self::refusals::WORDLESS;
@@ -134,8 +136,9 @@ pub async fn keep(
     tls: Option<TlsAcceptor>,
     limits: Limits,
     guests: mpsc::Sender<Guest>,
+    metrics: Metrics,
 ) {
-    let book = Book::new(limits);
+    let book = Book::new(limits, metrics);
     let mut greetings = JoinSet::new();
     let mut looks = tokio::time::interval(LOOK);
     loop {

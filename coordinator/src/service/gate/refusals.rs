@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use crate::metrics::Metrics;
+
 /// Kinds, an address and a reason each, that are told apart in a window.
 const KINDS: usize = 32;
 
@@ -14,13 +16,23 @@ const PROBES: u64 = 10;
 /// Refusals of one window.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
+    metrics: Metrics,
     seen: BTreeMap<(IpAddr, String), u64>,
     others: u64,
 }
 
 impl Refusals {
+    /// None yet. They are counted in `metrics`, too.
+    pub(super) fn new(metrics: Metrics) -> Self {
+        Self {
+            metrics,
+            ..Self::default()
+        }
+    }
+
     /// Counts one, and logs it if it is the first of its kind in this window.
     pub(super) fn note(&mut self, address: IpAddr, reason: &str) {
+        self.metrics.turned_away(reason == WORDLESS);
         let kind = (address, reason.to_owned());
         if let Some(count) = self.seen.get_mut(&kind) {
             *count += 1;

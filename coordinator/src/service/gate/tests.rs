@@ -20,7 +20,7 @@ fn address(text: &str) -> SocketAddr {
 
 #[test]
 fn a_stranger_becomes_a_member_or_is_gone() {
-    let book = Book::new(limits());
+    let book = Book::new(limits(), Metrics::default());
     let (one, _) = book.enter(address(FRIEND)).expect("comes in");
     let (two, _) = book.enter(address(FRIEND)).expect("comes in");
     assert_eq!(book.count(), (2, 0));
@@ -35,7 +35,7 @@ fn a_stranger_becomes_a_member_or_is_gone() {
 
 #[test]
 fn no_more_members_than_places() {
-    let book = Book::new(limits());
+    let book = Book::new(limits(), Metrics::default());
     let enter = || book.enter(address(FRIEND)).expect("comes in").0;
     let inside = [enter(), enter()];
     for visit in &inside {
@@ -50,7 +50,7 @@ fn no_more_members_than_places() {
 
 #[test]
 fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
-    let book = Book::new(limits());
+    let book = Book::new(limits(), Metrics::default());
     let (_friend, mut friends) = book.enter(address(FRIEND)).expect("comes in");
     let mut crowd: Vec<_> = (0..3).filter_map(|_| book.enter(address(CROWD))).collect();
     assert!(!book.make_room(), "all have only just come");
@@ -70,7 +70,7 @@ fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
 
 #[test]
 fn whoever_says_nothing_makes_room_first_and_sooner() {
-    let book = Book::new(limits());
+    let book = Book::new(limits(), Metrics::default());
     let mut crowd: Vec<_> = (0..4).filter_map(|_| book.enter(address(CROWD))).collect();
     for spoken in [0, 1, 3] {
         crowd[spoken].0.spoke();
@@ -93,10 +93,13 @@ fn whoever_says_nothing_makes_room_first_and_sooner() {
 #[test]
 fn only_so_many_may_be_on_their_way_out() {
     let places = LEAVING + 2;
-    let book = Book::new(Limits {
-        strangers: places,
-        ..limits()
-    });
+    let book = Book::new(
+        Limits {
+            strangers: places,
+            ..limits()
+        },
+        Metrics::default(),
+    );
     let mut visits: Vec<_> = (0..places)
         .filter_map(|_| book.enter(address(CROWD)))
         .collect();
@@ -131,7 +134,7 @@ async fn stranger(limits: Limits) -> (Book, TcpStream, Guest) {
     let place = listener.local_addr().expect("an address");
     let stranger = soon(TcpStream::connect(place)).await.expect("let in");
     let (stream, peer) = soon(listener.accept()).await.expect("accepted");
-    let book = Book::new(limits);
+    let book = Book::new(limits, Metrics::default());
     let (visit, dismissed) = book.enter(peer).expect("comes in");
     let patience = Patience::new(limits.patience, dismissed);
     let guest = Guest::new(Io::Plain(stream), visit, patience);
@@ -193,11 +196,18 @@ async fn a_fleet_that_calls_at_once_waits_in_the_queue() {
 
 #[test]
 fn an_address_that_fails_too_often_waits_for_the_next_window_and_no_other_does() {
-    let book = Book::new(limits());
+    let metrics = Metrics::default();
+    let book = Book::new(limits(), metrics.clone());
     for _ in 0..5 {
         drop(book.enter(address(CROWD)).expect("comes in"));
     }
     assert!(book.enter(address(CROWD)).is_none());
+    let mut counted = String::new();
+    metrics.write(&mut counted).expect("a string takes it");
+    assert!(
+        counted.contains("connections_turned_away_total{said=\"something\"} 6"),
+        "{counted}"
+    );
     assert!(book.enter(address(FRIEND)).is_some());
     (0..WINDOW).for_each(|_| book.look());
     assert!(book.enter(address(CROWD)).is_some());

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::refusals::Refusals;
 use super::{LEAVING, Limits, WINDOW};
+use crate::metrics::Metrics;
 
 /// Addresses whose failures are counted at a time.
 const ADDRESSES: usize = 4096;
@@ -71,11 +72,15 @@ impl Pages {
 }
 
 impl Book {
-    /// Nobody is there yet.
-    pub fn new(limits: Limits) -> Self {
+    /// Nobody is there yet. Whoever is turned away is counted in `metrics`.
+    pub fn new(limits: Limits, metrics: Metrics) -> Self {
+        let pages = Pages {
+            refusals: Refusals::new(metrics),
+            ..Pages::default()
+        };
         Self {
             limits,
-            pages: Arc::default(),
+            pages: Arc::new(Mutex::new(pages)),
         }
     }
 

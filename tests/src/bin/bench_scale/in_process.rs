@@ -79,6 +79,7 @@ async fn serve(store: Store, plan: Plan) -> anyhow::Result<Join> {
     };
     let errands = Errands::new(store, plan, dataset);
     let (driver, handle) = Driver::new(machine, journal, errands, clock);
+    let metrics = driver.metrics();
     tokio::spawn(driver.run());
     tokio::spawn(service::serve(
         listener,
@@ -86,6 +87,7 @@ async fn serve(store: Store, plan: Plan) -> anyhow::Result<Join> {
         join.token().clone(),
         join.authority().cloned(),
         handle,
+        metrics,
         std::future::pending(),
     ));
     Ok(join)

@@ -23,6 +23,8 @@ const QUIET: u32 = 30;
 const OWN: usize = 2;
 /// Between two questions of a member.
 const ASK: Duration = Duration::from_millis(100);
+/// Tenths of the connections that must be closed, and told of by the metrics.
+const MOST: usize = 8;
 /// Files of this process beside the connections.
 const OTHER_FILES: u64 = 200;
 
@@ -40,6 +42,7 @@ struct Worst {
 pub(crate) async fn idle(site: &Site, count: usize, whole: bool) -> Result<(Trial, Vec<Figure>)> {
     allow_files(count as u64 + OTHER_FILES)?;
     let before = site.holdings()?;
+    let turned_away = site.turned_away()?;
     let closed = Arc::new(AtomicUsize::new(0));
     let watch = Stopwatch::start();
     let mut connections = open(site.join.address(), count, &closed);
@@ -53,6 +56,7 @@ pub(crate) async fn idle(site: &Site, count: usize, whole: bool) -> Result<(Tria
     connections.shutdown().await;
     let worst = worst?;
     let workers = site.workers().await?;
+    let turned_away = site.turned_away()? - turned_away;
     let outcome = (|| {
         let gone = closed.load(Ordering::SeqCst);
         ensure!(
@@ -60,12 +64,16 @@ pub(crate) async fn idle(site: &Site, count: usize, whole: bool) -> Result<(Tria
             "only {gone} of {count} are closed after {GONE:?}"
         );
         ensure!(
+            10 * turned_away >= MOST * count,
+            "the metrics tell of {turned_away} of {count}"
+        );
+        ensure!(
             workers.contains(&"slow".to_owned()),
             "the worker was lost: {workers:?}"
         );
         let (seconds, rest) = (watch.elapsed().as_secs_f64(), count - gone);
         Ok(format!(
-            "closed within {seconds:.0} s; {rest} never came out of the kernel's queue"
+            "closed within {seconds:.0} s, {turned_away} counted; {rest} never came out of the kernel's queue"
         ))
     })();
     let trial = Trial::of(format!("{count} connections that say nothing"), outcome);
@@ -130,7 +138,7 @@ async fn quiet(site: &Site, files: usize, count: usize, closed: &AtomicUsize) ->
     while looks < QUIET {
         tokio::time::sleep(ASK).await;
         let now = site.holdings()?.files;
-        let is_quiet = now <= files + OWN && 10 * closed.load(Ordering::SeqCst) >= 8 * count;
+        let is_quiet = now <= files + OWN && 10 * closed.load(Ordering::SeqCst) >= MOST * count;
         looks = if is_quiet { looks + 1 } else { 0 };
     }
     Ok(())

@@ -248,6 +248,15 @@ impl Site {
         seen
     }
 
+    /// Connections that came to nothing, as the coordinator's metrics count them.
+    pub(crate) fn turned_away(&self) -> Result<usize> {
+        let metrics = self.run.metrics()?;
+        let series = "distillery_connections_turned_away_total{";
+        let counts = metrics.lines().filter(|line| line.starts_with(series));
+        let counts = counts.filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok());
+        Ok(counts.sum())
+    }
+
     /// Lines of the log about refusals.
     pub(crate) fn refusals_logged(&self) -> usize {
         let log = self.log();
