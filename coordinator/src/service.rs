@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
-use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Interceptor;
@@ -27,8 +26,8 @@ use distillery_common::proto::wire::coordinator_server::{Coordinator, Coordinato
 use distillery_common::proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, to_wire, wire};
 use distillery_common::security::{self, Authority, RequireToken, Token};
 
-pub use self::gate::bind;
-use self::gate::{Limits, Visit};
+pub use self::gate::Door;
+use self::gate::Visit;
 use self::status::status_reply;
 use crate::driver::Handle;
 use crate::metrics::Metrics;
@@ -74,9 +73,9 @@ pub enum Error {
     Security(#[from] security::Error),
 }
 
-/// Serves on `listener` until `shutdown` is done. Whoever is turned away is counted in `metrics`.
+/// Serves at `door` until `shutdown` is done. Whoever is turned away is counted in `metrics`.
 pub async fn serve(
-    listener: TcpListener,
+    door: Door,
     identity: Identity,
     token: Token,
     tls: Option<Authority>,
@@ -92,8 +91,7 @@ pub async fn serve(
     };
     let (guests, incoming) = gate::hall();
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::convert::Infallible>);
-    let limits = Limits::of_this_process();
-    let door = tokio::spawn(gate::keep(listener, tls, limits, guests, metrics));
+    let keeping = tokio::spawn(gate::keep(door, tls, guests, metrics));
     let served = Server::builder()
         .http2_keepalive_interval(Some(PING.0))
         .http2_keepalive_timeout(Some(PING.1))
@@ -107,7 +105,7 @@ pub async fn serve(
         .serve_with_incoming_shutdown(incoming, shutdown)
         .await;
     // It has noticed already that nobody takes guests any more.
-    let _ = door.await;
+    let _ = keeping.await;
     Ok(served?)
 }
 
@@ -204,8 +202,16 @@ impl Coordinator for Service {
         &self,
         request: Request<Streaming<wire::WorkerMessage>>,
     ) -> Result<Response<Outbound>, Status> {
-        let outbound = self.converse(request.into_inner()).await?;
-        Ok(Response::new(outbound))
+        let visit = request.extensions().get::<Arc<Visit>>().map(Arc::clone);
+        let welcomed = self.converse(request.into_inner()).await;
+        if let Err(status) = &welcomed
+            && is_of_a_worker(status)
+        {
+            let address = visit.map(|visit| visit.address().to_string());
+            let reason = status.message();
+            tracing::warn!(address, reason, "a worker is not welcome");
+        }
+        welcomed.map(Response::new)
     }
 
     async fn status(
@@ -314,6 +320,14 @@ where
 /// Whether a message, rather than what carries it, is at fault: too large, or not of the protocol.
 fn is_of_a_message(status: &Status) -> bool {
     matches!(status.code(), Code::OutOfRange | Code::Internal)
+}
+
+/// Whether a worker that is not welcome is at fault itself, rather than what carries its words, or the end of the run.
+fn is_of_a_worker(status: &Status) -> bool {
+    !matches!(
+        status.code(),
+        Code::Unavailable | Code::Cancelled | Code::Unknown
+    )
 }
 
 fn refuse(malformed: Malformed) -> Status {

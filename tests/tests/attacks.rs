@@ -24,7 +24,8 @@ fn check(program: &str, arguments: &[&str], says: &str) {
 fn attacks_on_a_living_run_are_refused_and_leave_nothing_behind() {
     check(
         env!("CARGO_BIN_EXE_test-attacks"),
-        &["--idle", "1000"],
+        // More than there are places.
+        &["--idle", "3000"],
         "test-attacks: ",
     );
 }

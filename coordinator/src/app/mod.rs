@@ -14,11 +14,11 @@ mod sight;
 mod waits;
 mod workers;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -36,7 +36,7 @@ use crate::journal::{self, Folded, Journal};
 use crate::launch::Launched;
 use crate::report;
 use crate::scheduler::{Event, Machine, Outcome, Timings};
-use crate::service::{self, client::Client};
+use crate::service::{self, Door, client::Client};
 use crate::spans;
 
 pub use access::Access;
@@ -121,8 +121,8 @@ async fn coordinate(
 ) -> anyhow::Result<ExitCode> {
     let timings = timings(&recipe, &config.waits)?;
     let tls = recipe.cluster.tls == Tls::On;
-    let listener = listen(&recipe, config.insecure).await?;
-    let endpoint = endpoint(&recipe, &listener)?;
+    let door = listen(&recipe, config.insecure).await?;
+    let endpoint = endpoint(&recipe, &door)?;
     let join = access.join(&endpoint, tls)?;
     let run_id = prepared.record.run_id.to_string();
     let port = sight::bind(&recipe, &access, &run_id, config.insecure).await?;
@@ -156,7 +156,7 @@ async fn coordinate(
         .transpose()?;
     let (end_service, service_ends) = oneshot::channel::<()>();
     let serving = tokio::spawn(service::serve(
-        listener,
+        door,
         identity,
         access.token().clone(),
         join.authority().cloned(),
@@ -303,12 +303,12 @@ fn timings(recipe: &Recipe, waits: &[Wait]) -> anyhow::Result<Timings> {
     Ok(timings)
 }
 
-async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> {
+async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<Door> {
     let address = &recipe.cluster.listen;
-    let listener = service::bind(address)
+    let door = Door::bind(address)
         .await
-        .with_context(|| format!("cluster.listen: {address} cannot be bound"))?;
-    let is_loopback = listener.local_addr()?.ip().is_loopback();
+        .with_context(|| format!("cluster.listen: {address} cannot be served"))?;
+    let is_loopback = door.local_addr()?.ip().is_loopback();
     anyhow::ensure!(
         is_loopback || recipe.cluster.tls == Tls::On || insecure,
         "cluster.listen {address} can be reached from other hosts and cluster.tls is off, so the token could be read on the way; turn tls on, or say --insecure"
@@ -319,21 +319,27 @@ async fn listen(recipe: &Recipe, insecure: bool) -> anyhow::Result<TcpListener> 
              text; whoever reads it on the way has the run"
         ));
     }
-    Ok(listener)
+    let (wanted, members) = (recipe.cluster.max_workers as usize, door.members());
+    if wanted > members {
+        console::note(format_args!(
+            "WARNING: cluster.workers.max is {wanted}, and the limit on open files of this process leaves room for {members} \
+             connections; raise it (ulimit -n)"
+        ));
+    }
+    Ok(door)
 }
 
-/// Where workers reach `listener`.
-fn endpoint(recipe: &Recipe, listener: &TcpListener) -> anyhow::Result<String> {
+/// Where workers reach `door`.
+fn endpoint(recipe: &Recipe, door: &Door) -> anyhow::Result<String> {
     match &recipe.cluster.kubernetes {
         // Whoever starts them: pods know the coordinator's Service, and no pod by its name.
-        Some(pods) => Ok(pods.endpoint(listener.local_addr()?.port())),
-        None => advertised(listener),
+        Some(pods) => Ok(pods.endpoint(door.local_addr()?.port())),
+        None => advertised(door.local_addr()?),
     }
 }
 
 /// Where workers on other hosts reach `listener`.
-fn advertised(listener: &TcpListener) -> anyhow::Result<String> {
-    let address = listener.local_addr()?;
+fn advertised(address: SocketAddr) -> anyhow::Result<String> {
     if !address.ip().is_unspecified() {
         return Ok(address.to_string());
     }

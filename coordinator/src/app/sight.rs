@@ -52,7 +52,7 @@ pub(super) async fn bind(
         ));
     }
     Ok(Some(Port {
-        address: advertised(&listener)?,
+        address: advertised(listener.local_addr()?)?,
         listener,
         tls,
     }))

@@ -2,8 +2,9 @@
 //!
 //! Whoever connects is a *stranger* until it has shown the run's token, and a *member* from then on. With TLS a stranger
 //! must show the run's certificate first; without it no byte of HTTP/2 is read. Strangers get little time and a bounded
-//! number of places. When all are taken, those make room that have stood there silent, then those that have stood there
-//! longest, and newcomers wait in the kernel's queue meanwhile; members are never touched. Must never know what is said inside.
+//! number of places. When all are taken, those of the largest crowd make room, the silent first and then those that have
+//! stood there longest, and newcomers wait in the kernel's queue meanwhile; members are never touched. Must never know
+//! what is said inside.
 
 mod guest;
 mod refusals;
@@ -32,7 +33,9 @@ const MAX_MEMBERS: usize = 32_768;
 /// Places for strangers.
 const STRANGERS: usize = 1024;
 /// Open files that are not for connections: the store's, the logs', the workers' pipes.
-const OTHER_FILES: u64 = 512;
+const OTHER_FILES: usize = 512;
+/// Fewest open files that anything can be served with.
+const FEWEST_FILES: usize = 256;
 /// How long a stranger may take to show the token.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the door looks round. Ages are counted in looks.
@@ -74,16 +77,30 @@ pub struct Limits {
 
 impl Limits {
     /// As many members as this process may open files for, once its limit is as high as it goes.
-    pub fn of_this_process() -> Self {
-        let files = raise_open_files().saturating_sub(OTHER_FILES + STRANGERS as u64);
-        Self {
-            members: usize::try_from(files).map_or(MAX_MEMBERS, |files| files.min(MAX_MEMBERS)),
-            strangers: STRANGERS,
+    ///
+    /// # Errors
+    /// When that is too low to serve anybody.
+    fn of_this_process() -> io::Result<Self> {
+        let files = usize::try_from(raise_open_files()).unwrap_or(usize::MAX);
+        Self::with_files(files).ok_or_else(|| {
+            io::Error::other(format!(
+                "this process may open {files} files and needs {FEWEST_FILES} at least; raise the limit (ulimit -n)"
+            ))
+        })
+    }
+
+    /// Shares `files` out. Where they are few, a quarter each goes to strangers and to what is no connection.
+    fn with_files(files: usize) -> Option<Self> {
+        let strangers = STRANGERS.min(files / 4);
+        let others = OTHER_FILES.min(files / 4);
+        (files >= FEWEST_FILES).then(|| Self {
+            members: MAX_MEMBERS.min(files - strangers - others),
+            strangers,
             patience: PATIENCE,
             grace: GRACE,
             silent_grace: SILENT_GRACE,
             failures: FAILURES,
-        }
+        })
     }
 }
 
@@ -104,19 +121,43 @@ fn raise_open_files() -> u64 {
     current.unwrap_or(u64::MAX)
 }
 
-/// Binds `address`, with a queue long enough for a fleet that calls at once.
-///
-/// # Errors
-/// When no address that the name stands for can be bound; the last one's error.
-pub async fn bind(address: &str) -> io::Result<TcpListener> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name stands for no address");
-    for address in lookup_host(address).await? {
-        match listen(address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = error,
+/// A bound port that nobody has come through yet.
+#[derive(Debug)]
+pub struct Door {
+    listener: TcpListener,
+    limits: Limits,
+}
+
+impl Door {
+    /// Binds `address`, with a queue long enough for a fleet that calls at once.
+    ///
+    /// # Errors
+    /// When no address that the name stands for can be bound (the last one's error), or this process may open too few
+    /// files to serve anybody.
+    pub async fn bind(address: &str) -> io::Result<Self> {
+        let limits = Limits::of_this_process()?;
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name stands for no address");
+        for address in lookup_host(address).await? {
+            match listen(address) {
+                Ok(listener) => return Ok(Self { listener, limits }),
+                Err(error) => last = error,
+            }
         }
+        Err(last)
     }
-    Err(last)
+
+    /// Where it is.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// How many workers and people can be served at a time.
+    pub fn members(&self) -> usize {
+        self.limits.members
+    }
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -130,14 +171,15 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Accepts on `listener` until nobody takes guests any more. With `tls`, only who shows the run's certificate is a guest.
+/// Accepts at `door` until nobody takes guests any more. With `tls`, only who shows the run's certificate is a guest.
+/// Whoever is turned away is counted in `metrics`.
 pub async fn keep(
-    listener: TcpListener,
+    door: Door,
     tls: Option<TlsAcceptor>,
-    limits: Limits,
     guests: mpsc::Sender<Guest>,
     metrics: Metrics,
 ) {
+    let Door { listener, limits } = door;
     let book = Book::new(limits, metrics);
     let mut greetings = JoinSet::new();
     let mut looks = tokio::time::interval(LOOK);

@@ -51,9 +51,10 @@ fn no_more_members_than_places() {
 #[test]
 fn whoever_stands_longest_in_the_largest_crowd_makes_room() {
     let book = Book::new(limits(), Metrics::default());
-    let (_friend, mut friends) = book.enter(address(FRIEND)).expect("comes in");
+    let (friend, mut friends) = book.enter(address(FRIEND)).expect("comes in");
     let mut crowd: Vec<_> = (0..3).filter_map(|_| book.enter(address(CROWD))).collect();
     assert!(!book.make_room(), "all have only just come");
+    friend.spoke();
     crowd.iter().for_each(|(visit, _)| visit.spoke());
     (0..3).for_each(|_| book.look());
     assert!(!book.make_room(), "their grace is not over");
@@ -88,6 +89,38 @@ fn whoever_says_nothing_makes_room_first_and_sooner() {
     crowd.push(book.enter(address(FRIEND)).expect("comes in"));
     assert!(book.make_room(), "now the oldest has to go");
     crowd[0].1.try_recv().expect("the oldest");
+}
+
+#[test]
+fn in_a_crowd_of_many_addresses_the_silent_make_room_as_soon() {
+    let book = Book::new(limits(), Metrics::default());
+    let one_each = (1..=3).map(|host| address(&format!("10.0.1.{host}:1")));
+    let mut visits: Vec<_> = one_each.filter_map(|peer| book.enter(peer)).collect();
+    (0..2).for_each(|_| book.look());
+    // The last to come has the highest address, and no crowd is larger than another.
+    visits.push(book.enter(address("10.0.2.1:1")).expect("comes in"));
+    assert!(book.make_room(), "three have been silent for long enough");
+    visits[0]
+        .1
+        .try_recv()
+        .expect("the oldest of them has to go");
+    // Two young ones are the largest crowd now.
+    visits.push(book.enter(address("10.0.2.1:1")).expect("comes in"));
+    assert!(book.make_room(), "two have been silent for long enough");
+    visits[1].1.try_recv().expect("the oldest of them");
+}
+
+#[test]
+fn few_open_files_are_shared_out() {
+    let many = Limits::with_files(1 << 20).expect("enough");
+    assert_eq!((many.members, many.strangers), (MAX_MEMBERS, STRANGERS));
+    let usual = Limits::with_files(4096).expect("enough");
+    assert_eq!((usual.members, usual.strangers), (2560, STRANGERS));
+    let few = Limits::with_files(1024).expect("enough");
+    assert_eq!((few.members, few.strangers), (512, 256));
+    let fewest = Limits::with_files(FEWEST_FILES).expect("enough");
+    assert_eq!((fewest.members, fewest.strangers), (128, 64));
+    assert!(Limits::with_files(FEWEST_FILES - 1).is_none());
 }
 
 #[test]
@@ -182,7 +215,7 @@ async fn a_stranger_that_was_sent_away_gets_no_further_word() {
 
 #[tokio::test]
 async fn a_fleet_that_calls_at_once_waits_in_the_queue() {
-    let listener = bind("localhost:0").await.expect("a port");
+    let Door { listener, .. } = Door::bind("localhost:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
     // Nobody accepts before all are connected: as many as every kernel of the last years queues.
     let mut callers = Vec::new();

@@ -50,24 +50,25 @@ impl Pages {
         }
     }
 
-    /// Whom of the largest crowd to send away, if anybody's grace is over.
+    /// Whom to send away, of those whose grace is over: of the address that takes most places, one that has not said a word,
+    /// or else the one that has stood there longest.
     fn least_welcome(&self, limits: &Limits) -> Option<u64> {
         let mut crowds: BTreeMap<IpAddr, usize> = BTreeMap::new();
         for stranger in self.strangers.values() {
             *crowds.entry(stranger.address).or_default() += 1;
         }
-        let (crowd, _) = crowds.into_iter().max_by_key(|&(_, count)| count)?;
-        let oldest = |silent: bool, grace: u64| {
-            let before = self.looks.saturating_sub(grace);
-            let mut strangers = self.strangers.iter();
-            let found = strangers.find(|(_, stranger)| {
-                stranger.address == crowd
-                    && stranger.arrived < before
-                    && !(silent && stranger.has_spoken)
-            });
-            found.map(|(&id, _)| id)
-        };
-        oldest(true, limits.silent_grace).or_else(|| oldest(false, limits.grace))
+        let over = self.strangers.iter().filter(|(_, stranger)| {
+            let grace = match stranger.has_spoken {
+                true => limits.grace,
+                false => limits.silent_grace,
+            };
+            stranger.arrived < self.looks.saturating_sub(grace)
+        });
+        // Of equals the last one counts, which in reverse is who came first.
+        let found = over.rev().max_by_key(|(_, stranger)| {
+            (crowds.get(&stranger.address).copied(), !stranger.has_spoken)
+        });
+        found.map(|(&id, _)| id)
     }
 }
 
@@ -118,9 +119,8 @@ impl Book {
         Some((Arc::new(visit), dismissed))
     }
 
-    /// Whether another stranger may come. Where all places are taken, one of the address that takes most of them is sent
-    /// away if its grace is over: one that has not said a word, or else the one that has stood there longest. But no more
-    /// than [`LEAVING`] at a time.
+    /// Whether another stranger may come. Where all places are taken, one whose grace is over is sent away, but no more
+    /// than [`LEAVING`] are on their way out at a time.
     pub fn make_room(&self) -> bool {
         let mut pages = self.pages();
         if pages.strangers.len() < self.limits.strangers {
@@ -230,6 +230,11 @@ impl Visit {
         if let Some(stranger) = self.book.pages().strangers.get_mut(&self.id) {
             stranger.has_spoken = true;
         }
+    }
+
+    /// Whom its address belongs to.
+    pub fn address(&self) -> IpAddr {
+        self.address
     }
 
     /// Whether the token was shown.

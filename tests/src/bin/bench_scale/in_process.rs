@@ -10,8 +10,7 @@ use distillery_coordinator::driver::{self, Clock, Dataset, Driver, Errands};
 use distillery_coordinator::journal::Journal;
 use distillery_coordinator::plan::{Kind, Plan, Stage, Tasks, Training, Work};
 use distillery_coordinator::scheduler::{Machine, Timings};
-use distillery_coordinator::service;
-use tokio::net::TcpListener;
+use distillery_coordinator::service::{self, Door};
 use tokio::runtime::Runtime;
 
 /// As many as a real coordinator has.
@@ -60,8 +59,8 @@ fn dataset() -> Digest {
 
 async fn serve(store: Store, plan: Plan) -> anyhow::Result<Join> {
     let clock = Clock::start();
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let endpoint = listener.local_addr()?.to_string();
+    let door = Door::bind("127.0.0.1:0").await?;
+    let endpoint = door.local_addr()?.to_string();
     let join = Join::new(&endpoint, RUN, Token::generate()?, true)?;
     let journal = Journal::claim(&store, &endpoint, driver::unique_id(), clock.spent()).await?;
     let timings = Timings::default();
@@ -82,7 +81,7 @@ async fn serve(store: Store, plan: Plan) -> anyhow::Result<Join> {
     let metrics = driver.metrics();
     tokio::spawn(driver.run());
     tokio::spawn(service::serve(
-        listener,
+        door,
         identity,
         join.token().clone(),
         join.authority().cloned(),

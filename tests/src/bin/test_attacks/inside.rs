@@ -18,10 +18,15 @@ use super::site::{Site, Trial};
 const RESETS: usize = 10_000;
 /// An answer must be there after this.
 const ANSWER: Duration = Duration::from_secs(15);
-/// Who abuses the protocol must be gone after this: well before the patience with those who show no token is over.
+/// Who abuses the protocol must be gone after this.
 const SOON: Duration = Duration::from_secs(60);
 /// Codes of HTTP/2's frames.
 const GOAWAY: u8 = 7;
+/// Codes of HTTP/2's errors, by which a server says why it ends a connection.
+const PROTOCOL_ERROR: u32 = 1;
+const ENHANCE_YOUR_CALM: u32 = 11;
+/// What the log says of strangers that were not sent away for the time that they took, but hung up on for what they said.
+const WITHOUT_TOKEN: &str = "it left without showing the token";
 
 /// Every attack within.
 pub(crate) async fn all(site: &Site) -> Vec<Trial> {
@@ -86,12 +91,14 @@ fn said(status: &tonic::Status, code: tonic::Code) -> Result<String> {
 
 /// Something else than HTTP/2, behind a good handshake.
 async fn nonsense(site: &Site) -> Result<String> {
+    let before = site.refusals_for(WITHOUT_TOKEN);
     let forge = Forge::of(&site.join)?;
     let mut stream = forge.connect(site.join.address(), Shown::Member).await?;
     stream.write_all(&[0x55; 4096]).await?;
     let mut heard = Vec::new();
     let ended = tokio::time::timeout(SOON, stream.read_to_end(&mut heard)).await;
     ensure!(ended.is_ok(), "the connection is open after {SOON:?}");
+    site.await_refusals(WITHOUT_TOKEN, before, 1).await?;
     Ok(format!("hung up after {} bytes of answer", heard.len()))
 }
 
@@ -118,8 +125,8 @@ fn call_headers() -> Vec<u8> {
     block
 }
 
-/// Says `bytes` on a connection of a member who shows no token; it must end, and how it does is told.
-async fn abuse(site: &Site, bytes: &[u8]) -> Result<String> {
+/// Says `bytes` on a connection of a member who shows no token; it must end with one of `errors`.
+async fn abuse(site: &Site, bytes: &[u8], errors: &[u32]) -> Result<String> {
     let forge = Forge::of(&site.join)?;
     let stream = forge.connect(site.join.address(), Shown::Member).await?;
     let (mut from, mut to) = tokio::io::split(stream);
@@ -136,10 +143,14 @@ async fn abuse(site: &Site, bytes: &[u8]) -> Result<String> {
         () = speak => bail!("it never ends"),
     };
     ensure!(ended.is_ok(), "the connection is open after {SOON:?}");
-    Ok(match goodbye(&heard) {
-        Some(code) => format!("sent away with HTTP/2's error {code}"),
-        None => format!("hung up after {} bytes of answer", heard.len()),
-    })
+    let Some(code) = goodbye(&heard) else {
+        bail!("hung up after {} bytes, none of them why", heard.len());
+    };
+    ensure!(
+        errors.contains(&code),
+        "sent away with HTTP/2's error {code}"
+    );
+    Ok(format!("sent away with HTTP/2's error {code}"))
 }
 
 /// The error code of the GOAWAY among whole frames.
@@ -165,7 +176,7 @@ async fn resets(site: &Site) -> Result<String> {
         bytes.extend(frame(1, 0x4, stream, &headers));
         bytes.extend(frame(3, 0, stream, &cancel));
     }
-    abuse(site, &bytes).await
+    abuse(site, &bytes, &[ENHANCE_YOUR_CALM]).await
 }
 
 /// Continuations of one header block, far beyond what is read.
@@ -176,11 +187,12 @@ async fn headers(site: &Site) -> Result<String> {
     for _ in 0..2000 {
         bytes.extend(frame(9, 0, 1, &field));
     }
-    abuse(site, &bytes).await
+    abuse(site, &bytes, &[PROTOCOL_ERROR, ENHANCE_YOUR_CALM]).await
 }
 
 /// One message of any bytes on the stream of a worker who has the token.
 async fn raw(site: &Site, bytes: Vec<u8>, says: &str) -> Result<String> {
+    let before = site.unwelcome();
     let channel = site.join.endpoint()?.connect().await?;
     let mut client = tonic::client::Grpc::new(channel);
     client.ready().await?;
@@ -198,6 +210,7 @@ async fn raw(site: &Site, bytes: Vec<u8>, says: &str) -> Result<String> {
     };
     let text = status.message().to_owned();
     ensure!(text.contains(says) && text.len() < 500, "{text}");
+    site.await_unwelcome(&text, before).await?;
     Ok(text)
 }
 
@@ -214,19 +227,25 @@ fn hello(version: u32) -> wire::WorkerMessage {
 }
 
 async fn other_protocol(site: &Site) -> Result<String> {
+    let before = site.unwelcome();
     let mut client = site.member().await?;
     let messages = tokio_stream::iter([hello(PROTOCOL_VERSION + 1)]);
-    match client.session(messages).await {
+    let text = match client.session(messages).await {
         Ok(_) => bail!("it was let in"),
-        Err(status) => said(&status, tonic::Code::FailedPrecondition),
-    }
+        Err(status) => said(&status, tonic::Code::FailedPrecondition)?,
+    };
+    site.await_unwelcome(&text, before).await?;
+    Ok(text)
 }
 
 async fn no_hello(site: &Site) -> Result<String> {
+    let before = site.unwelcome();
     let mut client = site.member().await?;
     let silence = tokio_stream::pending::<wire::WorkerMessage>();
-    match tokio::time::timeout(ANSWER, client.session(silence)).await? {
+    let text = match tokio::time::timeout(ANSWER, client.session(silence)).await? {
         Ok(_) => bail!("it was let in"),
-        Err(status) => said(&status, tonic::Code::DeadlineExceeded),
-    }
+        Err(status) => said(&status, tonic::Code::DeadlineExceeded)?,
+    };
+    site.await_unwelcome(&text, before).await?;
+    Ok(text)
 }

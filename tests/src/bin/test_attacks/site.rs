@@ -21,6 +21,8 @@ const GLANCE: Duration = Duration::from_millis(100);
 /// What the coordinator logs of the first connection that it refuses for a reason, and of others in the same window.
 const REFUSED: &str = "turned a connection away";
 const MORE_REFUSED: &str = "turned more such connections away";
+/// The same of a worker whose hello it refuses.
+const UNWELCOME: &str = "a worker is not welcome";
 /// How long the log may take to tell of a refusal: a window, and much more on a slow machine.
 const TOLD: Duration = Duration::from_secs(90);
 
@@ -246,6 +248,34 @@ impl Site {
             seen.lines += 1;
         }
         seen
+    }
+
+    /// Lines of the log about workers whose hello was refused.
+    pub(crate) fn unwelcome(&self) -> usize {
+        let log = self.log();
+        log.lines().filter(|line| line.contains(UNWELCOME)).count()
+    }
+
+    /// Waits until the log has told of a worker whose hello was refused, with the reason that it was given, once.
+    pub(crate) async fn await_unwelcome(&self, reason: &str, before: usize) -> Result<()> {
+        let watch = Stopwatch::start();
+        while self.unwelcome() == before {
+            ensure!(watch.elapsed() < TOLD, "the log does not tell of it");
+            tokio::time::sleep(GLANCE).await;
+        }
+        let log = self.log();
+        let told: Vec<_> = log
+            .lines()
+            .filter(|line| line.contains(UNWELCOME))
+            .collect();
+        let told = &told[before..];
+        // As a logged value it is in quotation marks, in which its own are escaped.
+        let reason = format!("{reason:?}");
+        ensure!(
+            told.len() == 1 && told[0].contains(&reason),
+            "told, instead of once with {reason}: {told:?}"
+        );
+        Ok(())
     }
 
     /// Connections that came to nothing, as the coordinator's metrics count them.
