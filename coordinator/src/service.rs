@@ -236,7 +236,10 @@ impl Coordinator for Service {
     ) -> Result<Response<wire::ControlReply>, Status> {
         use wire::control_request::Request as Wire;
         let event = match request.into_inner().request {
-            Some(Wire::Stop(stop)) => Event::StopRequested { now: stop.now },
+            Some(Wire::Stop(stop)) => Event::StopRequested {
+                now: stop.now,
+                returns: false,
+            },
             Some(Wire::Pause(pause)) => Event::PauseRequested {
                 reason: pause.reason,
             },
@@ -454,9 +457,14 @@ impl Shared {
                 reason: reason.clone(),
             }),
             ToWorker::ReportAck { seq } => Message::ReportAck(wire::ReportAck { seq: *seq }),
-            ToWorker::Drain { checkpoint, reason } => Message::Drain(wire::Drain {
+            ToWorker::Drain {
+                checkpoint,
+                returns,
+                reason,
+            } => Message::Drain(wire::Drain {
                 checkpoint: *checkpoint,
                 reason: reason.clone(),
+                returns: *returns,
             }),
         };
         wire::CoordinatorMessage {

@@ -24,7 +24,8 @@ fn ask(run: &Run, arguments: &[&str]) -> Output {
 fn heard(run: &Run, arguments: &[&str]) -> Value {
     let output = ask(run, arguments);
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {said}");
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{arguments:?}: {said}{out}");
     serde_json::from_slice(&output.stdout).expect("one JSON value")
 }
 
@@ -311,4 +312,115 @@ fn the_doctor_finds_a_folder_well_and_leaves_nothing_in_it() {
     assert!(files.is_empty(), "{files:?}");
     let nowhere = ask(&run, &["doctor", "/nonexistent/place"]);
     assert!(!nowhere.status.success());
+}
+
+#[test]
+fn a_coordinator_that_takes_another_token_is_neither_fenced_nor_taken_for_gone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder).with("SIM_TASK_MS", 2000);
+    run.start().expect("starts");
+    await_commits(&run, 1);
+    let other = "f".repeat(64);
+    let token = run.output().join("token");
+    let kept = std::fs::read(&token).expect("it is there");
+    let join = std::fs::read(run.output().join("join")).expect("there, too");
+    for known in [Some(&other), None] {
+        if known.is_none() {
+            std::fs::remove_file(&token).expect("it was there");
+            std::fs::remove_file(run.output().join("join")).expect("it was there");
+        }
+        for command in [
+            run.run_command(),
+            asking(&run, "status"),
+            asking(&run, "stop"),
+            asking(&run, "cancel"),
+            asking(&run, "workers"),
+        ] {
+            let mut command = command;
+            if let Some(other) = known {
+                command.env("DISTILLERY_TOKEN", other);
+            }
+            let output = command.output().expect("it starts");
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{command:?}: {said}");
+            assert!(
+                said.contains("somebody answers at") && said.contains("DISTILLERY_TOKEN"),
+                "{command:?}: {said}"
+            );
+        }
+        assert!(!token.exists() || known.is_some(), "no token was made");
+    }
+    std::fs::write(&token, kept).expect("writable");
+    std::fs::write(run.output().join("join"), join).expect("writable");
+    assert_eq!(state(&run), "running");
+    heard(&run, &["stop", &uri(&run), "--now"]);
+    let ended = run.wait(PATIENCE).expect("it stops");
+    assert_eq!(ended.code(), Some(75), "{}", run.log_tail());
+    assert!(!run.log().contains("another coordinator"), "never fenced");
+}
+
+fn asking(run: &Run, what: &str) -> std::process::Command {
+    let mut command = run.command("coordinator");
+    command.args([what, &uri(run)]);
+    command
+}
+
+/// A run whose worker somebody else started, and who that is.
+fn external(folder: &tempfile::TempDir) -> (Run, std::process::Child) {
+    let local = "launcher: local, workers: {min: 2, max: 2}";
+    let recipe = sim_recipe().replace(local, "launcher: external, workers: {min: 1, max: 2}");
+    assert_ne!(recipe, sim_recipe());
+    let run = Run::new(folder.path(), &recipe, EngineKind::Sim).expect("the programs are built");
+    let mut run = run.with("SIM_TASK_MS", 300).with("SIM_STEP_MS", 30);
+    run.start().expect("starts");
+    let join = run.output().join("join");
+    run.read_when_there(&join, PATIENCE).expect("a join string");
+    let mut worker = run.command("worker");
+    worker.args(["join", "--coordinator", &format!("@{}", join.display())]);
+    let worker = worker.spawn().expect("starts");
+    await_commits(&run, 1);
+    (run, worker)
+}
+
+#[test]
+fn a_worker_comes_again_where_a_scheduler_ended_its_coordinator_and_not_where_somebody_did() {
+    for (by_scheduler, code) in [(true, 75), (false, 0)] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (mut run, mut worker) = external(&folder);
+        if by_scheduler {
+            let coordinator = run.processes_of(Target::Coordinator);
+            signal(coordinator[0], "TERM").expect("it lives");
+        } else {
+            heard(&run, &["stop", &uri(&run)]);
+        }
+        let ended = run.wait(PATIENCE).expect("it stops");
+        assert_eq!(ended.code(), Some(75), "{}", run.log_tail());
+        let left = worker.wait().expect("it leaves");
+        assert_eq!(left.code(), Some(code), "{}", run.log_tail());
+    }
+}
+
+#[test]
+fn a_signal_that_comes_twice_at_once_and_the_end_of_a_terminal_stop_after_a_checkpoint() {
+    for signals in [["TERM", "TERM"], ["HUP", "TERM"]] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut run = slow(&folder);
+        run.start().expect("starts");
+        await_commits(&run, 1);
+        let coordinator = run
+            .await_process(Target::Coordinator, PATIENCE)
+            .expect("it lives");
+        for name in signals {
+            signal(coordinator, name).expect("it lives");
+        }
+        let ended = run.wait(PATIENCE).expect("it stops");
+        assert_eq!(ended.code(), Some(75), "{}", run.log_tail());
+        let said = run.log();
+        assert_eq!(
+            said.matches("stopping after a checkpoint").count(),
+            1,
+            "{said}"
+        );
+        assert!(!said.contains("stopping now"), "{said}");
+    }
 }

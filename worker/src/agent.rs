@@ -103,6 +103,8 @@ pub enum Ending {
     Left,
     /// No coordinator was found for [`GIVE_UP`].
     Deserted,
+    /// It was told to leave by a coordinator that is started again by itself.
+    Interrupted,
 }
 
 /// The stream to the coordinator.
@@ -179,6 +181,8 @@ pub struct Agent {
     restart: Backoff,
     ending: BTreeMap<Ended, Instant>,
     departure: Option<Departure>,
+    /// A coordinator that told it to leave is started again by itself.
+    returns: bool,
     events: Ends<(u64, client::Event)>,
     outputs: Ends<(u64, Output)>,
     puts: Ends<Put>,
@@ -214,6 +218,7 @@ impl Agent {
             restart: Backoff::new(Duration::from_millis(50), Duration::from_secs(10)),
             ending: BTreeMap::new(),
             departure: None,
+            returns: false,
             events: mpsc::channel(QUEUE),
             outputs: mpsc::channel(QUEUE),
             puts: mpsc::channel(QUEUE),
@@ -295,7 +300,11 @@ impl Agent {
         }
         let connected = matches!(self.session, Session::Up(..));
         let done = self.outbox.is_empty() || late || !connected;
-        Ok(done.then_some(Ending::Left))
+        let ending = match self.returns {
+            true => Ending::Interrupted,
+            false => Ending::Left,
+        };
+        Ok(done.then_some(ending))
     }
 
     fn departure_deadline(&mut self, deadline: Instant) {

@@ -89,12 +89,12 @@ async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
             tokio::spawn(agent.run(told.clone()))
         })
         .collect();
-    let mut deserted = false;
+    let mut again = false;
     let mut failure = None;
     for agent in agents {
         match agent.await.context("an agent panicked")? {
             Ok(Ending::Left) => {}
-            Ok(Ending::Deserted) => deserted = true,
+            Ok(Ending::Deserted | Ending::Interrupted) => again = true,
             Err(error) => failure = failure.or(Some(error)),
         }
     }
@@ -103,7 +103,7 @@ async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
     kept.within(LAST_LINES).await;
     match failure {
         Some(error) => Err(error),
-        None if deserted => Ok(ExitCode::from(TRY_AGAIN)),
+        None if again => Ok(ExitCode::from(TRY_AGAIN)),
         None if *told.borrow() == Leave::Stay => Ok(ExitCode::SUCCESS),
         None => Ok(ExitCode::from(config.signal_exit_code)),
     }

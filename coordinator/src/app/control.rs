@@ -32,7 +32,7 @@ pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Resul
     if let Some(outcome) = found.durable.outcome.as_ref().filter(|o| o.is_for_good()) {
         anyhow::bail!("the run at {} has ended: it {outcome}", found.store.uri());
     }
-    if let Some(client) = &mut found.client {
+    if let Some(client) = found.client()? {
         if let Err(status) = client.ask(request).await {
             anyhow::bail!(
                 "the coordinator did not take the request: {}",

@@ -8,7 +8,7 @@ use distillery_common::storage::{Store, layout};
 use super::Access;
 use crate::journal;
 use crate::scheduler::Durable;
-use crate::service::client::Client;
+use crate::service::client::{Client, Search};
 
 /// What was found.
 #[derive(Debug)]
@@ -19,8 +19,45 @@ pub struct Found {
     pub record: RunRecord,
     /// What its journal comes to.
     pub durable: Durable,
+    /// Its coordinator.
+    pub coordinator: Search,
+}
+
+impl Found {
     /// Its coordinator, if one answers.
-    pub client: Option<Client>,
+    ///
+    /// # Errors
+    /// When somebody answers who may be it and does not take the token that is known here.
+    pub fn client(&mut self) -> anyhow::Result<Option<&mut Client>> {
+        match &mut self.coordinator {
+            Search::Found(client) => Ok(Some(client)),
+            Search::Stranger(why) => {
+                anyhow::bail!(
+                    "{}; set DISTILLERY_TOKEN to this run's token, or ask where the file `token` is",
+                    stranger(&self.durable.endpoint, why)
+                )
+            }
+            Search::Nobody(_) => Ok(None),
+        }
+    }
+}
+
+/// That somebody answers who may be the coordinator, in words.
+pub(super) fn stranger(endpoint: &str, why: &str) -> String {
+    format!("somebody answers at {endpoint}, where a coordinator has had the run: {why}")
+}
+
+/// Looks where the journal says that a coordinator has had the run. `access` is what is known here of its token.
+pub(super) async fn search(
+    access: Option<&Access>,
+    endpoint: &str,
+    tls: bool,
+) -> anyhow::Result<Search> {
+    Ok(match access {
+        _ if endpoint.is_empty() => Search::Nobody("none has had it".to_owned()),
+        Some(access) => Client::find(&access.join(endpoint, tls)?).await,
+        None => Search::without_token(endpoint).await,
+    })
 }
 
 /// Finds the run at `uri`.
@@ -39,14 +76,12 @@ pub async fn find(uri: &str) -> anyhow::Result<Found> {
         .recipe
         .pointer("/cluster/tls")
         .is_none_or(|tls| tls != "off" && tls != false);
-    let client = match (Access::find(&store, &record)?, durable.endpoint.as_str()) {
-        (None, _) | (_, "") => None,
-        (Some(access), endpoint) => Client::find(&access.join(endpoint, tls)?).await,
-    };
+    let access = Access::find(&store, &record)?;
+    let coordinator = search(access.as_ref(), &durable.endpoint, tls).await?;
     Ok(Found {
         store,
         record,
         durable,
-        client,
+        coordinator,
     })
 }

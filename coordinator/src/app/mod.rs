@@ -11,6 +11,7 @@ mod prepare;
 mod progress;
 mod prompt_lists;
 mod sight;
+mod signals;
 mod waits;
 mod workers;
 
@@ -19,7 +20,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -31,12 +31,12 @@ use distillery_common::storage::layout::{self, Key};
 use distillery_common::telemetry::Format;
 
 use crate::console;
-use crate::driver::{self, Clock, Driver, Errands, Handle};
+use crate::driver::{self, Clock, Driver, Errands};
 use crate::journal::{self, Folded, Journal};
 use crate::launch::Launched;
 use crate::report;
-use crate::scheduler::{Event, Machine, Outcome, Timings};
-use crate::service::{self, Door, client::Client};
+use crate::scheduler::{Machine, Outcome, Timings};
+use crate::service::{self, Door};
 use crate::spans;
 
 pub use access::Access;
@@ -76,7 +76,6 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
     let teacher = open_teacher(&recipe)?;
     let store = Store::open_or_create(&recipe.output)?;
     let prepared = prepare(&recipe, teacher, &store, &config.engine).await?;
-    let access = Access::of_run(&store, &prepared.record, recipe.cluster.token.as_ref())?;
     let Folded { durable, next, .. } = journal::read(&store).await?;
     if let Some(Outcome::Cancelled { reason }) = &durable.outcome {
         anyhow::bail!(
@@ -89,14 +88,15 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
         show_results(&recipe, &store, &prepared.record, config.json).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let tls = recipe.cluster.tls == Tls::On;
+    let given = recipe.cluster.token.as_ref();
     if !config.takeover && next > 0 && !durable.endpoint.is_empty() {
-        let join = access.join(&durable.endpoint, tls)?;
-        if let Some(client) = Client::find(&join).await {
-            console::note(format_args!(
-                "a coordinator at {} has this run; attached",
-                durable.endpoint
-            ));
+        // A token that nobody has had yet would be none of a coordinator's that lives.
+        let known = match given {
+            Some(_) => Some(Access::of_run(&store, &prepared.record, given)?),
+            None => Access::find(&store, &prepared.record)?,
+        };
+        let tls = recipe.cluster.tls == Tls::On;
+        if let Some(client) = attach::coordinator(known.as_ref(), &durable, tls).await? {
             if attach::follow(client).await? == attach::Left::Detached {
                 console::note(format_args!(
                     "detached; the run goes on. `coordinator stop {}` stops it",
@@ -107,6 +107,7 @@ pub async fn run(recipe: Recipe, config: Config, clock: Clock) -> anyhow::Result
             return end_elsewhere(&recipe, &store, &prepared.record, config.json).await;
         }
     }
+    let access = Access::of_run(&store, &prepared.record, given)?;
     coordinate(recipe, config, clock, store, prepared, access).await
 }
 
@@ -171,7 +172,7 @@ async fn coordinate(
         console::note(&prepared.plan);
     }
     let launched = workers::launch(&recipe, &config, &access, &join, handle.clone(), clock).await?;
-    let watching = tokio::spawn(watch_signals(handle.clone()));
+    let watching = signals::watch(handle.clone(), &recipe);
     let showing = tokio::spawn(progress::show(handle, term.0 > 1));
     let ended = driver.run().await;
     watching.abort();
@@ -346,27 +347,6 @@ fn advertised(address: SocketAddr) -> anyhow::Result<String> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
         .context("this host's name is not known; name an address in cluster.listen")?;
     Ok(format!("{}:{}", host.trim(), address.port()))
-}
-
-/// Ctrl-C once: checkpoint and stop; twice: stop now.
-async fn watch_signals(handle: Handle) -> anyhow::Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut now = false;
-    loop {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-        let text = if now {
-            "stopping now"
-        } else {
-            "stopping after a checkpoint; once more to stop now"
-        };
-        console::note(text);
-        handle.event(Event::StopRequested { now }).await?;
-        now = true;
-    }
 }
 
 /// How a run ended that did not succeed.

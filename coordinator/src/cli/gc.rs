@@ -49,9 +49,9 @@ async fn collect(arguments: &Arguments, context: Context) -> anyhow::Result<Exit
 
 /// While a coordinator has the run its workers may commit what looks abandoned: only whoever has the term may delete.
 async fn refuse_if_live(uri: &str) -> anyhow::Result<()> {
-    let found = app::find(uri).await?;
+    let mut found = app::find(uri).await?;
     anyhow::ensure!(
-        found.client.is_none(),
+        found.client()?.is_none(),
         "a coordinator at {} has the run at {uri}; nothing is deleted while it does: `coordinator stop {uri}` first",
         found.durable.endpoint
     );

@@ -27,9 +27,9 @@ pub(super) fn run(arguments: &Arguments, context: Context) -> anyhow::Result<Exi
 }
 
 async fn show(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCode> {
-    let found = app::find(&arguments.run).await?;
-    match found.client {
-        Some(mut client) => live(&client.status().await?, context)?,
+    let mut found = app::find(&arguments.run).await?;
+    match found.client()? {
+        Some(client) => live(&client.status().await?, context)?,
         None => stored(&found.record, &found.durable, found.store.uri(), context)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -40,15 +40,13 @@ pub(super) fn workers(arguments: &Arguments, context: Context) -> anyhow::Result
 }
 
 async fn show_workers(arguments: &Arguments, context: Context) -> anyhow::Result<ExitCode> {
-    let found = app::find(&arguments.run).await?;
-    let mut client = found.client.with_context(|| {
-        let uri = found.store.uri();
-        match &found.durable.outcome {
-            Some(outcome) => format!("the run at {uri} has no workers: it {outcome}"),
-            None => format!(
-                "no coordinator of the run at {uri} answers, so that its workers are not known; `coordinator run` with its recipe resumes it"
-            ),
-        }
+    let mut found = app::find(&arguments.run).await?;
+    let (uri, outcome) = (found.store.uri().to_owned(), found.durable.outcome.clone());
+    let client = found.client()?.with_context(|| match outcome {
+        Some(outcome) => format!("the run at {uri} has no workers: it {outcome}"),
+        None => format!(
+            "no coordinator of the run at {uri} answers, so that its workers are not known; `coordinator run` with its recipe resumes it"
+        ),
     })?;
     let status = client.status().await?;
     if context.json {

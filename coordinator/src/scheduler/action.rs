@@ -128,6 +128,8 @@ pub enum ToWorker {
     Drain {
         /// A group commits one more checkpoint first.
         checkpoint: bool,
+        /// The run is started again by itself, and so should whoever leaves be.
+        returns: bool,
         /// For people.
         reason: String,
     },

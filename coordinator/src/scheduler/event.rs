@@ -68,6 +68,8 @@ pub enum Event {
     StopRequested {
         /// Without waiting for a checkpoint.
         now: bool,
+        /// Whoever wants it starts the run again by itself, as a scheduler does whose time is up.
+        returns: bool,
     },
     /// Somebody wants nothing new to be begun.
     PauseRequested {

@@ -131,6 +131,8 @@ pub struct Machine {
     pub(super) swept: Duration,
     /// When deadlines were last looked at.
     pub(super) ticked: Duration,
+    /// Whoever wants the run to stop starts it again by itself.
+    pub(super) returns: bool,
     /// Why no worker can be started any more, if so.
     pub(super) launcher_failure: Option<String>,
 }
@@ -164,6 +166,7 @@ impl Machine {
             registrations: 0,
             swept: Duration::ZERO,
             ticked: Duration::ZERO,
+            returns: false,
             launcher_failure: None,
         }
     }
@@ -247,7 +250,10 @@ impl Machine {
                 self.checkpoint_verified(checkpoint, result, now, out);
             }
             Event::Sealed { stage, result } => self.sealed(stage, result, out),
-            Event::StopRequested { now: at_once } => self.stop(at_once, now, out),
+            Event::StopRequested {
+                now: at_once,
+                returns,
+            } => self.stop(at_once, returns, now, out),
             Event::PauseRequested { reason } => self.pause(reason, out),
             Event::ResumeRequested => self.resume(out),
             Event::CancelRequested { reason } => self.finish(Outcome::Cancelled { reason }, out),

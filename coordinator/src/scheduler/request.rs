@@ -12,9 +12,16 @@ use super::run;
 use super::run::Outcome;
 
 impl Machine {
-    /// Ends the run so that it can be resumed: at once, or after a checkpoint.
-    pub(super) fn stop(&mut self, at_once: bool, now: Duration, out: &mut Vec<Action>) {
+    /// Ends the run so that it can be resumed: at once, or after a checkpoint. With `returns` it is resumed by itself.
+    pub(super) fn stop(
+        &mut self,
+        at_once: bool,
+        returns: bool,
+        now: Duration,
+        out: &mut Vec<Action>,
+    ) {
         let reason = String::from("asked to stop");
+        self.returns = returns;
         if at_once {
             self.finish(Outcome::Stopped { reason }, out);
         } else if !self.is_stopping() {
@@ -100,6 +107,7 @@ impl Machine {
             .update(incarnation, |worker| worker.draining = true);
         let drain = ToWorker::Drain {
             checkpoint,
+            returns: self.returns,
             reason: reason.to_owned(),
         };
         self.send(incarnation, drain, out);

@@ -1,9 +1,12 @@
 //! The other end of the calls for people: asks a coordinator how its run is, or to stop it.
 
+use std::error::Error;
 use std::fmt::Write as _;
+use std::io;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tonic::Code;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
@@ -48,17 +51,85 @@ pub struct Client {
     client: CoordinatorClient<InterceptedService<Channel, ShowToken>>,
 }
 
+/// Who answers where a run's coordinator should be.
+#[derive(Debug)]
+pub enum Search {
+    /// It.
+    Found(Client),
+    /// Somebody who may be it, and does not take the token that is known here; in words.
+    Stranger(String),
+    /// Nobody who could be it; why not, in words.
+    Nobody(String),
+}
+
+impl Search {
+    /// What an error on the way to a coordinator tells. One of TLS comes from somebody who speaks it.
+    fn judge(error: &(dyn Error + 'static)) -> Self {
+        let mut last = error.to_string();
+        let mut next = Some(error);
+        while let Some(error) = next {
+            let inner = error
+                .downcast_ref::<io::Error>()
+                .and_then(io::Error::get_ref);
+            let tls = error
+                .downcast_ref::<rustls::Error>()
+                .or_else(|| inner?.downcast_ref::<rustls::Error>());
+            match tls {
+                Some(rustls::Error::InvalidMessage(_)) => {
+                    return Self::Nobody("what listens there speaks no TLS".to_owned());
+                }
+                Some(fault) => {
+                    return Self::Stranger(format!("it does not belong to this token ({fault})"));
+                }
+                None => last = error.to_string(),
+            }
+            next = error.source();
+        }
+        Self::Nobody(last)
+    }
+
+    /// Of one whose token is not known here: whether anybody listens at `address`.
+    pub async fn without_token(address: &str) -> Self {
+        let attempt = tokio::net::TcpStream::connect(address);
+        match tokio::time::timeout(SILENCE, attempt).await {
+            Ok(Ok(_)) => Self::Stranger("this run's token is not known here".to_owned()),
+            Ok(Err(error)) => Self::Nobody(error.to_string()),
+            Err(_) => Self::silent(),
+        }
+    }
+
+    fn silent() -> Self {
+        Self::Nobody(format!("no answer in {} s", SILENCE.as_secs()))
+    }
+}
+
 impl Client {
-    /// The coordinator of `join`'s run, if it answers.
-    pub async fn find(join: &Join) -> Option<Self> {
-        let attempt = async {
-            let channel = join.endpoint().ok()?.connect().await.ok()?;
-            let client = CoordinatorClient::with_interceptor(channel, ShowToken::new(join.token()));
-            let mut client = Self { client };
-            let status = client.status().await.ok()?;
-            (status.0.run_id == join.run_id()).then_some(client)
+    /// Looks for the coordinator of `join`'s run.
+    pub async fn find(join: &Join) -> Search {
+        let attempt = Self::meet(join);
+        let found = tokio::time::timeout(SILENCE, attempt).await;
+        found.unwrap_or_else(|_| Search::silent())
+    }
+
+    async fn meet(join: &Join) -> Search {
+        let endpoint = match join.endpoint() {
+            Ok(endpoint) => endpoint,
+            Err(error) => return Search::judge(&error),
         };
-        tokio::time::timeout(SILENCE, attempt).await.ok()?
+        let channel = match endpoint.connect().await {
+            Ok(channel) => channel,
+            Err(error) => return Search::judge(&error),
+        };
+        let client = CoordinatorClient::with_interceptor(channel, ShowToken::new(join.token()));
+        let mut client = Self { client };
+        match client.status().await {
+            Ok(status) if status.0.run_id == join.run_id() => Search::Found(client),
+            Ok(status) => Search::Stranger(format!("it has the run {}", status.0.run_id)),
+            Err(status) if status.code() == Code::Unauthenticated => {
+                Search::Stranger(status.message().to_owned())
+            }
+            Err(status) => Search::judge(&status),
+        }
     }
 
     /// How the run is.

@@ -783,7 +783,10 @@ fn a_group_that_stands_still_is_given_up() {
 fn stopping_drains_with_a_checkpoint_and_ends_when_all_have_left() {
     let mut scene = Scene::new(small_plan());
     let group = scene.reach_stepping();
-    scene.happens(Event::StopRequested { now: false });
+    scene.happens(Event::StopRequested {
+        now: false,
+        returns: false,
+    });
     assert!(scene.was_told(1, |m| matches!(
         m,
         ToWorker::Drain {
@@ -818,8 +821,14 @@ fn stopping_drains_with_a_checkpoint_and_ends_when_all_have_left() {
 fn stopping_twice_ends_at_once() {
     let mut scene = Scene::new(small_plan());
     scene.reach_stepping();
-    scene.happens(Event::StopRequested { now: false });
-    scene.happens(Event::StopRequested { now: true });
+    scene.happens(Event::StopRequested {
+        now: false,
+        returns: false,
+    });
+    scene.happens(Event::StopRequested {
+        now: true,
+        returns: false,
+    });
     assert!(matches!(
         scene.machine.outcome(),
         Some(Outcome::Stopped { .. })
@@ -1171,7 +1180,10 @@ fn old_checkpoints_go_but_never_the_newest_on_the_lineage_nor_what_lies_beyond()
 fn a_launcher_that_gives_up_while_the_run_stops_is_no_failure() {
     let mut scene = Scene::new(small_plan());
     scene.join(1);
-    scene.happens(Event::StopRequested { now: false });
+    scene.happens(Event::StopRequested {
+        now: false,
+        returns: false,
+    });
     scene.happens(Event::LauncherFailed {
         message: "it left too often".into(),
     });

@@ -131,11 +131,26 @@ fn a_paused_run_can_be_stopped_and_a_stopping_one_resumed_for_later() {
     let mut scene = Scene::new(small_plan());
     scene.join(1);
     pause(&mut scene);
-    scene.happens(Event::StopRequested { now: false });
+    scene.happens(Event::StopRequested {
+        now: false,
+        returns: false,
+    });
     assert_eq!(scene.machine.view(scene.now).state, "stopping");
     scene.happens(Event::ResumeRequested);
     assert_eq!(scene.machine.view(scene.now).state, "stopping");
     assert_eq!(scene.machine.durable().paused, None);
+}
+
+#[test]
+fn workers_hear_whether_a_stopped_run_is_started_again_by_itself() {
+    for returns in [false, true] {
+        let mut scene = Scene::new(small_plan());
+        scene.join(1);
+        let now = false;
+        scene.happens(Event::StopRequested { now, returns });
+        let heard = |told: &ToWorker| matches!(told, ToWorker::Drain { returns: said, .. } if *said == returns);
+        assert!(scene.was_told(1, heard), "{returns}");
+    }
 }
 
 #[test]

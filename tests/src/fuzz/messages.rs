@@ -138,6 +138,7 @@ pub(super) fn of_coordinators() -> Vec<Vec<u8>> {
         Message::Drain(wire::Drain {
             checkpoint: true,
             reason: "asked".into(),
+            returns: true,
         }),
     ];
     let whole = all.map(|message| wire::CoordinatorMessage {

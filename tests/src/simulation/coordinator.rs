@@ -57,7 +57,12 @@ pub(super) fn start(world: &Arc<World>, objects: &Arc<InMemory>) {
 pub(super) fn ask_to_stop(world: &Arc<World>, now: bool) {
     if let Some(handle) = newest(world) {
         tokio::spawn(async move {
-            let _ = handle.event(Event::StopRequested { now }).await;
+            let _ = handle
+                .event(Event::StopRequested {
+                    now,
+                    returns: false,
+                })
+                .await;
         });
     }
 }

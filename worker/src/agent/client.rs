@@ -51,7 +51,11 @@ pub(super) enum FromCoordinator {
     Peers(GroupId, Vec<String>),
     Abort(GroupId, String),
     ReportAck(u64),
-    Drain { checkpoint: bool, reason: String },
+    Drain {
+        checkpoint: bool,
+        returns: bool,
+        reason: String,
+    },
 }
 
 /// The answer to a hello.
@@ -333,6 +337,7 @@ fn read(message: wire::CoordinatorMessage) -> Result<FromCoordinator, Malformed>
             Message::ReportAck(ack) => FromCoordinator::ReportAck(ack.seq),
             Message::Drain(drain) => FromCoordinator::Drain {
                 checkpoint: drain.checkpoint,
+                returns: drain.returns,
                 reason: drain.reason,
             },
         },

@@ -42,7 +42,14 @@ impl Agent {
                     self.leave_group(&reason, moment);
                 }
             }
-            FromCoordinator::Drain { checkpoint, reason } => self.depart(&reason, checkpoint),
+            FromCoordinator::Drain {
+                checkpoint,
+                returns,
+                reason,
+            } => {
+                self.returns |= returns;
+                self.depart(&reason, checkpoint);
+            }
         }
     }
 
