@@ -4,9 +4,9 @@
 //! the pipe closes and the worker leaves. The join string travels in an environment variable, never in an
 //! argument that other users could read.
 
-use std::fs::OpenOptions;
+use std::fs::{DirBuilder, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -72,7 +72,11 @@ pub struct Launched {
 
 /// Starts workers and keeps starting them again.
 pub fn start(workers: Workers, handle: Handle) -> io::Result<Launched> {
-    std::fs::create_dir_all(&workers.logs)?;
+    // For its owner alone, whatever the umask.
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&workers.logs)?;
     let (stop, stopped) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let kept = Arc::new(AtomicU32::new(workers.count));
