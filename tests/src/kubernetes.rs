@@ -7,6 +7,7 @@
 
 mod controllers;
 mod kubelet;
+mod review;
 mod server;
 mod world;
 

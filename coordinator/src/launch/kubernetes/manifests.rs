@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use distillery_common::recipe::{Kubernetes, Launcher, Recipe};
 
+use super::find::{NEEDED, Needed};
 use super::objects::{self, APP, Names};
 
 /// Name of the coordinator's objects.
@@ -197,20 +198,15 @@ impl Scope<'_> {
 
     /// Exactly the calls of `cluster`, which a test compares with what a coordinator asks for.
     fn role(&self) -> Role {
-        let rule = |group: &str, resource: &str, verbs: &[&str]| PolicyRule {
-            api_groups: Some(vec![group.into()]),
-            resources: Some(vec![resource.into()]),
-            verbs: verbs.iter().map(|&verb| verb.to_owned()).collect(),
+        let rule = |needed: &Needed| PolicyRule {
+            api_groups: Some(vec![needed.group.into()]),
+            resources: Some(vec![needed.path()]),
+            verbs: needed.verbs.iter().map(|&verb| verb.to_owned()).collect(),
             ..PolicyRule::default()
         };
         Role {
             metadata: self.meta(COORDINATOR, "coordinator"),
-            rules: Some(vec![
-                rule("batch", "jobs", &["create", "delete", "get"]),
-                rule("", "pods", &["delete", "list", "watch"]),
-                rule("", "pods/status", &["patch"]),
-                rule("", "secrets", &["create", "patch"]),
-            ]),
+            rules: Some(NEEDED.iter().map(rule).collect()),
         }
     }
 
