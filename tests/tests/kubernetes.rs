@@ -162,6 +162,39 @@ fn pods_of_a_dead_node_are_released_and_replaced() {
     assert_eq!(asked, allowed, "what is asked is what the Role allows");
 }
 
+/// Pods are probed all the time, here and in all other tests, and only the one that hangs is ended.
+#[test]
+fn a_worker_that_hangs_is_ended_by_its_probe_and_replaced() {
+    let mut scene = Scene::new(Ways::default(), 120, |_| {});
+    scene.run.start().expect("starts");
+    let pods = scene.both_run();
+    let pid = scene
+        .fake
+        .world(|world| world.pid_of(&pods[0]))
+        .expect("it runs");
+    let sign = scene.fake.on_volume(&pods[0], "scratch").join("alive");
+    scene
+        .run
+        .await_path(&sign, PATIENCE)
+        .expect("it shows that it lives");
+    signal(pid, "STOP").expect("stopped");
+    // Nobody waits for minutes: as if it had hung for an hour.
+    let hour = std::time::Duration::from_secs(3600);
+    let file = std::fs::File::options().append(true).open(&sign);
+    let file = file.expect("there");
+    let signed = file.metadata().and_then(|file| file.modified());
+    let long_ago = signed.expect("a time") - hour;
+    file.set_modified(long_ago).expect("set");
+    let replaced = scene.fake.until("a pod in its place", PATIENCE, |world| {
+        let running = world.running();
+        (running.len() == 2 && !running.contains(&pods[0])).then_some(running)
+    });
+    let running = replaced.expect("it is replaced");
+    assert!(running.contains(&pods[1]), "the other pod is left alone");
+    scene.finish();
+    assert_eq!(scene.fake.world(|world| world.made), 3);
+}
+
 #[test]
 fn an_evicted_worker_leaves_in_order_and_is_replaced() {
     let mut scene = Scene::new(Ways::default(), 120, |_| {});
