@@ -59,6 +59,8 @@ pub struct Workers {
     pub token: Token,
     /// Folder for their logs.
     pub logs: PathBuf,
+    /// Whether the join string does without TLS for what looks like another host.
+    pub insecure: bool,
     /// Form of their logs.
     pub format: Format,
 }
@@ -245,6 +247,7 @@ fn spawn(workers: &Workers, name: &str, log: &Path) -> io::Result<Child> {
         .arg("join")
         .args(["--name", name])
         .arg("--parent-stdin")
+        .args(workers.insecure.then_some("--insecure"))
         .env("DISTILLERY_JOIN", &workers.join)
         .env(FORMAT_VARIABLE, workers.format.to_string())
         .stdin(Stdio::piped())
