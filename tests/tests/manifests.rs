@@ -47,6 +47,32 @@ fn the_files_are_what_their_recipes_render() {
     );
 }
 
+/// A budget of nothing protects nothing, and one of everything keeps nodes from being emptied.
+#[test]
+fn an_eviction_leaves_somebody_and_is_always_possible() {
+    let coordinator = programs().expect("built").join("coordinator");
+    for (workers, gpus, kept) in [
+        ("{min: 8, max: 16}", 8, 1),
+        ("{min: 2, max: 4}", 0, 1),
+        ("{min: 4, max: 4}", 1, 3),
+        ("{min: 1, max: 4}", 1, 1),
+        ("{min: 1, max: 1}", 1, 0),
+        ("{min: 4, max: 8}", 8, 0),
+    ] {
+        let mut render = std::process::Command::new(&coordinator);
+        render.args(["render", "kubernetes"]);
+        render.arg(folder().join("recipes/gpu.yaml"));
+        render.args(["--set", &format!("cluster.workers={workers}")]);
+        render.args(["--set", &format!("cluster.kubernetes.gpus={gpus}")]);
+        let output = render.output().expect("it starts");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let wanted = format!("minAvailable: {kept}\n");
+        assert!(text.contains(&wanted), "{workers} {gpus}: {wanted}");
+    }
+}
+
 /// What ends a worker asks the worker itself: neither the coordinator nor the store, which may be away for long.
 #[test]
 fn the_probe_of_a_worker_looks_where_the_worker_signs() {

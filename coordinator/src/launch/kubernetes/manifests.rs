@@ -309,15 +309,19 @@ impl Scope<'_> {
         }
     }
 
-    /// Evictions may cost one pod of the fewest that training goes on with, so that a node can always be emptied.
+    /// Evictions may cost one pod of the fewest that training goes on with, so that a node can always be emptied. But not all
+    /// pods at once, where there are several: groups survive departures as long as somebody is left who holds their state, and
+    /// the last pod waits until another is there. A run on one pod alone must not keep its node from being emptied.
     fn budget(&self) -> PodDisruptionBudget {
-        let fewest = self.kubernetes.pods(self.source.recipe.cluster.min_workers);
-        let fewest = i32::try_from(fewest).unwrap_or(i32::MAX);
+        let cluster = &self.source.recipe.cluster;
+        let pods = |workers| i32::try_from(self.kubernetes.pods(workers)).unwrap_or(i32::MAX);
+        let (fewest, most) = (pods(cluster.min_workers), pods(cluster.max_workers));
+        let kept = (fewest - 1).max(1).min(most - 1).max(0);
         PodDisruptionBudget {
             metadata: self.meta("distillery-worker", "worker"),
             spec: Some(PodDisruptionBudgetSpec {
                 // Pods of a Job cannot be counted by `maxUnavailable`.
-                min_available: Some(IntOrString::Int((fewest - 1).max(0))),
+                min_available: Some(IntOrString::Int(kept)),
                 selector: Some(selector("worker")),
                 ..PodDisruptionBudgetSpec::default()
             }),
