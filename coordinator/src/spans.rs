@@ -1,4 +1,5 @@
-//! Spans of attempts and of training groups for a collector of OpenTelemetry, where the environment names one.
+//! Spans of attempts and of training groups for a collector of OpenTelemetry, where the command line or the environment names
+//! one.
 //!
 //! The trace is the run: its id is the run's, so that all lives of a coordinator are in one. A span begins with a grant
 //! or a formation and ends with what became of it. What follows is OTLP over HTTP in its JSON form, which a collector
@@ -20,10 +21,11 @@ use distillery_common::{cryptography, telemetry};
 use crate::scheduler::{Action, Decision, Event, ToWorker};
 use crate::service::Identity;
 
-/// Where the collector listens, by the names that OpenTelemetry gives.
+/// Where the collector listens, by the names that OpenTelemetry gives; and what is typed in their place.
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const TRACES: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
 const HEADERS: &str = "OTEL_EXPORTER_OTLP_HEADERS";
+const FLAG: &str = "--otlp";
 /// Ended spans that may wait for the collector.
 const QUEUE: usize = 4096;
 /// Most spans of one request, and the longest wait for them.
@@ -80,18 +82,24 @@ fn nanos(millis: i64) -> String {
     millis.saturating_mul(1_000_000).to_string()
 }
 
-/// Spans for the collector that the environment names, and the task that sends them; none where it names none.
+/// Spans for the collector at `typed`, the base of its URL, or else for that which the environment names, and the task that
+/// sends them; none where nobody names one.
 ///
 /// # Errors
-/// When what the environment says makes no sense.
-pub fn of_environment(identity: &Identity) -> anyhow::Result<Option<(Spans, JoinHandle<()>)>> {
+/// When what is typed, or what the environment says, makes no sense.
+pub fn start(
+    typed: Option<&str>,
+    identity: &Identity,
+) -> anyhow::Result<Option<(Spans, JoinHandle<()>)>> {
     let named = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let url = match (named(TRACES), named(ENDPOINT)) {
-        (Some(url), _) => url,
-        (None, Some(base)) => format!("{}/v1/traces", base.trim_end_matches('/')),
-        (None, None) => return Ok(None),
+    let below = |base: &str| format!("{}/v1/traces", base.trim_end_matches('/'));
+    let (url, from) = match (typed, named(TRACES), named(ENDPOINT)) {
+        (Some(base), _, _) => (below(base), FLAG),
+        (None, Some(url), _) => (url, TRACES),
+        (None, None, Some(base)) => (below(&base), ENDPOINT),
+        (None, None, None) => return Ok(None),
     };
-    let sender = Sender::new(&url, named(HEADERS).as_deref(), identity)?;
+    let sender = Sender::new(&url, from, named(HEADERS).as_deref(), identity)?;
     let (ended, queued) = mpsc::channel(QUEUE);
     let sending = tokio::spawn(sender.send_all(queued));
     let what = format!("{} life {}", identity.run_id, identity.term);
@@ -270,11 +278,22 @@ struct Sender {
 }
 
 impl Sender {
-    fn new(url: &str, headers: Option<&str>, identity: &Identity) -> anyhow::Result<Self> {
+    /// A way to `url`, which `from` names.
+    fn new(
+        url: &str,
+        from: &str,
+        headers: Option<&str>,
+        identity: &Identity,
+    ) -> anyhow::Result<Self> {
         use anyhow::Context as _;
         use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
         // It may hold a key, and so may whatever an answer points to.
-        reqwest::Url::parse(url).with_context(|| format!("{ENDPOINT} is no URL"))?;
+        let parsed = reqwest::Url::parse(url);
+        let is_http = parsed.is_ok_and(|url| matches!(url.scheme(), "http" | "https"));
+        anyhow::ensure!(
+            is_http,
+            "{from} is no URL of a collector, such as http://127.0.0.1:4318"
+        );
         let mut shown = HeaderMap::new();
         for pair in headers
             .unwrap_or_default()

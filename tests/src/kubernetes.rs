@@ -7,6 +7,7 @@
 
 mod controllers;
 mod kubelet;
+mod review;
 mod server;
 mod world;
 
@@ -38,7 +39,7 @@ pub struct Ways {
     pub role: Option<Vec<Rule>>,
     /// Wait before a pod of a failed index is made anew; doubles.
     pub backoff: Duration,
-    /// Seconds of a toleration that are one second here are `1 / haste`.
+    /// So many seconds of a toleration or of a probe are one second here.
     pub haste: f64,
     /// Where pods find room.
     pub room: Room,
@@ -192,6 +193,11 @@ impl Fake {
     /// Ends all watches with an error, and makes every version of before too old.
     pub fn compact(&self) {
         self.world(World::compact);
+    }
+
+    /// Where what a pod has on its volume called `volume` lies on this host.
+    pub fn on_volume(&self, pod: &str, volume: &str) -> PathBuf {
+        self.folder.join(pod).join(volume)
     }
 
     /// Waits until `look` finds something in the world.

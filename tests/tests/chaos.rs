@@ -42,6 +42,11 @@ fn a_worker_that_stood_still_commits_nothing_twice() {
 }
 
 #[test]
+fn a_worker_that_is_told_to_leave_gives_back_what_it_does_not_commit() {
+    check(&["--campaign", "drains", "--number", "6"]);
+}
+
+#[test]
 fn a_killed_writer_loses_nothing_that_was_acknowledged() {
     check(&["--campaign", "writers", "--number", "300"]);
 }

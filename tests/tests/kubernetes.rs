@@ -1,6 +1,6 @@
 //! Runs whose workers are pods, against a Kubernetes API server in this process that runs them as real processes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use distillery_tests::harness::{EngineKind, Made, Run, Target, repository, signal, sim_recipe};
@@ -160,6 +160,39 @@ fn pods_of_a_dead_node_are_released_and_replaced() {
     let mut allowed = role();
     allowed.sort();
     assert_eq!(asked, allowed, "what is asked is what the Role allows");
+}
+
+/// Pods are probed all the time, here and in all other tests, and only the one that hangs is ended.
+#[test]
+fn a_worker_that_hangs_is_ended_by_its_probe_and_replaced() {
+    let mut scene = Scene::new(Ways::default(), 120, |_| {});
+    scene.run.start().expect("starts");
+    let pods = scene.both_run();
+    let pid = scene
+        .fake
+        .world(|world| world.pid_of(&pods[0]))
+        .expect("it runs");
+    let sign = scene.fake.on_volume(&pods[0], "scratch").join("alive");
+    scene
+        .run
+        .await_path(&sign, PATIENCE)
+        .expect("it shows that it lives");
+    signal(pid, "STOP").expect("stopped");
+    // Nobody waits for minutes: as if it had hung for an hour.
+    let hour = std::time::Duration::from_secs(3600);
+    let file = std::fs::File::options().append(true).open(&sign);
+    let file = file.expect("there");
+    let signed = file.metadata().and_then(|file| file.modified());
+    let long_ago = signed.expect("a time") - hour;
+    file.set_modified(long_ago).expect("set");
+    let replaced = scene.fake.until("a pod in its place", PATIENCE, |world| {
+        let running = world.running();
+        (running.len() == 2 && !running.contains(&pods[0])).then_some(running)
+    });
+    let running = replaced.expect("it is replaced");
+    assert!(running.contains(&pods[1]), "the other pod is left alone");
+    scene.finish();
+    assert_eq!(scene.fake.world(|world| world.made), 3);
 }
 
 #[test]
@@ -392,4 +425,112 @@ fn without_a_cluster_the_run_says_what_is_missing() {
         said.contains("there is no cluster") && said.contains("KUBECONFIG"),
         "{said}"
     );
+}
+
+/// What the doctor says of Kubernetes where KUBECONFIG is `kubeconfig`: the state in a word, and what was seen.
+fn examined(kubeconfig: &Path) -> (String, String) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = Run::new(folder.path(), &recipe(), EngineKind::Sim).expect("built");
+    let mut doctor = run.command("coordinator");
+    doctor.args(["doctor", "--json"]);
+    doctor.env("KUBECONFIG", kubeconfig);
+    doctor.env("HOME", folder.path());
+    doctor.env_remove("KUBERNETES_SERVICE_HOST");
+    let output = doctor.output().expect("it starts");
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let checks = said["checks"].as_array().expect("a list");
+    let check = checks.iter().find(|check| check["name"] == "Kubernetes");
+    let check = check.expect("it looks for Kubernetes");
+    let text = |key: &str| check[key].as_str().expect("text").to_owned();
+    (text("state"), text("seen"))
+}
+
+fn cluster(folder: &Path, role: Vec<Rule>) -> Fake {
+    let ways = Ways {
+        role: Some(role),
+        ..Ways::default()
+    };
+    let idle = Program::of(&std::process::Command::new("true"));
+    Fake::start(folder, idle, ways).expect("a cluster")
+}
+
+#[test]
+fn the_doctor_says_whether_the_launcher_may_do_what_it_must() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let fake = cluster(&folder.path().join("whole"), role());
+    let (state, seen) = examined(&fake.kubeconfig());
+    assert_eq!(state, "ok", "{seen}");
+    assert!(
+        seen.contains("v1.36.0") && seen.contains("namespace distillery"),
+        "{seen}"
+    );
+    assert_eq!(fake.world(|world| world.forbidden.clone()), []);
+
+    // Each rule of the Role is one that the doctor misses.
+    for missing in role() {
+        let left = role().into_iter().filter(|rule| *rule != missing);
+        let fake = cluster(&folder.path().join("less"), left.collect());
+        let (state, seen) = examined(&fake.kubeconfig());
+        let words = match missing.group.as_str() {
+            "" => format!("may not: {} {}", missing.verb, missing.resource),
+            group => format!("may not: {} {}.{group}", missing.verb, missing.resource),
+        };
+        assert_eq!(state, "WARN", "{missing:?}: {seen}");
+        assert!(seen.ends_with(&words), "{words}: {seen}");
+    }
+
+    fake.away(true);
+    let (state, seen) = examined(&fake.kubeconfig());
+    assert_eq!(state, "WARN", "{seen}");
+    assert!(seen.contains("does not answer as it should"), "{seen}");
+}
+
+/// Of several clusters in a file only that of the current context counts, and a port that is open is no API server.
+#[test]
+fn the_doctor_asks_the_cluster_of_the_current_context() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let fake = cluster(&folder.path().join("cluster"), role());
+    let text = std::fs::read_to_string(fake.kubeconfig()).expect("a kubeconfig");
+    let config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let good = config["clusters"][0]["cluster"]["server"].as_str();
+    let good = good.expect("an address");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let silent = format!("http://{}", listener.local_addr().expect("bound"));
+    let written = |current: &str, first: &str, token: &str| {
+        let path = folder.path().join("kubeconfig");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\nclusters:\n- cluster:\n    server: {first}\n  name: first\n- cluster:\n    server: {good}\n  name: good\n\
+             users:\n- name: me\n  user: {{token: {token}}}\n\
+             contexts:\n- name: first\n  context: {{cluster: first, user: me}}\n- name: good\n  context: {{cluster: good, user: me, namespace: distillery}}\n\
+             current-context: {current}\n"
+        );
+        std::fs::write(&path, text).expect("written");
+        path
+    };
+    // Nobody listens at port 1.
+    let dead = "http://127.0.0.1:1";
+    let token = config["users"][0]["user"]["token"].as_str().expect("text");
+    let (state, seen) = examined(&written("good", dead, token));
+    assert_eq!(state, "ok", "{seen}");
+    for (current, first, token, words) in [
+        ("first", dead, token, "does not answer as it should"),
+        ("first", silent.as_str(), token, "no answer within 5 s"),
+        ("good", dead, "another", "Unauthorized"),
+        (
+            "first",
+            good,
+            token,
+            "in namespace default its launcher may not",
+        ),
+        ("nowhere", good, token, "its configuration cannot be used"),
+    ] {
+        let (state, seen) = examined(&written(current, first, token));
+        assert_eq!(state, "WARN", "{current} {first}: {seen}");
+        assert!(seen.contains(words), "{words}: {seen}");
+    }
+    let (state, seen) = examined(&folder.path().join("no-such-file"));
+    assert_eq!(state, "WARN", "{seen}");
+    let (state, seen) = examined(Path::new(""));
+    assert_eq!(state, "ok", "{seen}");
+    assert!(seen.starts_with("not here"), "{seen}");
 }

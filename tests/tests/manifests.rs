@@ -47,6 +47,62 @@ fn the_files_are_what_their_recipes_render() {
     );
 }
 
+/// A budget of nothing protects nothing, and one of everything keeps nodes from being emptied.
+#[test]
+fn an_eviction_leaves_somebody_and_is_always_possible() {
+    let coordinator = programs().expect("built").join("coordinator");
+    for (workers, gpus, kept) in [
+        ("{min: 8, max: 16}", 8, 1),
+        ("{min: 2, max: 4}", 0, 1),
+        ("{min: 4, max: 4}", 1, 3),
+        ("{min: 1, max: 4}", 1, 1),
+        ("{min: 1, max: 1}", 1, 0),
+        ("{min: 4, max: 8}", 8, 0),
+    ] {
+        let mut render = std::process::Command::new(&coordinator);
+        render.args(["render", "kubernetes"]);
+        render.arg(folder().join("recipes/gpu.yaml"));
+        render.args(["--set", &format!("cluster.workers={workers}")]);
+        render.args(["--set", &format!("cluster.kubernetes.gpus={gpus}")]);
+        let output = render.output().expect("it starts");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let wanted = format!("minAvailable: {kept}\n");
+        assert!(text.contains(&wanted), "{workers} {gpus}: {wanted}");
+    }
+}
+
+/// What ends a worker asks the worker itself: neither the coordinator nor the store, which may be away for long.
+#[test]
+fn the_probe_of_a_worker_looks_where_the_worker_signs() {
+    let mut seen = 0;
+    for (file, object) in objects() {
+        let container = &object["spec"]["template"]["spec"]["containers"][0];
+        if object["kind"] != "Job" || container["name"] != "worker" {
+            continue;
+        }
+        seen += 1;
+        let words = |value: &Value| -> Vec<String> {
+            let words = value.as_array().into_iter().flatten();
+            words.filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        let args = words(&container["args"]);
+        let at = args.iter().position(|arg| arg == "--alive");
+        let signed = &args[at.expect("it signs") + 1];
+        let probe = words(&container["livenessProbe"]["exec"]["command"]);
+        assert_eq!(probe[..3], ["worker", "alive", signed], "{file}");
+        // The root file system is only read.
+        let mounts = container["volumeMounts"].as_array().expect("a list");
+        let writable = mounts.iter().any(|mount| {
+            let path = mount["mountPath"].as_str().expect("text");
+            mount["readOnly"] != true && signed.starts_with(&format!("{path}/"))
+        });
+        assert!(writable, "{file}: {signed}");
+    }
+    assert!(seen > 0, "a manifest starts workers");
+}
+
 #[test]
 fn every_key_is_one_of_its_type() {
     for (file, object) in objects() {

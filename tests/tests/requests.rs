@@ -322,12 +322,13 @@ fn a_coordinator_that_takes_another_token_is_neither_fenced_nor_taken_for_gone()
     await_commits(&run, 1);
     let other = "f".repeat(64);
     let token = run.output().join("token");
-    let kept = std::fs::read(&token).expect("it is there");
-    let join = std::fs::read(run.output().join("join")).expect("there, too");
+    let join = run.output().join("join");
+    let aside = |path: &std::path::Path| path.with_extension("aside");
     for known in [Some(&other), None] {
         if known.is_none() {
-            std::fs::remove_file(&token).expect("it was there");
-            std::fs::remove_file(run.output().join("join")).expect("it was there");
+            for path in [&token, &join] {
+                std::fs::rename(path, aside(path)).expect("it was there");
+            }
         }
         for command in [
             run.run_command(),
@@ -350,8 +351,9 @@ fn a_coordinator_that_takes_another_token_is_neither_fenced_nor_taken_for_gone()
         }
         assert!(!token.exists() || known.is_some(), "no token was made");
     }
-    std::fs::write(&token, kept).expect("writable");
-    std::fs::write(run.output().join("join"), join).expect("writable");
+    for path in [&token, &join] {
+        std::fs::rename(aside(path), path).expect("there again");
+    }
     assert_eq!(state(&run), "running");
     heard(&run, &["stop", &uri(&run), "--now"]);
     let ended = run.wait(PATIENCE).expect("it stops");
@@ -423,4 +425,87 @@ fn a_signal_that_comes_twice_at_once_and_the_end_of_a_terminal_stop_after_a_chec
         );
         assert!(!said.contains("stopping now"), "{said}");
     }
+
+/// What the doctor says of `name`, started with `programs` alone on its PATH and, before that, by `shell`.
+fn examined(run: &Run, name: &str, programs: &std::path::Path, shell: &str) -> (String, String) {
+    let doctor = run.command("coordinator");
+    let mut command = std::process::Command::new("/bin/sh");
+    command.args(["-c", &format!("{shell} exec \"$@\""), "sh"]);
+    command.arg(doctor.get_program()).args(["doctor", "--json"]);
+    for (variable, value) in doctor.get_envs() {
+        command.env(variable, value.expect("set"));
+    }
+    let output = command.env("PATH", programs).output().expect("it starts");
+    let said: Value = serde_json::from_slice(&output.stdout).expect("one JSON value");
+    let checks = said["checks"].as_array().expect("a list");
+    let check = checks.iter().find(|check| check["name"] == name);
+    let check = check.expect("it is looked at");
+    let text = |key: &str| check[key].as_str().expect("text").to_owned();
+    (text("state"), text("seen"))
+}
+
+#[test]
+fn the_doctor_names_each_program_of_slurm_that_the_launcher_lacks() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = slow(&folder);
+    let programs = folder.path().join("programs");
+    std::fs::create_dir(&programs).expect("made");
+    let slurm = || examined(&run, "Slurm", &programs, "");
+    let write = |name: &str, text: &str, mode: u32| {
+        let path = programs.join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("set");
+    };
+    assert_eq!(slurm().0, "ok");
+    assert!(slurm().1.starts_with("not here"), "{}", slurm().1);
+
+    let all = ["sbatch", "squeue", "scancel", "scontrol", "sinfo"];
+    all.iter().for_each(|name| write(name, "echo long", 0o755));
+    assert_eq!(slurm(), ("ok".into(), "partitions long".into()));
+    for name in all {
+        // A file that cannot be started is no program.
+        write(name, "echo long", 0o644);
+        let (state, seen) = slurm();
+        assert_eq!(state, "WARN", "{seen}");
+        assert!(
+            seen.starts_with(&format!("missing: {name}; here: ")),
+            "{seen}"
+        );
+        write(name, "echo long", 0o755);
+    }
+    write(
+        "sinfo",
+        "echo 'slurm_load_partitions: Unable to contact' >&2; exit 1",
+        0o755,
+    );
+    let (state, seen) = slurm();
+    assert_eq!(state, "WARN", "{seen}");
+    assert!(seen.starts_with("sinfo does not answer: "), "{seen}");
+    assert!(seen.ends_with("Unable to contact"), "{seen}");
+    std::fs::remove_file(programs.join("squeue")).expect("removed");
+    let (_, seen) = slurm();
+    assert!(
+        seen.starts_with("missing: squeue; here: ") && seen.contains("sinfo does not answer"),
+        "{seen}"
+    );
+    write("squeue", "", 0o755);
+    write("sinfo", "", 0o755);
+    let (state, seen) = slurm();
+    assert_eq!(state, "WARN", "{seen}");
+    assert!(seen.contains("no partition"), "{seen}");
+}
+
+#[test]
+fn the_doctor_counts_the_connections_that_the_hard_limit_allows() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = slow(&folder);
+    let files = |limits: &str| examined(&run, "open files", folder.path(), limits);
+    // The soft limit is what a coordinator raises.
+    let (state, seen) = files("ulimit -Sn 256; ulimit -Hn 4096;");
+    assert_eq!(state, "ok", "{seen}");
+    assert!(seen.contains("room for 2560 connections"), "{seen}");
+    let (state, seen) = files("ulimit -n 1024;");
+    assert_eq!(state, "WARN", "{seen}");
+    assert!(seen.contains("room for 512 connections"), "{seen}");
 }

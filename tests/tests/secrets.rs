@@ -272,6 +272,76 @@ fn a_token_that_was_made_stays_beside_the_run() {
     check(Given::Made);
 }
 
+/// The permission bits of a file or folder.
+fn mode(path: &Path) -> u32 {
+    let mode = fs::metadata(path).expect("there").permissions().mode();
+    mode & 0o777
+}
+
+/// The same command as a process that forbids nothing to others unless it says so itself.
+fn without_umask(command: &Command) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "umask 0; exec \"$@\"", "sh"]);
+    shell.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    shell
+}
+
+/// An engine that tells of its socket before it becomes the stand-in.
+fn telling_engine(run: &Run, folder: &Path) -> PathBuf {
+    let path = folder.join("telling-engine");
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = --socket ] && stat -c %a \"${{2%/*}}\" \"$2\" >>'{}'\nexec '{}' \"$@\"\n",
+        folder.join("modes").display(),
+        run.program(EngineKind::Sim.program()).display(),
+    );
+    fs::write(&path, script).expect("written");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("executable");
+    path
+}
+
+/// The mask is the user's; what must be private is so under any.
+#[test]
+fn what_is_private_is_private_under_any_umask() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let temporary = folder.path().join("temporary");
+    fs::create_dir(&temporary).expect("made");
+    let run = Run::new(folder.path(), sim_recipe(), EngineKind::Sim).expect("built");
+    let engine = telling_engine(&run, folder.path());
+    let run = run
+        .with("DISTILLERY_ENGINE", engine.display())
+        .with("TMPDIR", temporary.display())
+        .with("XDG_CACHE_HOME", folder.path().join("cache").display());
+    let output = without_umask(&run.run_command()).output();
+    let output = output.expect("it starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+
+    let modes = fs::read_to_string(folder.path().join("modes")).expect("engines were started");
+    let modes: Vec<&str> = modes.lines().collect();
+    assert!(modes.len() >= 4, "two engines at least: {modes:?}");
+    for engine in modes.chunks(2) {
+        assert_eq!(engine, ["700", "600"], "an engine's folder and socket");
+    }
+    let left = fs::read_dir(&temporary).expect("readable").count();
+    assert_eq!(left, 0, "temporary files are left");
+    let (beside, cache) = (run.output(), folder.path().join("cache/distillery"));
+    let logs = beside.join("logs");
+    let mut private = vec![cache.join("memo.json"), beside.clone(), cache];
+    private.extend(["token", "join", "page", "page-key"].map(|name| beside.join(name)));
+    private.extend(["local-0.log", "local-1.log"].map(|name| logs.join(name)));
+    private.push(logs);
+    for path in private {
+        let mode = mode(&path);
+        assert_eq!(mode & 0o077, 0, "{}: {mode:03o}", path.display());
+    }
+}
+
 #[test]
 fn a_word_that_is_no_token_is_not_told_by_the_complaint_about_it() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -408,6 +408,49 @@ fn spans_of_attempts_and_generations_reach_a_collector() {
     assert!(!said.contains("sesame"), "{said}");
 }
 
+/// What is typed counts for more than what the environment says.
+#[test]
+fn a_collector_can_be_named_on_the_command_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let last = |body: &str| body.contains("\"name\":\"run\"");
+    let (collected, bodies) = std::sync::mpsc::channel();
+    std::thread::spawn(move || collected.send(collect(listener, last)));
+    let run = slow(&folder)
+        .with("SIM_TASK_MS", 0)
+        .with("SIM_STEP_MS", 0)
+        .with("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:1")
+        .with("OTEL_EXPORTER_OTLP_HEADERS", "x-key=sesame");
+    let mut command = run.run_command();
+    command.args(["--otlp", &format!("http://{address}/")]);
+    let output = command.output().expect("the coordinator starts");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let bodies = bodies
+        .recv_timeout(PATIENCE)
+        .expect("it ends with the run's span");
+    let text = bodies.iter().map(Value::to_string).collect::<String>();
+    assert!(text.contains("attempt trajectories"), "{text}");
+}
+
+#[test]
+fn a_collector_that_is_no_url_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = slow(&folder);
+    for wrong in ["", "127.0.0.1:4318", "ftp://127.0.0.1"] {
+        let mut command = run.run_command();
+        let output = command.args(["--otlp", wrong]).output();
+        let output = output.expect("the coordinator starts");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{errors}");
+        assert!(
+            errors.contains("--otlp is no URL of a collector"),
+            "{wrong:?}: {errors}"
+        );
+    }
+}
+
 #[test]
 fn all_logs_can_be_lines_of_json() {
     let folder = tempfile::tempdir().expect("a folder");

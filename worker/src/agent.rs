@@ -31,6 +31,7 @@ use self::outbox::{Outbox, Report};
 use crate::app::Config;
 use crate::engine_process::{Device, Engine, Output, Request};
 
+mod alive;
 mod client;
 mod holdings;
 mod outbox;
@@ -38,6 +39,7 @@ mod outside;
 mod session;
 mod work;
 
+pub use self::alive::{Alive, Breath, age};
 pub use self::client::{Closed, Heard, Said};
 pub use self::outside::{Host, Outside};
 
@@ -183,6 +185,8 @@ pub struct Agent {
     departure: Option<Departure>,
     /// A coordinator that told it to leave is started again by itself.
     returns: bool,
+    /// Where this loop shows that it turns, where somebody looks.
+    breath: Option<Breath>,
     events: Ends<(u64, client::Event)>,
     outputs: Ends<(u64, Output)>,
     puts: Ends<Put>,
@@ -219,10 +223,17 @@ impl Agent {
             ending: BTreeMap::new(),
             departure: None,
             returns: false,
+            breath: None,
             events: mpsc::channel(QUEUE),
             outputs: mpsc::channel(QUEUE),
             puts: mpsc::channel(QUEUE),
         }
+    }
+
+    /// The same agent, which shows that its loop turns.
+    pub fn showing(mut self, breath: Option<Breath>) -> Self {
+        self.breath = breath;
+        self
     }
 
     /// Works until told to leave, or until the coordinator is gone for good.
@@ -255,6 +266,9 @@ impl Agent {
 
     /// Does what time demands; says how the agent has ended, if it has.
     fn turn(&mut self, now: Instant) -> anyhow::Result<Option<Ending>> {
+        if let Some(breath) = &mut self.breath {
+            breath.turned(now);
+        }
         if let Session::Down(at) = self.session
             && now >= at
         {
@@ -323,7 +337,8 @@ impl Agent {
             Seat::Empty(_) | Seat::Taken { .. } => None,
         };
         let departure = self.departure.as_ref().map(|departure| departure.deadline);
-        [session, seat, departure, self.held.expiry()]
+        let breath = self.breath.as_ref().and_then(Breath::next);
+        [session, seat, departure, self.held.expiry(), breath]
             .into_iter()
             .flatten()
             .chain(self.ending.values().copied())

@@ -11,7 +11,7 @@ use distillery_common::telemetry::Format;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::agent::{Agent, Ending, Host, JoinSource, Leave, Outside};
+use crate::agent::{Agent, Alive, Ending, Host, JoinSource, Leave, Outside};
 use crate::engine_process::Device;
 use crate::logs::Keeper;
 
@@ -49,6 +49,8 @@ pub struct Config {
     pub signal_exit_code: u8,
     /// Whether to end when the standard input closes.
     pub parent_stdin: bool,
+    /// The file that shows that this process does not hang, where somebody looks at it.
+    pub alive: Option<PathBuf>,
 }
 
 impl Config {
@@ -81,11 +83,17 @@ async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
     let host: Arc<dyn Outside> = Arc::new(Host::new(keeper, format));
     let (leave, told) = watch::channel(Leave::Stay);
     let watching = tokio::spawn(watch_for_reasons_to_leave(config.parent_stdin, leave));
+    let alive = match config.alive.clone().map(Alive::at) {
+        None => None,
+        Some(Ok(alive)) => Some(alive),
+        Some(Err(error)) => return Err(error).context("the file of --alive cannot be made"),
+    };
     let agents: Vec<_> = config
         .devices
         .iter()
         .map(|&device| {
             let agent = Agent::new(Arc::clone(&config), device, Arc::clone(&host));
+            let agent = agent.showing(alive.as_ref().map(Alive::begin));
             tokio::spawn(agent.run(told.clone()))
         })
         .collect();

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
 
-use crate::agent::JoinSource;
+use crate::agent::{JoinSource, age};
 use crate::app::{self, Config};
 use crate::engine_process::Device;
 
@@ -26,6 +26,17 @@ const USAGE: u8 = 64;
 enum Command {
     /// Joins a run and works until it ends or this worker is told to leave.
     Join(JoinArguments),
+    /// Says whether the worker that was started with `--alive FILE` turns or hangs, for probes: exit code 0 or 1.
+    Alive(AliveArguments),
+}
+
+#[derive(Debug, clap::Args)]
+struct AliveArguments {
+    /// The file.
+    file: PathBuf,
+    /// Seconds that its worker may have been silent.
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    within: u64,
 }
 
 #[derive(Debug, clap::Args)]
@@ -74,6 +85,9 @@ struct JoinArguments {
     /// End when the standard input closes: the way a parent that starts workers makes sure that none outlives it.
     #[arg(long)]
     parent_stdin: bool,
+    /// A file of this worker's own whose time of change says when its loop last turned: for `worker alive`.
+    #[arg(long, value_name = "FILE", hide = true)]
+    alive: Option<PathBuf>,
 }
 
 /// Runs the worker and says how it ended.
@@ -89,7 +103,10 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    let Command::Join(arguments) = command;
+    let arguments = match command {
+        Command::Join(arguments) => arguments,
+        Command::Alive(arguments) => return look(&arguments),
+    };
     let format = arguments.log_format;
     distillery_common::telemetry::init("info", format);
     let checked = check(arguments);
@@ -107,6 +124,29 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Looks at another worker of this host.
+fn look(arguments: &AliveArguments) -> ExitCode {
+    use std::io::Write as _;
+    let file = arguments.file.display();
+    let (word, code) = match age(&arguments.file) {
+        Ok(age) if age.as_secs() <= arguments.within => {
+            (format!("alive: its loop turned {} s ago", age.as_secs()), 0)
+        }
+        Ok(age) => (
+            format!(
+                "not alive: {file} was signed {} s away from now, which may be {} s at most",
+                age.as_secs(),
+                arguments.within
+            ),
+            1,
+        ),
+        Err(error) => (format!("not alive: {file}: {error}"), 1),
+    };
+    // A probe shows either; nobody else may be there to read it.
+    let _ = writeln!(std::io::stdout(), "{word}");
+    ExitCode::from(code)
 }
 
 fn check(arguments: JoinArguments) -> anyhow::Result<Config> {
@@ -142,6 +182,7 @@ fn check(arguments: JoinArguments) -> anyhow::Result<Config> {
         drain_grace: Duration::from_secs(arguments.drain_grace),
         signal_exit_code: arguments.signal_exit_code,
         parent_stdin: arguments.parent_stdin,
+        alive: arguments.alive,
     })
 }
 

@@ -14,8 +14,8 @@ use std::time::Duration;
 use distillery_common::proto::engine_link::{Command, CommitOutcome, Event, Setup};
 use distillery_common::proto::{framing, wire};
 use distillery_common::telemetry::{FORMAT_VARIABLE, Format};
+use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
-use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{Child, Command as Process};
 use tokio::sync::{mpsc, watch};
 
@@ -23,6 +23,7 @@ use crate::secrets::Secrets;
 
 mod messages;
 mod output;
+mod private;
 
 pub use self::messages::{FromEngine, Request, from_wire};
 pub use self::output::{Output as Printed, Tail};
@@ -144,10 +145,8 @@ impl Engine {
         outputs: mpsc::Sender<(u64, Output)>,
         printed: Printed,
     ) -> std::io::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("distillery-").tempdir()?;
-        let socket = folder.path().join("engine.sock");
-        let listener = UnixListener::bind(&socket)?;
-        let mut child = spawn(program, &socket, printed.format)?;
+        let socket = private::Socket::new()?;
+        let mut child = spawn(program, socket.path(), printed.format)?;
         let pid = child.id();
         let piped = "the engine's output is a pipe";
         tokio::spawn(printed.clone().follow(child.stdout.take().expect(piped)));
@@ -164,7 +163,7 @@ impl Engine {
             secrets: Arc::clone(&printed.secrets),
         };
         tokio::spawn(async move {
-            let exit = watched.run(listener, folder, conversation, printed).await;
+            let exit = watched.run(socket, conversation, printed).await;
             let _ = outputs.send((id, Output::Exited(exit))).await;
         });
         Ok(engine)
@@ -345,17 +344,14 @@ impl Watched {
     /// Waits for the socket, the exit or the order to kill, whichever comes first, and always reaps the child.
     async fn run(
         mut self,
-        listener: UnixListener,
-        folder: tempfile::TempDir,
+        socket: private::Socket,
         conversation: Conversation,
         printed: Printed,
     ) -> Exit {
         let talk = async {
-            let accepted = tokio::time::timeout(CONNECT, listener.accept()).await;
-            // The socket's name has served; nothing is left behind if this process is killed from here on.
-            drop(folder);
-            match accepted {
-                Ok(Ok((socket, _))) => conversation.hold(socket).await,
+            // Its name has served then; nothing is left behind if this process is killed from there on.
+            match tokio::time::timeout(CONNECT, socket.accept_own()).await {
+                Ok(Ok(socket)) => conversation.hold(socket).await,
                 Ok(Err(error)) => Err(error.into()),
                 Err(_) => Err(framing::Error::Io(std::io::ErrorKind::TimedOut.into())),
             }

@@ -1,10 +1,12 @@
 //! What is slow to find out and stays true while a file does not change: digests of weights, what an engine is.
 //!
 //! A cache in the user's cache folder, keyed by path, length, time of change and inode. Losing it costs time only;
-//! nothing that cannot be read or written is an error.
+//! nothing that cannot be read or written is an error. It is believed, so nobody else may write it, whatever the umask.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt as _;
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// Entries kept; beyond that the cache starts anew.
@@ -65,9 +67,13 @@ impl Memo {
         let partial = file.with_extension(format!("{}.partial", std::process::id()));
         let write = || {
             if let Some(folder) = file.parent() {
-                std::fs::create_dir_all(folder)?;
+                let mut made = DirBuilder::new();
+                made.recursive(true).mode(0o700).create(folder)?;
             }
-            std::fs::write(&partial, serde_json::to_vec(&self.known)?)?;
+            let mut kept = OpenOptions::new();
+            kept.write(true).create(true).truncate(true).mode(0o600);
+            kept.open(&partial)?
+                .write_all(&serde_json::to_vec(&self.known)?)?;
             std::fs::rename(&partial, file)
         };
         if let Err(error) = write() {

@@ -62,6 +62,8 @@ pub struct Config {
     pub takeover: bool,
     /// Serve without TLS on more than 127.0.0.1.
     pub insecure: bool,
+    /// Where a collector of OpenTelemetry listens; where the environment says when none.
+    pub otlp: Option<String>,
     /// Waiting times in place of the usual ones.
     pub waits: Vec<Wait>,
     /// Results are for programs.
@@ -149,7 +151,7 @@ async fn coordinate(
         term: term.0,
         timings,
     };
-    let (spans, sending) = spans::of_environment(&identity)?.unzip();
+    let (spans, sending) = spans::start(config.otlp.as_deref(), &identity)?.unzip();
     let driver = driver.told_to(spans);
     let metrics = driver.metrics();
     let page = port

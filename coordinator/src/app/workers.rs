@@ -40,6 +40,7 @@ pub(super) async fn launch(
                 join: join.reveal(),
                 token: access.token().clone(),
                 logs: access.logs(),
+                insecure: config.insecure && join.authority().is_none(),
                 format: config.log_format,
             };
             local::start(workers, handle)

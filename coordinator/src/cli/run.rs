@@ -25,6 +25,10 @@ pub(super) struct Arguments {
     /// Serve without TLS on an address that other hosts reach.
     #[arg(long)]
     insecure: bool,
+    /// Send spans of attempts and training groups to the OpenTelemetry collector at this URL (OTLP over HTTP, as in
+    /// http://127.0.0.1:4318); without it, to that of OTEL_EXPORTER_OTLP_ENDPOINT.
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
     /// Waiting times in place of the usual ones, as in `beat=200ms,lease_ttl=2s`; no result depends on them.
     #[arg(
         long = "timings",
@@ -58,6 +62,7 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
         engine: program(arguments.engine, "engine", "--engine or DISTILLERY_ENGINE")?,
         takeover: arguments.takeover,
         insecure: arguments.insecure,
+        otlp: arguments.otlp,
         waits: arguments.waits,
         json: context.json,
         log_format: context.log_format,

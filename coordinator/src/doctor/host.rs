@@ -3,14 +3,16 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit};
 use tokio::net::{TcpListener, lookup_host};
 
 use super::{Check, LOOK, answer};
+use crate::service::gate::Limits;
 
 /// How long an engine may take to say what it is: it loads libtorch first.
 const ENGINE: Duration = Duration::from_secs(60);
-/// Open files that a coordinator of a few hundred workers, or an engine that reads many shards, may want.
-const FILES: u64 = 4096;
+/// Connections of workers that a host should have room for: each device is one.
+const CONNECTIONS: usize = 1024;
 /// Ports that a host should have for connections of its own.
 const PORTS: u32 = 10_000;
 
@@ -163,22 +165,58 @@ async fn own_name() -> Check {
     Check::well(NAME, seen)
 }
 
-/// The limit of open files.
+/// The limit on open files, which a coordinator raises for itself as far as it goes.
 pub(super) fn files() -> Check {
+    let limit = getrlimit(Resource::Nofile);
+    connections(limit.current, limit.maximum)
+}
+
+/// How many workers the door would let in with these limits; none is no limit.
+fn connections(soft: Option<u64>, hard: Option<u64>) -> Check {
     const NAME: &str = "open files";
-    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    let line = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max open files"));
-    let most = line
-        .and_then(|line| line.split_whitespace().next())
-        .unwrap_or("unknown");
-    match most.parse::<u64>() {
-        Ok(limit) if limit < FILES => Check::warn(
-            NAME,
-            format!("at most {limit}"),
-            "ulimit -n 65536, for more than a few dozen workers",
-        ),
-        _ => Check::well(NAME, format!("at most {most}")),
+    const RAISE: &str =
+        "`ulimit -Hn 65536`, or LimitNOFILE= of the coordinator's service, for a larger fleet";
+    let Some(hard) = hard else {
+        return Check::well(NAME, "no limit on a coordinator's connections");
+    };
+    let raised = match soft {
+        Some(soft) if soft < hard => format!(" (it raises its {soft} to that)"),
+        Some(_) | None => String::new(),
+    };
+    let seen = format!("at most {hard} for a coordinator{raised}");
+    let files = usize::try_from(hard).unwrap_or(usize::MAX);
+    let Some(limits) = Limits::with_files(files) else {
+        return Check::missing(NAME, format!("{seen}, which can serve nobody"), RAISE);
+    };
+    let seen = format!("{seen}: room for {} connections of workers", limits.members);
+    if limits.members < CONNECTIONS {
+        return Check::warn(NAME, seen, RAISE);
+    }
+    Check::well(NAME, seen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::State;
+
+    #[test]
+    fn the_hard_limit_says_how_many_workers_may_connect() {
+        for (soft, hard, state, room) in [
+            (Some(1024), Some(20_000), State::Well, "room for 18464 "),
+            (Some(4096), Some(4096), State::Well, "room for 2560 "),
+            (Some(1024), Some(1024), State::Warn, "room for 512 "),
+            (Some(64), Some(255), State::Missing, "can serve nobody"),
+            (Some(1024), None, State::Well, "no limit"),
+        ] {
+            let check = connections(soft, hard);
+            assert_eq!(check.state, state, "{}", check.seen);
+            assert!(check.seen.contains(room), "{}", check.seen);
+        }
+        assert!(
+            connections(Some(64), Some(256))
+                .seen
+                .contains("raises its 64")
+        );
     }
 }

@@ -7,6 +7,7 @@
 
 mod cluster;
 mod decide;
+mod find;
 pub mod manifests;
 mod objects;
 mod seen;
@@ -25,6 +26,7 @@ use crate::scheduler::Event;
 use cluster::Cluster;
 use decide::{Act, Memory};
 
+pub use find::{Found, Reached, find};
 pub use objects::{Workers, job_name};
 
 /// Wait after a failed call; doubles.

@@ -4,9 +4,9 @@
 //! the pipe closes and the worker leaves. The join string travels in an environment variable, never in an
 //! argument that other users could read.
 
-use std::fs::OpenOptions;
+use std::fs::{DirBuilder, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -59,6 +59,8 @@ pub struct Workers {
     pub token: Token,
     /// Folder for their logs.
     pub logs: PathBuf,
+    /// Whether the join string does without TLS for what looks like another host.
+    pub insecure: bool,
     /// Form of their logs.
     pub format: Format,
 }
@@ -72,7 +74,11 @@ pub struct Launched {
 
 /// Starts workers and keeps starting them again.
 pub fn start(workers: Workers, handle: Handle) -> io::Result<Launched> {
-    std::fs::create_dir_all(&workers.logs)?;
+    // For its owner alone, whatever the umask.
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&workers.logs)?;
     let (stop, stopped) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let kept = Arc::new(AtomicU32::new(workers.count));
@@ -241,6 +247,7 @@ fn spawn(workers: &Workers, name: &str, log: &Path) -> io::Result<Child> {
         .arg("join")
         .args(["--name", name])
         .arg("--parent-stdin")
+        .args(workers.insecure.then_some("--insecure"))
         .env("DISTILLERY_JOIN", &workers.join)
         .env(FORMAT_VARIABLE, workers.format.to_string())
         .stdin(Stdio::piped())

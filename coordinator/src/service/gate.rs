@@ -90,7 +90,7 @@ impl Limits {
     }
 
     /// Shares `files` out. Where they are few, a quarter each goes to strangers and to what is no connection.
-    fn with_files(files: usize) -> Option<Self> {
+    pub(crate) fn with_files(files: usize) -> Option<Self> {
         let strangers = STRANGERS.min(files / 4);
         let others = OTHER_FILES.min(files / 4);
         (files >= FEWEST_FILES).then(|| Self {

@@ -1,5 +1,6 @@
 //! The kubelets: containers are processes of this host.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -24,6 +25,10 @@ pub(super) struct Running {
     log: PathBuf,
     /// When it was asked to end, and has to have ended.
     told: Option<Duration>,
+    /// Paths of the container, and where they lie here.
+    mounted: Vec<(String, String)>,
+    /// When it is asked next whether it lives, and how often in a row it did not.
+    probe: (Duration, u64),
 }
 
 impl Running {
@@ -115,7 +120,13 @@ fn spawn(world: &World, name: &str, pod: &Value) -> anyhow::Result<Running> {
         let volume = volumes
             .into_iter()
             .find(|volume| volume["name"] == mount["name"]);
-        let Some(secret) = volume.and_then(|volume| volume["secret"]["secretName"].as_str()) else {
+        let Some(volume) = volume else { continue };
+        if volume["emptyDir"].is_object() {
+            let here = folder.join(text(volume, "/name"));
+            std::fs::create_dir_all(&here)?;
+            mounted.push((text(mount, "/mountPath"), here.display().to_string()));
+        }
+        let Some(secret) = volume["secret"]["secretName"].as_str() else {
             continue;
         };
         let held = world.secrets.get(secret);
@@ -142,14 +153,8 @@ fn spawn(world: &World, name: &str, pod: &Value) -> anyhow::Result<Running> {
     let mut command = Command::new(&world.program.path);
     command.args(&world.program.before);
     for arg in container["args"].as_array().into_iter().flatten() {
-        let mut arg = arg
-            .as_str()
-            .unwrap_or_default()
-            .replace("$(POD_NAME)", name);
-        for (there, here) in &mounted {
-            arg = arg.replace(there.as_str(), here);
-        }
-        command.arg(arg);
+        let arg = arg.as_str().unwrap_or_default();
+        command.arg(lies_here(&arg.replace("$(POD_NAME)", name), &mounted));
     }
     let log = folder.join("log");
     let file = File::create(&log)?;
@@ -171,7 +176,53 @@ fn spawn(world: &World, name: &str, pod: &Value) -> anyhow::Result<Running> {
         child: command.spawn()?,
         log,
         told: None,
+        mounted,
+        probe: (Duration::ZERO, 0),
     })
+}
+
+/// An argument of the container with the place of a path, or of `@` and a path, on this host.
+fn lies_here(arg: &str, mounted: &[(String, String)]) -> String {
+    let (at, path) = match arg.strip_prefix('@') {
+        Some(path) => ("@", path),
+        None => ("", arg),
+    };
+    let found = mounted.iter().find_map(|(there, here)| {
+        let below = path.strip_prefix(there.as_str())?;
+        below.starts_with('/').then(|| format!("{at}{here}{below}"))
+    });
+    found.unwrap_or_else(|| arg.to_owned())
+}
+
+/// Asks a container whether it lives, as its pod says; one that fails too often in a row is told to end.
+fn probe(process: &mut Running, program: &OsStr, pod: &Value, now: Duration, haste: f64) {
+    let probe = &pod["spec"]["containers"][0]["livenessProbe"];
+    let command = probe["exec"]["command"].as_array();
+    // The first word is the program that the image has.
+    let Some((_, arguments)) = command.and_then(|words| words.split_first()) else {
+        return;
+    };
+    let here = |seconds: &Value, usual: f64| {
+        Duration::from_secs_f64(seconds.as_f64().unwrap_or(usual) / haste)
+    };
+    if now < process.probe.0 {
+        return;
+    }
+    let words = arguments.iter().filter_map(Value::as_str);
+    let answer = Command::new(program)
+        .args(words.map(|word| lies_here(word, &process.mounted)))
+        .stdin(Stdio::null())
+        .output();
+    let failures = match answer {
+        Ok(answer) if answer.status.success() => 0,
+        Ok(_) | Err(_) => process.probe.1 + 1,
+    };
+    process.probe = (now + here(&probe["periodSeconds"], 10.0), failures);
+    if failures >= probe["failureThreshold"].as_u64().unwrap_or(3) {
+        let grace = here(&probe["terminationGracePeriodSeconds"], 30.0);
+        process.told = Some(now + grace);
+        let _ = harness::signal(process.child.id(), "TERM");
+    }
 }
 
 /// Tells a container whose pod leaves to end, and says when it has.
@@ -179,6 +230,8 @@ fn follow(world: &mut World, name: &str, pod: &Value, leaving: bool, now: Durati
     let grace = pod["metadata"]["deletionGracePeriodSeconds"]
         .as_u64()
         .unwrap_or(30);
+    let haste = world.ways.haste;
+    let program = world.program.path.clone();
     let Some(process) = world.processes.get_mut(name) else {
         return;
     };
@@ -211,7 +264,8 @@ fn follow(world: &mut World, name: &str, pod: &Value, leaving: bool, now: Durati
             let _ = harness::signal(process.child.id(), "TERM");
         }
         (None, Some(until)) if now >= until => process.kill(),
-        (None, _) => {}
+        (None, Some(_)) => {}
+        (None, None) => probe(process, &program, pod, now, haste),
     }
 }
 

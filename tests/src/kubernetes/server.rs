@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use super::world::{Rule, World, text};
-use super::{NAMESPACE, Shared, TOKEN};
+use super::{NAMESPACE, Shared, TOKEN, review};
 
 type Body = BoxBody<Bytes, Infallible>;
 
@@ -86,7 +86,12 @@ async fn answer(
         url::form_urlencoded::parse(head.uri.query().unwrap_or_default().as_bytes())
             .into_owned()
             .collect();
-    let Some((group, resource, name, namespace)) = route(head.uri.path()) else {
+    let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
+    let path = head.uri.path();
+    if let Some((code, said)) = review::answer(&shared.world(), &head.method, path, &body) {
+        return Ok(reply(code, &said));
+    }
+    let Some((group, resource, name, namespace)) = route(path) else {
         return Ok(status(
             404,
             "NotFound",
@@ -110,7 +115,6 @@ async fn answer(
         group,
         resource,
     };
-    let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
     let asked = Asked {
         rule,
         name,
@@ -176,12 +180,7 @@ fn refuse(world: &mut World, asked: &Asked, namespace: &str) -> Option<Response<
         });
     }
     for rule in needed {
-        let allowed = world
-            .ways
-            .role
-            .as_ref()
-            .is_none_or(|role| role.contains(&rule));
-        if namespace != NAMESPACE || !allowed {
+        if namespace != NAMESPACE || !world.allows(&rule) {
             let message = format!(
                 "{} is forbidden: User \"system:serviceaccount:{NAMESPACE}:distillery-coordinator\" cannot {} resource \"{}\" in API group \"{}\" in the namespace \"{namespace}\"",
                 rule.resource, rule.verb, rule.resource, rule.group

@@ -79,6 +79,12 @@ pub struct World {
 }
 
 impl World {
+    /// Whether the account may do it.
+    pub(super) fn allows(&self, rule: &Rule) -> bool {
+        let role = self.ways.role.as_ref();
+        role.is_none_or(|role| role.contains(rule))
+    }
+
     pub(super) fn new(ways: Ways, program: Program, folder: &Path) -> Self {
         Self {
             ways,

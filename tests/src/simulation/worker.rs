@@ -68,6 +68,7 @@ fn config(worker: usize) -> Config {
         drain_grace: DRAIN,
         signal_exit_code: 0,
         parent_stdin: false,
+        alive: None,
     }
 }
 

@@ -5,13 +5,6 @@ use std::process::ExitCode;
 use crate::cli::{Context, RecipeArguments};
 
 #[derive(Debug, clap::Args)]
-#[cfg_attr(
-    not(feature = "kubernetes"),
-    expect(
-        dead_code,
-        reason = "the command line is the same, and the answer another"
-    )
-)]
 pub(super) struct Arguments {
     #[command(flatten)]
     recipe: RecipeArguments,

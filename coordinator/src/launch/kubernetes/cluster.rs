@@ -53,7 +53,7 @@ pub(super) enum Error {
 }
 
 /// A refusal in the API server's own words, or the cause of a failed connection.
-fn of_kube(error: &kube::Error) -> String {
+pub(super) fn of_kube(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => format!("{} ({})", status.message, status.code),
         other => {
@@ -272,7 +272,7 @@ impl Cluster {
 }
 
 /// An error and everything that led to it, as far as an error says more than the one before.
-fn causes(error: &dyn std::error::Error) -> String {
+pub(super) fn causes(error: &dyn std::error::Error) -> String {
     let mut said = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use distillery_common::recipe::{Kubernetes, Launcher, Recipe};
 
+use super::find::{NEEDED, Needed};
 use super::objects::{self, APP, Names};
 
 /// Name of the coordinator's objects.
@@ -197,20 +198,15 @@ impl Scope<'_> {
 
     /// Exactly the calls of `cluster`, which a test compares with what a coordinator asks for.
     fn role(&self) -> Role {
-        let rule = |group: &str, resource: &str, verbs: &[&str]| PolicyRule {
-            api_groups: Some(vec![group.into()]),
-            resources: Some(vec![resource.into()]),
-            verbs: verbs.iter().map(|&verb| verb.to_owned()).collect(),
+        let rule = |needed: &Needed| PolicyRule {
+            api_groups: Some(vec![needed.group.into()]),
+            resources: Some(vec![needed.path()]),
+            verbs: needed.verbs.iter().map(|&verb| verb.to_owned()).collect(),
             ..PolicyRule::default()
         };
         Role {
             metadata: self.meta(COORDINATOR, "coordinator"),
-            rules: Some(vec![
-                rule("batch", "jobs", &["create", "delete", "get"]),
-                rule("", "pods", &["delete", "list", "watch"]),
-                rule("", "pods/status", &["patch"]),
-                rule("", "secrets", &["create", "patch"]),
-            ]),
+            rules: Some(NEEDED.iter().map(rule).collect()),
         }
     }
 
@@ -313,15 +309,19 @@ impl Scope<'_> {
         }
     }
 
-    /// Evictions may cost one pod of the fewest that training goes on with, so that a node can always be emptied.
+    /// Evictions may cost one pod of the fewest that training goes on with, so that a node can always be emptied. But not all
+    /// pods at once, where there are several: groups survive departures as long as somebody is left who holds their state, and
+    /// the last pod waits until another is there. A run on one pod alone must not keep its node from being emptied.
     fn budget(&self) -> PodDisruptionBudget {
-        let fewest = self.kubernetes.pods(self.source.recipe.cluster.min_workers);
-        let fewest = i32::try_from(fewest).unwrap_or(i32::MAX);
+        let cluster = &self.source.recipe.cluster;
+        let pods = |workers| i32::try_from(self.kubernetes.pods(workers)).unwrap_or(i32::MAX);
+        let (fewest, most) = (pods(cluster.min_workers), pods(cluster.max_workers));
+        let kept = (fewest - 1).max(1).min(most - 1).max(0);
         PodDisruptionBudget {
             metadata: self.meta("distillery-worker", "worker"),
             spec: Some(PodDisruptionBudgetSpec {
                 // Pods of a Job cannot be counted by `maxUnavailable`.
-                min_available: Some(IntOrString::Int((fewest - 1).max(0))),
+                min_available: Some(IntOrString::Int(kept)),
                 selector: Some(selector("worker")),
                 ..PodDisruptionBudgetSpec::default()
             }),

@@ -10,10 +10,10 @@ use k8s_openapi::api::batch::v1::{
     PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
 };
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource,
+    Capabilities, Container, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, ExecAction,
     LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
-    PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, Secret,
-    SecretEnvSource, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+    PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
+    Secret, SecretEnvSource, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -41,6 +41,12 @@ const FAILURES_PER_INDEX: i32 = 1000;
 pub(super) const USAGE: i32 = 64;
 /// Exit code of a worker that wants to be started again.
 pub(super) const TRY_AGAIN: i32 = 75;
+/// Where a worker shows that it turns: on the pod's own scratch volume, since all else is only read.
+const ALIVE: &str = "/tmp/alive";
+/// Seconds that its loop may stand: a host that swaps or was paused comes back within that.
+const STILL: u32 = 120;
+/// Seconds that a worker which hangs gets to end: it gives nothing back.
+const HUNG_GRACE: i64 = 10;
 /// Seconds of a pod's grace that the worker leaves to the container's end.
 const MARGIN: u32 = 5;
 
@@ -253,6 +259,8 @@ fn worker(kubernetes: &Kubernetes, insecure: bool) -> Container {
         // Or a pod that was made to leave would count as one that has done its work, and not be replaced.
         "--signal-exit-code".into(),
         TRY_AGAIN.to_string(),
+        "--alive".into(),
+        ALIVE.into(),
     ];
     if insecure {
         args.push("--insecure".into());
@@ -267,12 +275,32 @@ fn worker(kubernetes: &Kubernetes, insecure: bool) -> Container {
             literal("HOME", "/tmp"),
         ]),
         env_from: env_from(kubernetes),
+        liveness_probe: Some(turns()),
         resources: Some(resources(kubernetes)),
         security_context: Some(container_security()),
         // The end of the log is what a failure shows.
         termination_message_policy: Some("FallbackToLogsOnError".into()),
         volume_mounts: Some(mounts(kubernetes)),
         ..Container::default()
+    }
+}
+
+/// Whether the worker's own loop turns. Neither a coordinator that is away nor an engine that computes for long stops it, and
+/// a worker that hangs is ended, so that the Job makes another. The file is there from the worker's start on.
+fn turns() -> Probe {
+    Probe {
+        exec: Some(ExecAction {
+            command: Some(
+                ["worker", "alive", ALIVE, "--within", &STILL.to_string()]
+                    .map(str::to_owned)
+                    .to_vec(),
+            ),
+        }),
+        period_seconds: Some(30),
+        failure_threshold: Some(4),
+        timeout_seconds: Some(10),
+        termination_grace_period_seconds: Some(HUNG_GRACE),
+        ..Probe::default()
     }
 }
 

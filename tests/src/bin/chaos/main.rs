@@ -22,6 +22,7 @@ use distillery_common::telemetry::Stopwatch;
 mod clock;
 mod coordinators;
 mod disk;
+mod drains;
 mod elastic;
 mod engines;
 mod faraway;
@@ -94,6 +95,10 @@ enum Campaign {
     TwoCoordinators,
     WorkerKills,
     StoppedWorkers,
+    /// Workers that stand still with the usual waiting times: how soon is their task somebody else's?
+    SilentWorkers,
+    /// Workers that are told to leave, with and without time for it.
+    Drains,
     Engines,
     Network,
     /// Two hosts and a bucket on a third.
@@ -145,6 +150,8 @@ impl Campaign {
             Self::TwoCoordinators => "two-coordinators",
             Self::WorkerKills => "worker-kills",
             Self::StoppedWorkers => "stopped-workers",
+            Self::SilentWorkers => "silent-workers",
+            Self::Drains => "drains",
             Self::Engines => "engines",
             Self::Network => "network",
             Self::TwoHosts => "two-hosts",
@@ -170,6 +177,8 @@ impl Campaign {
             Self::TwoCoordinators => (200, 12),
             Self::WorkerKills => (200, 12),
             Self::StoppedWorkers => (50, 6),
+            Self::SilentWorkers => (40, 4),
+            Self::Drains => (200, 12),
             Self::Engines => (50, 8),
             Self::Network => (30, 6),
             Self::TwoHosts => (30, 3),
@@ -190,6 +199,8 @@ impl Campaign {
             Self::TwoCoordinators => takeovers::chains(context, &mut score),
             Self::WorkerKills => workers::kills(context, &mut score),
             Self::StoppedWorkers => workers::stops(context, &mut score),
+            Self::SilentWorkers => workers::silences(context, &mut score),
+            Self::Drains => drains::drains(context, &mut score),
             Self::Engines => engines::hurt(context, &mut score),
             Self::Network => faraway::network(context, &mut score),
             Self::TwoHosts => two_hosts::partitions(context, &mut score),

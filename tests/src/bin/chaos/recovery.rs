@@ -46,11 +46,12 @@ impl Way {
         }
     }
 
-    /// Which share must train again within how many seconds: the deadline after which silence counts, and two more.
+    /// Which share must train again within how many seconds. Silence counts after 15 s, and is looked for each second; a hang
+    /// counts after a minute, and the worker then gets 10 s to end its engine.
     fn goal(self) -> (f64, f64) {
         match self {
             Self::Kill => (0.95, 2.0),
-            Self::StopWorker | Self::CutOff => (1.0, 17.0),
+            Self::StopWorker | Self::CutOff => (1.0, 16.0),
             Self::StopEngine => (1.0, 72.0),
         }
     }

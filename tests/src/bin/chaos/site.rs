@@ -1,6 +1,6 @@
 //! One run under attack: its coordinators, its workers, what they logged, and the auditor's verdict.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -96,6 +96,8 @@ pub(crate) struct Site {
     hired: u32,
     /// Whether the secrets lie beside the run, although its place was given.
     pub(crate) join_beside_run: bool,
+    /// What every worker that is hired from now on is told besides.
+    pub(crate) arguments: Vec<String>,
     /// A program that coordinators and workers are started by, such as one that enters a namespace.
     pub(crate) wrap: Wrap,
     folder: tempfile::TempDir,
@@ -128,6 +130,7 @@ impl Site {
             workers: Vec::new(),
             hired: 0,
             join_beside_run: false,
+            arguments: Vec::new(),
             wrap: Wrap::default(),
             folder,
         })
@@ -229,6 +232,7 @@ impl Site {
             command
                 .args(["join", "--name", &name, "--coordinator"])
                 .arg(format!("@{}", join.display()))
+                .args(&self.arguments)
                 .env("RUST_LOG", "info")
                 .stdout(Stdio::null())
                 .stderr(File::create(&log)?);
@@ -369,6 +373,31 @@ impl Site {
             }
         }
         Ok(wins)
+    }
+
+    /// Shards whose COMMIT a worker has put or found there, by what it says itself.
+    pub(crate) fn shards_put_by(&self, worker: &str) -> anyhow::Result<BTreeSet<u64>> {
+        let log = self.folder.path().join(format!("{worker}.log"));
+        let text = std::fs::read_to_string(log)?;
+        let puts = text.lines().filter(|line| line.contains("put a COMMIT"));
+        let done = puts.filter(|line| {
+            ["outcome=Won", "outcome=Lost"]
+                .iter()
+                .any(|o| line.contains(o))
+        });
+        let shard = |line: &str| {
+            let (_, rest) = line.split_once("/shard-")?;
+            rest.split('/').next()?.parse().ok()
+        };
+        Ok(done.filter_map(shard).collect())
+    }
+
+    /// Gives a command to the coordinator's program; what it complains of, if it does.
+    pub(crate) fn ask(&self, arguments: &[&str]) -> anyhow::Result<Option<String>> {
+        let mut command = self.wrapped("coordinator", &self.wrap.coordinator);
+        let output = command.args(arguments).output().context("a request")?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((!output.status.success()).then_some(said))
     }
 
     /// Pids of this run's engines whose worker is `worker`.

@@ -17,8 +17,17 @@ const GOALS: [(f64, f64); 2] = [(0.5, 0.5), (0.99, 2.0)];
 const AGAIN: &str = "the task granted again";
 /// Workers that stand still at the same time.
 const STILL: usize = 3;
+/// The same with the usual waiting times; as many go on.
+const SILENT: usize = 4;
+/// Longest that the task of a worker that falls silent may wait for another one: the lease's 30 s, 5 s more as the coordinator
+/// counts, and the second between two of its looks. A connection on which no ping is answered is closed sooner.
+const SILENCE: f64 = 36.0;
+/// How long it is looked for.
+const SILENCE_LOOK: Duration = Duration::from_secs(60);
+/// What is measured of it.
+const AFTER_SILENCE: &str = "a silent worker's task granted again";
 
-fn many_shards(context: &Context, count: u64) -> Setting {
+pub(super) fn many_shards(context: &Context, count: u64) -> Setting {
     let wanted = format!(
         "trajectories: {{count: {count}, segments: 4, mode: stratified, shard_trajectories: 1, batch: 1}}"
     );
@@ -163,6 +172,82 @@ pub(crate) fn stops(context: &Context, score: &mut Score) -> anyhow::Result<()> 
         }
     }
     Ok(())
+}
+
+/// SIGSTOP of workers and their engines in the middle of a task, with the usual waiting times: how soon is the task of each
+/// granted to another one? Then SIGCONT, and nobody commits a second time.
+pub(crate) fn silences(context: &Context, score: &mut Score) -> anyhow::Result<()> {
+    let mut setting = many_shards(context, 160);
+    setting.workers = 2 * SILENT;
+    setting.waits = USUAL_WAITS;
+    setting.pace = (0, 0);
+    let mut undisturbed = Site::begin(&setting)?;
+    undisturbed.finish()?;
+    // Tasks so long that whoever was granted one a moment ago holds it, and so many that there is work all the time.
+    setting.pace = (3000, 5);
+    let mut number = 0;
+    while !context.is_over(score.faults) {
+        let mut stream = context.stream(number);
+        number += 1;
+        let mut site = Site::begin(&setting)?;
+        score.runs += 1;
+        let mut still = Vec::new();
+        let mut waiting = Vec::new();
+        for at in 0..SILENT {
+            let victim = site.workers[at].name.clone();
+            let task = fresh_task(&site, &victim)?;
+            std::thread::sleep(Duration::from_millis(stream.below(1500).into()));
+            let pids: Vec<u32> = std::iter::once(site.workers[at].child.id())
+                .chain(site.engine_of(at))
+                .collect();
+            waiting.push((task, moment::now()));
+            pids.iter().try_for_each(|&pid| signal(pid, "STOP"))?;
+            still.extend(pids);
+            score.faults += 1;
+        }
+        for (task, since) in waiting {
+            let took = granted_after(&site, &task, since)?;
+            score.took(AFTER_SILENCE, took);
+        }
+        still.iter().try_for_each(|&pid| signal(pid, "CONT"))?;
+        site.finish()?;
+        check_wins(&site, score)?;
+        if let Some(complaint) = site.audit(Some(&undisturbed.output()))? {
+            score.violated(format!("{complaint}kept in {}", site.keep().display()));
+        }
+    }
+    score.require_within(AFTER_SILENCE, 1.0, SILENCE);
+    Ok(())
+}
+
+/// The task that `worker` is granted next.
+fn fresh_task(site: &Site, worker: &str) -> anyhow::Result<String> {
+    let life = site.lives.len() - 1;
+    let before = held(&site.said(life), worker);
+    let next = || held(&site.said(life), worker).filter(|task| before.as_ref() != Some(task));
+    site.await_some(next, "task for a worker that works")
+}
+
+/// Seconds from `since` until `task` was granted once more.
+fn granted_after(site: &Site, task: &str, since: f64) -> anyhow::Result<f64> {
+    let life = site.lives.len() - 1;
+    let again = format!("granted {task} ");
+    loop {
+        let said = site.said(life);
+        let found = said
+            .iter()
+            .find(|said| said.at > since && said.message.starts_with(&again));
+        if let Some(found) = found {
+            return Ok(found.at - since);
+        }
+        anyhow::ensure!(!super::interrupted(), "interrupted");
+        anyhow::ensure!(
+            moment::now() < since + SILENCE_LOOK.as_secs_f64(),
+            "{task} was not granted again within {SILENCE_LOOK:?}:\n{}",
+            site.tail()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// No COMMIT was won twice, by what workers say themselves.

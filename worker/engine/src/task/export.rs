@@ -9,6 +9,8 @@ mod pipeline;
 mod verify;
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -139,7 +141,11 @@ impl Copy {
             }
             return Ok(Self::InPlace(folder));
         }
-        let folder = tempfile::tempdir().or_fault(FailureClass::Io)?;
+        // What is checked here is read again by its name: nobody else may change it in between, whatever the umask.
+        let folder = tempfile::Builder::new()
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()
+            .or_fault(FailureClass::Io)?;
         for file in files {
             let bytes = io
                 .wait(get_verified(store, file))

@@ -39,7 +39,7 @@ fn settings(workers: &Workers) -> String {
 #[test]
 fn the_mark_of_a_job_follows_from_what_is_sent_and_from_nothing_else() {
     let own = settings(&workers());
-    assert_eq!(own, "1fd05ac9404763e76d532b752839256e");
+    assert_eq!(own, "f3841ac9c078f2dd0f163007345d8661");
     let mut another = workers();
     another.join = recipe::Secret::new("two".into());
     assert_eq!(settings(&another), own, "the join string is in the Secret");
