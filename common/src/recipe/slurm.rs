@@ -23,6 +23,10 @@ pub struct Slurm {
     pub extra: Vec<String>,
     /// Lines of shell before the worker.
     pub setup: Vec<String>,
+    /// More options of the srun that starts the worker, each with its dashes.
+    pub srun: Vec<String>,
+    /// Words of the command within which the worker is started.
+    pub container: Vec<String>,
     /// What each worker lends.
     pub devices: Devices,
     /// The worker's program on the nodes, where it lies elsewhere than on the coordinator's host.

@@ -418,6 +418,8 @@ fn a_stored_recipe_is_the_same_recipe() {
             "cluster.slurm={partition: gpu, time: 90, gres: gpu:2, cpus: 4, worker: bin/worker}",
             "cluster.slurm.extra=[--exclude=n7]",
             "cluster.slurm.setup=[module load cuda, \"export A=${B:-c}\"]",
+            "cluster.slurm.srun=[--container-image=i.sqsh]",
+            "cluster.slurm.container=[apptainer, exec, -B, /a, -B, /b c, i.sif]",
         ],
         &["checkpoint.sharded=true", "optimizer.sharded=true"],
     ] {
@@ -480,6 +482,49 @@ fn what_slurm_is_told_is_checked_and_kept() {
         ("cluster.slurm.extra=[-J x]", Code::NotApplicable, "extra.0"),
         ("cluster.slurm.partitoin=a", Code::UnknownKey, "partitoin"),
         ("cluster.slurm.setup=[[a]]", Code::WrongType, "setup.0"),
+        ("cluster.slurm.srun=[image]", Code::OutOfRange, "srun.0"),
+        ("cluster.slurm.srun=[--]", Code::OutOfRange, "srun.0"),
+        (
+            "cluster.slurm.srun=[--container-image i]",
+            Code::OutOfRange,
+            "srun.0",
+        ),
+        (
+            "cluster.slurm.srun=[--a=b, \"--c=\\0\"]",
+            Code::OutOfRange,
+            "srun.1",
+        ),
+        (
+            "cluster.slurm.srun=[--wait=5]",
+            Code::NotApplicable,
+            "srun.0",
+        ),
+        ("cluster.slurm.srun=[-N2]", Code::NotApplicable, "srun.0"),
+        (
+            "cluster.slurm.container=[apptainer exec i.sif]",
+            Code::OutOfRange,
+            "container.0",
+        ),
+        (
+            "cluster.slurm.container=apptainer exec i.sif",
+            Code::WrongType,
+            "container",
+        ),
+        (
+            "cluster.slurm.container=[env, \"A=b\\nc\"]",
+            Code::OutOfRange,
+            "container.1",
+        ),
+        (
+            "cluster.slurm.container=[env, \"\\0\"]",
+            Code::OutOfRange,
+            "container.1",
+        ),
+        (
+            "cluster.slurm.container=[--nv, i.sif]",
+            Code::OutOfRange,
+            "container.0",
+        ),
     ] {
         check_one(&[launched, set], code, &format!("cluster.slurm.{path}"));
     }

@@ -187,6 +187,19 @@ fn setup(slurm: &Slurm) -> String {
 /// How srun starts workers: none of them ends another, and a lost node ends none.
 const SRUN: &str = "--kill-on-bad-exit=0 --no-kill --wait=0";
 
+/// Options of srun that the recipe gives, each a word with a space before it.
+fn more_of_srun(slurm: &Slurm) -> String {
+    let words = slurm.srun.iter();
+    words.map(|word| format!(" {}", quoted(word))).collect()
+}
+
+/// `program` as words of a shell, within the container that the recipe names.
+fn within(slurm: &Slurm, program: &std::path::Path) -> String {
+    let words = slurm.container.iter();
+    let words: String = words.map(|word| format!("{} ", quoted(word))).collect();
+    words + &quoted(program.display())
+}
+
 /// One worker on one host: to be submitted as an array.
 pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
     let (output, redirect) = match &worker.log {
@@ -223,7 +236,7 @@ rm -f \"$logs/$job.ended\"
 echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
 
 {setup}{devices}
-srun {SRUN} ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} \\
+srun {SRUN} ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}{more} \\
     {program} join --coordinator \"@$join\" --name \"slurm-$job\" --devices \"$devices\" \\
     --engine {engine} --signal-exit-code {TOLD} &
 {keep}
@@ -250,7 +263,8 @@ exit \"$code\"
         join = quoted(worker.join.display()),
         setup = setup(slurm),
         devices = devices(&slurm.devices),
-        program = quoted(worker.worker.display()),
+        more = more_of_srun(slurm),
+        program = within(slurm, &worker.worker),
         engine = quoted(worker.engine.display()),
         listen = listen("USR1"),
         keep = keep("USR1"),
@@ -305,7 +319,7 @@ fn workers_of_component(slurm: &Slurm, worker: &Worker) -> String {
     format!(
         "\
 (
-{listen}srun --het-group=1 {SRUN}{cpus} bash -c '
+{listen}srun --het-group=1 {SRUN}{cpus}{more} bash -c '
 {devices}for _ in {{1..300}}; do
     [ -s \"$1\" ] && break
     sleep 2
@@ -326,7 +340,8 @@ exec \"$@\" join --coordinator \"@$join\" --name \"slurm-$SLURM_JOB_ID.$SLURM_PR
         cpus = cpus(slurm, worker.threads).map_or_else(String::new, |n| format!(" --cpus-per-task={n}")),
         // Within single quotes.
         devices = devices(&slurm.devices).replace('\'', r"'\''"),
-        program = quoted(worker.worker.display()),
+        more = more_of_srun(slurm),
+        program = within(slurm, &worker.worker),
         engine = quoted(worker.engine.display()),
         listen = listen("USR1"),
         keep = keep("USR1"),

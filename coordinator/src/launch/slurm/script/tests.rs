@@ -204,13 +204,56 @@ fn a_worker_that_is_told_a_moment_before_its_script_stays_out_of_the_queue() {
 }
 
 /// What stands in for srun where a step's own command is run, too.
-const PASS_ON: &str = "while [ \"${1#-}\" != \"$1\" ]; do shift; done\n\
+const PASS_ON: &str = "for word; do printf '%s\\n' \"$word\"; done >\"$(dirname \"$0\")/../words-of-srun\"\n\
+     while [ \"${1#-}\" != \"$1\" ]; do shift; done\n\
      exec \"$@\"\n";
 
 /// A program beside the recipe's: the worker, or the coordinator.
 fn beside(scene: &Scene, name: &str, text: &str) {
     let path = scene.folder.path().join(name);
     testing::program(&path, &format!("#!/bin/bash\n{text}\n"));
+}
+
+#[test]
+fn a_worker_starts_within_the_container_in_every_style() {
+    let odd = "it's \"x\" $HOME *";
+    let within = format!("WITHIN={odd}");
+    let container = ["env", "-u", "NOTHING", "-u", "NOTHING", &within];
+    let slurm = Slurm {
+        srun: vec![format!("--container-image={odd}")],
+        container: container.map(str::to_owned).to_vec(),
+        ..Slurm::default()
+    };
+    for style in ["array", "external", "heterogeneous"] {
+        let scene = Scene::new(PASS_ON, 0);
+        let path = scene.folder.path().display().to_string();
+        let mut of_worker = worker_of(&path);
+        let script = match style {
+            "array" => worker(&slurm, &of_worker),
+            "external" => {
+                of_worker.log = Some("%A_%a.log".into());
+                of_worker.count = Some(2);
+                worker(&slurm, &of_worker)
+            }
+            _ => heterogeneous(&slurm, &head_of(&path), &of_worker, 2),
+        };
+        let seen = scene.path("seen");
+        let look = format!(
+            "printf '%s\\n' \"$WITHIN\" \"$@\" >'{seen}.partial'\nmv '{seen}.partial' '{seen}'"
+        );
+        beside(&scene, "worker", &look);
+        let wait = format!("until [ -e '{seen}' ]; do /bin/sleep 0.02; done");
+        beside(&scene, "coordinator", &wait);
+        assert_eq!(scene.run(&script), (Some(0), false), "{style}");
+        let words = fs::read_to_string(scene.path("words-of-srun")).expect("srun was run");
+        let image = format!("\n--container-image={odd}\n");
+        assert!(words.contains(&image), "{style}: {words}");
+        let seen = fs::read_to_string(&seen).expect("a worker was started");
+        let expected = format!("{odd}\njoin\n--coordinator\n@{path}/join\n");
+        assert!(seen.starts_with(&expected), "{style}: {seen}");
+        let engine = "\n--engine\n/bin/engine\n--signal-exit-code\n143\n";
+        assert!(seen.ends_with(engine), "{style}: {seen}");
+    }
 }
 
 /// The head of a heterogeneous job is told nothing when a preemption begins, and nobody else would start workers again.
