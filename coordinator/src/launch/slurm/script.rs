@@ -19,6 +19,12 @@ const WORKER_NOTICE_S: u32 = 60;
 /// The same for a coordinator, which waits for its workers.
 const HEAD_NOTICE_S: u32 = 180;
 
+/// Seconds before its time limit that a job is told: not so many that little is left of a short one.
+fn notice(slurm: &Slurm, usual_s: u32) -> u64 {
+    let third = slurm.limit_s().map_or(u64::MAX, |limit| limit / 3);
+    third.min(usual_s.into())
+}
+
 /// What a worker's job needs to know.
 #[derive(Debug, Clone)]
 pub struct Worker {
@@ -84,7 +90,7 @@ struct Options(Vec<String>);
 
 impl Options {
     /// Of a job that is put back into the queue when its node fails.
-    fn new(name: &str, notice_s: u32) -> Self {
+    fn new(name: &str, notice_s: u64) -> Self {
         Self(vec![
             format!("--job-name={name}"),
             "--requeue".into(),
@@ -207,7 +213,7 @@ pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
         None => output(&worker.logs),
     };
     let array = worker.count.map(|count| format!("0-{}", count.max(1) - 1));
-    let options = Options::new(&worker.name, WORKER_NOTICE_S)
+    let options = Options::new(&worker.name, notice(slurm, WORKER_NOTICE_S))
         .maybe("array", array)
         .with("--nodes=1")
         .with("--ntasks=1")
@@ -273,7 +279,7 @@ exit \"$code\"
 
 /// A coordinator in a job of its own, which goes back into the queue until the run has ended.
 pub fn head(slurm: &Slurm, head: &Head) -> String {
-    let options = Options::new(&head.name, HEAD_NOTICE_S)
+    let options = Options::new(&head.name, notice(slurm, HEAD_NOTICE_S))
         .with("--nodes=1")
         .with("--ntasks=1")
         .with("--cpus-per-task=2")
@@ -350,7 +356,7 @@ exec \"$@\" join --coordinator \"@$join\" --name \"slurm-$SLURM_JOB_ID.$SLURM_PR
 
 /// One heterogeneous job: a head without GPUs, and `hosts` hosts with a worker each.
 pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) -> String {
-    let of_head = Options::new(&head.name, HEAD_NOTICE_S)
+    let of_head = Options::new(&head.name, notice(slurm, HEAD_NOTICE_S))
         .with("--nodes=1")
         .with("--ntasks=1")
         .with("--cpus-per-task=2")

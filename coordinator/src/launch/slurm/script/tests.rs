@@ -279,6 +279,25 @@ fn a_job_of_two_components_whose_workers_all_left_is_queued_again() {
     assert_eq!(lives("kill -TERM $PPID\n"), (Some(75), false));
 }
 
+#[test]
+fn a_short_job_is_told_of_its_limit_later() {
+    let signal = |time: &str| {
+        let slurm = Slurm {
+            time: Some(time.into()),
+            ..Slurm::default()
+        };
+        let script = worker(&slurm, &worker_of("/x"));
+        let mut lines = script.lines();
+        lines
+            .find_map(|line| line.strip_prefix("#SBATCH --signal=B:USR1@"))
+            .map(str::to_owned)
+    };
+    assert_eq!(signal("1").as_deref(), Some("20"));
+    assert_eq!(signal("3").as_deref(), Some("60"));
+    assert_eq!(signal("2-12").as_deref(), Some("60"));
+    assert_eq!(signal("UNLIMITED").as_deref(), Some("60"));
+}
+
 /// A node that was cut off may still run an incarnation of a job which Slurm has started again elsewhere: that one must
 /// not send the other back into the queue, nor say how it ended.
 #[test]
