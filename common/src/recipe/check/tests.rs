@@ -482,6 +482,31 @@ fn what_slurm_is_told_is_checked_and_kept() {
         ("cluster.slurm.extra=[-J x]", Code::NotApplicable, "extra.0"),
         ("cluster.slurm.partitoin=a", Code::UnknownKey, "partitoin"),
         ("cluster.slurm.setup=[[a]]", Code::WrongType, "setup.0"),
+    ] {
+        check_one(&[launched, set], code, &format!("cluster.slurm.{path}"));
+    }
+    let local = ["cluster.slurm.partition=a"];
+    check_one(&local, Code::NotApplicable, "cluster.slurm");
+    let alone = [launched, "cluster.listen=127.0.0.1:0"];
+    check_one(&alone, Code::Address, "cluster.listen");
+}
+
+#[test]
+fn how_srun_starts_workers_is_checked_and_kept() {
+    let launched = "cluster.launcher=slurm";
+    let sets = [
+        launched,
+        "cluster.slurm.srun=[\"--container-mounts=/a b:/c\", -v]",
+        "cluster.slurm.container=[apptainer, exec, -B, /a, -B, \"/it's b\", i.sif]",
+    ];
+    let recipe = read(SMALL, &sets);
+    let Launcher::Slurm(slurm) = &recipe.cluster.launcher else {
+        panic!("{:?}", recipe.cluster.launcher);
+    };
+    assert_eq!(slurm.srun, ["--container-mounts=/a b:/c", "-v"]);
+    let words = ["apptainer", "exec", "-B", "/a", "-B", "/it's b", "i.sif"];
+    assert_eq!(slurm.container, words);
+    for (set, code, path) in [
         ("cluster.slurm.srun=[image]", Code::OutOfRange, "srun.0"),
         ("cluster.slurm.srun=[--]", Code::OutOfRange, "srun.0"),
         (
@@ -528,10 +553,6 @@ fn what_slurm_is_told_is_checked_and_kept() {
     ] {
         check_one(&[launched, set], code, &format!("cluster.slurm.{path}"));
     }
-    let local = ["cluster.slurm.partition=a"];
-    check_one(&local, Code::NotApplicable, "cluster.slurm");
-    let alone = [launched, "cluster.listen=127.0.0.1:0"];
-    check_one(&alone, Code::Address, "cluster.listen");
 }
 
 #[test]
