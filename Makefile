@@ -54,8 +54,8 @@ chaos: servers ## Hurt runs in every way for MINUTES (SEED) and have each audite
 	set -a; . $(target)/test-servers.env; set +a; \
 	$(target)/release/chaos --minutes $(MINUTES) --seed $(SEED)
 
-SLURM ?=
-test-slurm: libtorch ## Bring up a real Slurm on this machine (root, Debian packages) and hurt runs on it (SLURM=--short: a minute).
+SLURM ?= --quickstart
+test-slurm: libtorch ## Bring up a real Slurm on this machine (root, Debian packages) and hurt runs on it (SLURM=--short: a minute; SLURM=: without the quickstart).
 	deploy/test-slurm.sh
 	cargo build $(cargo_flags) --bin coordinator --bin worker --bin engine --bin sim-engine --bin audit --bin test-slurm
 	$(target)/release/test-slurm $(SLURM)

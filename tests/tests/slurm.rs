@@ -63,7 +63,7 @@ fn render_says_what_it_cannot_do() {
     let coordinator = programs()
         .expect("the programs are built")
         .join("coordinator");
-    let cases: [(&[&str], i32, &str); 3] = [
+    let cases: [(&[&str], i32, &str); 5] = [
         (
             &[
                 "--set",
@@ -80,6 +80,16 @@ fn render_says_what_it_cannot_do() {
             "use --style array",
         ),
         (&["--set", "cluster.slurm.time=1h"], 2, "is no time limit"),
+        (
+            &["--set", "cluster.slurm.srun=[image]"],
+            2,
+            "is no option of srun",
+        ),
+        (
+            &["--set", "cluster.slurm.container=[apptainer exec]"],
+            2,
+            "a word in each entry",
+        ),
     ];
     for (arguments, code, says) in cases {
         let output = Command::new(&coordinator)

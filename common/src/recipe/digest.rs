@@ -154,7 +154,12 @@ fn slurm(slurm: &Slurm) -> Value {
         "engine": path(&slurm.engine),
         "poll": slurm.poll_s,
     });
-    for (key, lines) in [("extra", &slurm.extra), ("setup", &slurm.setup)] {
+    for (key, lines) in [
+        ("extra", &slurm.extra),
+        ("setup", &slurm.setup),
+        ("srun", &slurm.srun),
+        ("container", &slurm.container),
+    ] {
         if !lines.is_empty() {
             stored[key] = json!(lines);
         }

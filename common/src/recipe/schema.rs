@@ -92,6 +92,9 @@ fn kind(kind_: &'static Kind) -> Value {
             { "const": "lcm", "description": LCM_TARGETS.join(" ") },
             { "type": "array", "minItems": 1, "items": { "type": "string", "minLength": 1 } },
         ]}),
+        Kind::Words => {
+            json!({ "type": "array", "minItems": 1, "items": kind(&Kind::Text) })
+        }
         Kind::Shell => json!({ "anyOf": [
             { "type": "string", "minLength": 1 },
             { "type": "array", "minItems": 1, "items": { "type": "string" } },

@@ -23,6 +23,10 @@ pub struct Slurm {
     pub extra: Vec<String>,
     /// Lines of shell before the worker.
     pub setup: Vec<String>,
+    /// More options of the srun that starts the worker, each with its dashes.
+    pub srun: Vec<String>,
+    /// Words of the command within which the worker is started.
+    pub container: Vec<String>,
     /// What each worker lends.
     pub devices: Devices,
     /// The worker's program on the nodes, where it lies elsewhere than on the coordinator's host.
@@ -82,6 +86,27 @@ impl Slurm {
             Devices::Auto => self.gres.as_deref().map_or(1, gpus),
         }
     }
+
+    /// Seconds of a job's time limit; none when it has none that is written here.
+    pub fn limit_s(&self) -> Option<u64> {
+        let time = self.time.as_deref()?;
+        let (days, clock) = match time.split_once('-') {
+            Some((days, clock)) => (Some(days.parse::<u64>().ok()?), clock),
+            None => (None, time),
+        };
+        let parts: Option<Vec<u64>> = clock.split(':').map(|part| part.parse().ok()).collect();
+        let (hours, minutes, seconds) = match (days, parts?.as_slice()) {
+            (Some(_), &[hours]) => (hours, 0, 0),
+            (Some(_), &[hours, minutes]) => (hours, minutes, 0),
+            (None, &[minutes]) => (0, minutes, 0),
+            (None, &[minutes, seconds]) => (0, minutes, seconds),
+            (_, &[hours, minutes, seconds]) => (hours, minutes, seconds),
+            _ => return None,
+        };
+        let hours = days.unwrap_or(0).checked_mul(24)?.checked_add(hours)?;
+        let minutes = hours.checked_mul(60)?.checked_add(minutes)?;
+        minutes.checked_mul(60)?.checked_add(seconds)
+    }
 }
 
 /// How many GPUs `gpu`, `gpu:2` or `gpu:a100:4` ask for, among other resources after commas; 1 when none.
@@ -127,5 +152,27 @@ mod tests {
         for wrong in ["gpu", "0,,1", "0,0", "-1", ""] {
             assert_eq!(Devices::parse(wrong), None, "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn time_limits_are_read_as_slurm_reads_them() {
+        for (time, seconds) in [
+            ("90", Some(5_400)),
+            ("1:30", Some(90)),
+            ("1:30:05", Some(5_405)),
+            ("2-12", Some(216_000)),
+            ("1-01:01", Some(90_060)),
+            ("1-01:01:01", Some(90_061)),
+            ("unlimited", None),
+            ("99999999999999999999", None),
+        ] {
+            let time = Some(time.to_owned());
+            let slurm = Slurm {
+                time: time.clone(),
+                ..Slurm::default()
+            };
+            assert_eq!(slurm.limit_s(), seconds, "{time:?}");
+        }
+        assert_eq!(Slurm::default().limit_s(), None);
     }
 }

@@ -79,6 +79,8 @@ pub(super) enum Kind {
     Map(MapOf),
     /// Lines of shell, as a list or as one text: taken as they are.
     Shell,
+    /// Words of a command: at least one, any of them twice.
+    Words,
     /// Known, refused.
     NotBuilt,
 }

@@ -192,7 +192,7 @@ impl Resolver<'_> {
         match kind {
             Kind::Whole(min, _) => Checked::Whole(*min),
             Kind::Section(section) => self.section(section, path, None, None).value,
-            Kind::List(_) => Checked::List(Vec::new()),
+            Kind::List(_) | Kind::Words => Checked::List(Vec::new()),
             Kind::Text | Kind::Name | Kind::Path | Kind::Uri | Kind::DnsName => {
                 Checked::Text("-".into())
             }
@@ -233,8 +233,9 @@ impl Resolver<'_> {
                 }
                 self.value(inner, at, key_span, None)
             }
-            Kind::List(of) => self.list(of, at, None),
-            Kind::Pair(of) => self.list(of, at, Some(2)),
+            Kind::List(of) => self.list(of, at, None, true),
+            Kind::Words => self.list(&Kind::Text, at, None, false),
+            Kind::Pair(of) => self.list(of, at, Some(2), false),
             Kind::Targets => self.targets(at),
             Kind::Map(of) => map::check(self, *of, at),
             Kind::Shell => self.shell(at),
@@ -290,7 +291,14 @@ impl Resolver<'_> {
         }
     }
 
-    fn list(&mut self, of: &'static Kind, at: &At<'_>, len: Option<usize>) -> Option<Resolved> {
+    /// A list of `len` values, or of any number; none twice when `distinct`.
+    fn list(
+        &mut self,
+        of: &'static Kind,
+        at: &At<'_>,
+        len: Option<usize>,
+        distinct: bool,
+    ) -> Option<Resolved> {
         let Value::List(items) = &at.node.value else {
             self.wrong_type(at, "a list");
             return None;
@@ -321,7 +329,7 @@ impl Resolver<'_> {
                 faulty = true;
                 continue;
             };
-            if len.is_none() && items[..i].iter().any(|n| same_scalar(n, node)) {
+            if distinct && items[..i].iter().any(|n| same_scalar(n, node)) {
                 let message = format!("{} stands twice in {}", describe(node), at.path);
                 self.fault(
                     Code::Duplicate,
@@ -348,7 +356,7 @@ impl Resolver<'_> {
             Value::Scalar { text, .. } if text == "lcm" => {
                 Some(Resolved::new(Checked::Text(text.clone()), at.span))
             }
-            Value::List(_) => self.list(&Kind::Text, at, None),
+            Value::List(_) => self.list(&Kind::Text, at, None, true),
             Value::Null | Value::Scalar { .. } | Value::Map(_) => {
                 let found = describe(&at.node.clone());
                 let message = format!("{} is neither a preset nor a list: {found}", at.path);

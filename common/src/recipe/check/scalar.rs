@@ -70,6 +70,7 @@ pub(super) fn check(
         | Kind::Targets
         | Kind::Map(_)
         | Kind::Shell
+        | Kind::Words
         | Kind::NotBuilt => unreachable!("{kind:?} is not a scalar kind"),
     }?;
     Some(Resolved::new(checked, at.span))

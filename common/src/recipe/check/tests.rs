@@ -418,6 +418,8 @@ fn a_stored_recipe_is_the_same_recipe() {
             "cluster.slurm={partition: gpu, time: 90, gres: gpu:2, cpus: 4, worker: bin/worker}",
             "cluster.slurm.extra=[--exclude=n7]",
             "cluster.slurm.setup=[module load cuda, \"export A=${B:-c}\"]",
+            "cluster.slurm.srun=[--container-image=i.sqsh]",
+            "cluster.slurm.container=[apptainer, exec, -B, /a, -B, /b c, i.sif]",
         ],
         &["checkpoint.sharded=true", "optimizer.sharded=true"],
     ] {
@@ -487,6 +489,70 @@ fn what_slurm_is_told_is_checked_and_kept() {
     check_one(&local, Code::NotApplicable, "cluster.slurm");
     let alone = [launched, "cluster.listen=127.0.0.1:0"];
     check_one(&alone, Code::Address, "cluster.listen");
+}
+
+#[test]
+fn how_srun_starts_workers_is_checked_and_kept() {
+    let launched = "cluster.launcher=slurm";
+    let sets = [
+        launched,
+        "cluster.slurm.srun=[\"--container-mounts=/a b:/c\", -v]",
+        "cluster.slurm.container=[apptainer, exec, -B, /a, -B, \"/it's b\", i.sif]",
+    ];
+    let recipe = read(SMALL, &sets);
+    let Launcher::Slurm(slurm) = &recipe.cluster.launcher else {
+        panic!("{:?}", recipe.cluster.launcher);
+    };
+    assert_eq!(slurm.srun, ["--container-mounts=/a b:/c", "-v"]);
+    let words = ["apptainer", "exec", "-B", "/a", "-B", "/it's b", "i.sif"];
+    assert_eq!(slurm.container, words);
+    for (set, code, path) in [
+        ("cluster.slurm.srun=[image]", Code::OutOfRange, "srun.0"),
+        ("cluster.slurm.srun=[--]", Code::OutOfRange, "srun.0"),
+        (
+            "cluster.slurm.srun=[--container-image i]",
+            Code::OutOfRange,
+            "srun.0",
+        ),
+        (
+            "cluster.slurm.srun=[--a=b, \"--c=\\0\"]",
+            Code::OutOfRange,
+            "srun.1",
+        ),
+        (
+            "cluster.slurm.srun=[--wait=5]",
+            Code::NotApplicable,
+            "srun.0",
+        ),
+        ("cluster.slurm.srun=[-N2]", Code::NotApplicable, "srun.0"),
+        (
+            "cluster.slurm.container=[apptainer exec i.sif]",
+            Code::OutOfRange,
+            "container.0",
+        ),
+        (
+            "cluster.slurm.container=apptainer exec i.sif",
+            Code::WrongType,
+            "container",
+        ),
+        (
+            "cluster.slurm.container=[env, \"A=b\\nc\"]",
+            Code::OutOfRange,
+            "container.1",
+        ),
+        (
+            "cluster.slurm.container=[env, \"\\0\"]",
+            Code::OutOfRange,
+            "container.1",
+        ),
+        (
+            "cluster.slurm.container=[--nv, i.sif]",
+            Code::OutOfRange,
+            "container.0",
+        ),
+    ] {
+        check_one(&[launched, set], code, &format!("cluster.slurm.{path}"));
+    }
 }
 
 #[test]

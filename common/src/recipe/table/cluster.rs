@@ -1,7 +1,7 @@
 //! Keys of who does the work, and where.
 
 use super::Fallback::{Open, Yaml};
-use super::Kind::{List, Or, Path, Secret, Shell, Text, Whole};
+use super::Kind::{List, Or, Path, Secret, Shell, Text, Whole, Words};
 use super::kubernetes::KUBERNETES;
 use super::{Kind, Section, field, word};
 
@@ -130,6 +130,18 @@ static SLURM: Section = Section {
             Shell,
             Open,
             "lines of shell that each job runs before its worker: module load, export",
+        ),
+        field(
+            "srun",
+            List(&Text),
+            Open,
+            "more options of the srun that starts the worker, like [--container-image=worker.sqsh]",
+        ),
+        field(
+            "container",
+            Words,
+            Open,
+            "command within which the worker is started, a word each: [apptainer, exec, --nv, worker.sif]",
         ),
         field(
             "devices",

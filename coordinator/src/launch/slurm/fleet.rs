@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::client::Trouble;
 use super::queue::{Job, JobId, State};
+use super::script::TOLD;
 
 /// Looks at which a job's worker was with the coordinator: it was well, and failures are counted anew.
 const WELL: u32 = 3;
@@ -230,6 +231,12 @@ impl Fleet {
             return;
         };
         let code = look.ends.get(id).copied().flatten();
+        // A preemption, or people: its place is not given up. It would be by a drain, which ends with 0.
+        if code == Some(TOLD) {
+            let text = format!("job {id} was told to leave; another takes its place");
+            steps.push(Step::Tell(text));
+            return;
+        }
         if code == Some(0) {
             let spared = self.wanted > self.fewest;
             self.wanted -= u32::from(spared);

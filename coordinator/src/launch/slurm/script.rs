@@ -11,10 +11,19 @@ use distillery_common::recipe::slurm::{Devices, Slurm};
 const REQUEUES: u32 = 50;
 /// …and because it found no coordinator, for half an hour each time.
 const DESERTED: u32 = 8;
+/// Exit code of a worker that a signal made leave, so that another takes its place: what a shell says of a program that
+/// SIGTERM ended. One that its coordinator drains ends with 0.
+pub(super) const TOLD: i32 = 143;
 /// Seconds before its time limit that a worker is told to leave: its grace for the work in hand, and time to report.
 const WORKER_NOTICE_S: u32 = 60;
 /// The same for a coordinator, which waits for its workers.
 const HEAD_NOTICE_S: u32 = 180;
+
+/// Seconds before its time limit that a job is told: not so many that little is left of a short one.
+fn notice(slurm: &Slurm, usual_s: u32) -> u64 {
+    let third = slurm.limit_s().map_or(u64::MAX, |limit| limit / 3);
+    third.min(usual_s.into())
+}
 
 /// What a worker's job needs to know.
 #[derive(Debug, Clone)]
@@ -81,7 +90,7 @@ struct Options(Vec<String>);
 
 impl Options {
     /// Of a job that is put back into the queue when its node fails.
-    fn new(name: &str, notice_s: u32) -> Self {
+    fn new(name: &str, notice_s: u64) -> Self {
         Self(vec![
             format!("--job-name={name}"),
             "--requeue".into(),
@@ -155,6 +164,7 @@ done
 # The shell remembers how a child ended that was waited for.
 wait \"$child\"
 code=$?
+child=
 "
     )
 }
@@ -181,7 +191,20 @@ fn setup(slurm: &Slurm) -> String {
 }
 
 /// How srun starts workers: none of them ends another, and a lost node ends none.
-const SRUN: &str = "srun --kill-on-bad-exit=0 --no-kill --wait=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}";
+const SRUN: &str = "--kill-on-bad-exit=0 --no-kill --wait=0";
+
+/// Options of srun that the recipe gives, each a word with a space before it.
+fn more_of_srun(slurm: &Slurm) -> String {
+    let words = slurm.srun.iter();
+    words.map(|word| format!(" {}", quoted(word))).collect()
+}
+
+/// `program` as words of a shell, within the container that the recipe names.
+fn within(slurm: &Slurm, program: &std::path::Path) -> String {
+    let words = slurm.container.iter();
+    let words: String = words.map(|word| format!("{} ", quoted(word))).collect();
+    words + &quoted(program.display())
+}
 
 /// One worker on one host: to be submitted as an array.
 pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
@@ -190,7 +213,7 @@ pub fn worker(slurm: &Slurm, worker: &Worker) -> String {
         None => output(&worker.logs),
     };
     let array = worker.count.map(|count| format!("0-{}", count.max(1) - 1));
-    let options = Options::new(&worker.name, WORKER_NOTICE_S)
+    let options = Options::new(&worker.name, notice(slurm, WORKER_NOTICE_S))
         .maybe("array", array)
         .with("--nodes=1")
         .with("--ntasks=1")
@@ -219,20 +242,25 @@ rm -f \"$logs/$job.ended\"
 echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
 
 {setup}{devices}
-{SRUN} \\
+srun {SRUN} ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}{more} \\
     {program} join --coordinator \"@$join\" --name \"slurm-$job\" --devices \"$devices\" \\
-    --engine {engine} &
+    --engine {engine} --signal-exit-code {TOLD} &
 {keep}
+# Whoever ends this job may tell its worker a moment earlier.
+[ \"$code\" != {TOLD} ] || [ -n \"$told\" ] || sleep 2
 [ \"$(cat \"$logs/$job.started\")\" = \"$restarts\" ] || exit \"$code\"
-# Another turn after a warning of the time limit, and when no coordinator was found for long (75). Not when somebody ends
-# this job, and not for ever.
-turns=0
-[ \"$code\" = 75 ] && [ -z \"$told\" ] && turns={DESERTED}
-[ \"$told\" = limit ] && turns={REQUEUES}
+# Another turn after a warning of the time limit, and when the worker alone was told to leave, as a preemption begins; a few
+# when no coordinator was found for long (75). None when somebody ends this job, and none for ever.
+case $told:$code in
+limit:* | :{TOLD}) turns={REQUEUES} ;;
+:75) turns={DESERTED} ;;
+*) turns=0 ;;
+esac
 if [ \"$restarts\" -lt \"$turns\" ] && scontrol requeue \"$SLURM_JOB_ID\"; then
     sleep 60
     exit 0
 fi
+[ -z \"$told\" ] || code={TOLD}
 echo \"$code\" >\"$logs/$job.ended\"
 exit \"$code\"
 ",
@@ -241,7 +269,8 @@ exit \"$code\"
         join = quoted(worker.join.display()),
         setup = setup(slurm),
         devices = devices(&slurm.devices),
-        program = quoted(worker.worker.display()),
+        more = more_of_srun(slurm),
+        program = within(slurm, &worker.worker),
         engine = quoted(worker.engine.display()),
         listen = listen("USR1"),
         keep = keep("USR1"),
@@ -250,7 +279,7 @@ exit \"$code\"
 
 /// A coordinator in a job of its own, which goes back into the queue until the run has ended.
 pub fn head(slurm: &Slurm, head: &Head) -> String {
-    let options = Options::new(&head.name, HEAD_NOTICE_S)
+    let options = Options::new(&head.name, notice(slurm, HEAD_NOTICE_S))
         .with("--nodes=1")
         .with("--ntasks=1")
         .with("--cpus-per-task=2")
@@ -291,9 +320,43 @@ fn sets(sets: &[String]) -> String {
         .collect()
 }
 
+/// A worker on each host of the second component, in a shell of its own, which passes on what it is told.
+fn workers_of_component(slurm: &Slurm, worker: &Worker) -> String {
+    format!(
+        "\
+(
+{listen}srun --het-group=1 {SRUN}{cpus}{more} bash -c '
+{devices}for _ in {{1..300}}; do
+    [ -s \"$1\" ] && break
+    sleep 2
+done
+join=$1
+engine=$2
+shift 2
+exec \"$@\" join --coordinator \"@$join\" --name \"slurm-$SLURM_JOB_ID.$SLURM_PROCID\" --devices \"$devices\" \\
+    --engine \"$engine\" --signal-exit-code {TOLD}
+' worker \"$join\" {engine} {program} &
+{keep}
+# All were told to leave, and nobody else was, as a preemption begins: as before a time limit.
+[ \"$code\" != {TOLD} ] || sleep 2
+[ \"$code\" != {TOLD} ] || [ -n \"$told\" ] || kill -USR1 $$
+) &
+",
+        // A step does not inherit them from its job.
+        cpus = cpus(slurm, worker.threads).map_or_else(String::new, |n| format!(" --cpus-per-task={n}")),
+        // Within single quotes.
+        devices = devices(&slurm.devices).replace('\'', r"'\''"),
+        more = more_of_srun(slurm),
+        program = within(slurm, &worker.worker),
+        engine = quoted(worker.engine.display()),
+        listen = listen("USR1"),
+        keep = keep("USR1"),
+    )
+}
+
 /// One heterogeneous job: a head without GPUs, and `hosts` hosts with a worker each.
 pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) -> String {
-    let of_head = Options::new(&head.name, HEAD_NOTICE_S)
+    let of_head = Options::new(&head.name, notice(slurm, HEAD_NOTICE_S))
         .with("--nodes=1")
         .with("--ntasks=1")
         .with("--cpus-per-task=2")
@@ -315,14 +378,7 @@ pub fn heterogeneous(slurm: &Slurm, head: &Head, worker: &Worker, hosts: u32) ->
 {listen}restarts=${{SLURM_RESTART_COUNT:-0}}
 join={join}
 {setup}
-srun --het-group=1 --kill-on-bad-exit=0 --no-kill --wait=0{cpus} bash -c '
-{devices}for _ in {{1..300}}; do
-    [ -s \"$1\" ] && break
-    sleep 2
-done
-exec \"$2\" join --coordinator \"@$1\" --name \"slurm-$SLURM_JOB_ID.$SLURM_PROCID\" --devices \"$devices\" --engine \"$3\"
-' worker \"$join\" {program} {engine} &
-workers=$!
+{workers}workers=$!
 
 {coordinator} run {recipe}{sets} &
 {keep}
@@ -335,14 +391,9 @@ exit \"$code\"
 ",
         of_head = of_head.lines(),
         of_workers = of_workers.lines(),
-        // A step does not inherit them from its job.
-        cpus = cpus(slurm, worker.threads).map_or_else(String::new, |n| format!(" --cpus-per-task={n}")),
         setup = setup(slurm),
-        // Within single quotes.
-        devices = devices(&slurm.devices).replace('\'', r"'\''"),
         join = quoted(worker.join.display()),
-        program = quoted(worker.worker.display()),
-        engine = quoted(worker.engine.display()),
+        workers = workers_of_component(slurm, worker),
         coordinator = quoted(head.coordinator.display()),
         recipe = quoted(head.recipe.display()),
         sets = sets(&head.sets),

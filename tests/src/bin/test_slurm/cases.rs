@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use super::site::{Job, Site, Undisturbed, Work};
+use super::site::{Job, Setting, Site, Undisturbed, Work};
 
 /// What undisturbed runs made.
 pub(crate) type Baselines = BTreeMap<Work, Undisturbed>;
@@ -17,6 +17,8 @@ pub(crate) enum Case {
     Requeue,
     /// `scancel --signal=TERM` of a worker's job.
     Signal,
+    /// `scancel` of a worker's job.
+    Cancelled,
     /// A job of a partition that goes first takes a worker's node.
     Preempted,
     /// A node loses power.
@@ -27,27 +29,48 @@ pub(crate) enum Case {
     Coordinator,
     /// SIGKILL of slurmctld, which is away for a while.
     Controller,
-    /// The warning of a time limit reaches a job.
-    Warning,
+    /// Jobs near their time limit.
+    TimeLimit,
+    /// Workers that find no coordinator, and ask to be queued again; they start within a container, or what stands for one.
+    TryAgain,
     /// The coordinator in a job of its own, which is requeued, and submits its workers.
     HeadJob,
-    /// The coordinator in a job of its own, and an array of workers that people submit.
+    /// The coordinator in a job of its own, and an array of workers that people submit, of which one is told to leave.
     External,
-    /// Everybody in one heterogeneous job.
+    /// Everybody in one heterogeneous job, all of whose workers are told to leave.
     Heterogeneous,
 }
 
+/// A worker that says once that it found nobody, and is one when it comes again; notes where it runs.
+const SECOND_TIME: &str = r#"turn=$folder/turn-$SLURM_ARRAY_TASK_ID
+[ -e "$turn" ] || { echo 1 >"$turn"; exit 75; }
+{ echo "$WITHIN"; grep NoNewPrivs /proc/self/status; } >"$turn"
+exec "$worker" "$@""#;
+
+/// How much is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Some cases with the stand-in alone.
+    Short,
+    /// Every case.
+    Whole,
+    /// The same, and the quickstart.
+    WithQuickstart,
+}
+
 impl Case {
-    pub(crate) const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Plain,
         Self::Requeue,
         Self::Signal,
+        Self::Cancelled,
         Self::Preempted,
         Self::PowerCut,
         Self::Partition,
         Self::Coordinator,
         Self::Controller,
-        Self::Warning,
+        Self::TimeLimit,
+        Self::TryAgain,
         Self::HeadJob,
         Self::External,
         Self::Heterogeneous,
@@ -58,12 +81,14 @@ impl Case {
             Self::Plain => "plain",
             Self::Requeue => "requeue",
             Self::Signal => "signal",
+            Self::Cancelled => "cancelled",
             Self::Preempted => "preempted",
             Self::PowerCut => "power-cut",
             Self::Partition => "partition",
             Self::Coordinator => "coordinator-killed",
             Self::Controller => "slurmctld-killed",
-            Self::Warning => "time-limit",
+            Self::TimeLimit => "time-limit",
+            Self::TryAgain => "exit-75",
             Self::HeadJob => "head-job",
             Self::External => "external-workers",
             Self::Heterogeneous => "heterogeneous",
@@ -74,11 +99,47 @@ impl Case {
         matches!(self, Self::Plain | Self::Requeue | Self::Coordinator)
     }
 
-    /// Which engines see it.
-    fn works(self, short: bool) -> &'static [Work] {
+    /// What sees it.
+    fn works(self, form: Form) -> &'static [Work] {
         match self {
-            Self::Plain | Self::PowerCut if !short => &[Work::StandIn, Work::Real],
-            _ => &[Work::StandIn],
+            _ if form == Form::Short => &[Work::StandIn],
+            Self::Plain if form == Form::WithQuickstart => {
+                &[Work::StandIn, Work::Tiny, Work::Quickstart]
+            }
+            Self::Plain => &[Work::StandIn, Work::Tiny],
+            Self::Requeue
+            | Self::Signal
+            | Self::Cancelled
+            | Self::Preempted
+            | Self::PowerCut
+            | Self::Partition
+            | Self::Coordinator
+            | Self::Controller => &[Work::Tiny],
+            Self::TimeLimit
+            | Self::TryAgain
+            | Self::HeadJob
+            | Self::External
+            | Self::Heterogeneous => &[Work::StandIn],
+        }
+    }
+
+    fn setting(self) -> Setting {
+        let usual = Setting::default();
+        match self {
+            // It could go on with one, and must not.
+            Self::Signal | Self::Cancelled | Self::Preempted => Setting { fewest: 1, ..usual },
+            // Slurm knows no shorter limit.
+            Self::TimeLimit => Setting {
+                step_ms: 500,
+                slurm: ", time: 1",
+                ..usual
+            },
+            Self::TryAgain => Setting {
+                slurm: ", srun: [\"--job-name=it's a step\"], container: [setpriv, --no-new-privs, env, \"WITHIN=it's $here\"]",
+                before: Some(SECOND_TIME),
+                ..usual
+            },
+            _ => usual,
         }
     }
 
@@ -96,18 +157,18 @@ impl Case {
     pub(crate) fn run(
         self,
         baselines: &mut Baselines,
-        short: bool,
+        form: Form,
         keep: bool,
     ) -> anyhow::Result<String> {
         let mut seen = Vec::new();
-        for &work in self.works(short) {
+        for &work in self.works(form) {
             let undisturbed = match baselines.entry(work) {
                 Entry::Occupied(made) => made.into_mut(),
                 Entry::Vacant(place) => place.insert(Undisturbed::new(work)?),
             };
             let mut site = match self.style() {
-                Some(style) => Site::rendered(work, style)?,
-                None => Site::begin(work)?,
+                Some(style) => Site::rendered(work, &self.setting(), style)?,
+                None => Site::begin(work, &self.setting())?,
             };
             let ended = self
                 .happen(&mut site)
@@ -130,13 +191,14 @@ impl Case {
         let expected = match self {
             Self::Plain
             | Self::Requeue
+            | Self::Signal
             | Self::PowerCut
             | Self::Partition
             | Self::Coordinator
-            | Self::Warning => 2,
-            Self::Signal => 3,
-            // The one that went first is none of the run's.
-            Self::Preempted => 4,
+            | Self::TimeLimit
+            | Self::TryAgain => 2,
+            // The one that went first is none of the run's; one that was cancelled has a successor.
+            Self::Preempted | Self::Cancelled => 3,
             // What slurmctld had not saved yet it forgets, and submissions of requeued heads are many.
             Self::Controller | Self::HeadJob | Self::External | Self::Heterogeneous => {
                 return Ok(());
@@ -150,29 +212,6 @@ impl Case {
     fn happen(self, site: &mut Site) -> anyhow::Result<String> {
         let job = site.at_work()?;
         match self {
-            Self::Warning => {
-                let signal = ["--batch", "--signal=USR1", &job.id];
-                site.cluster.slurm("scancel", &signal)?;
-                site.await_restart(&job, 1)?;
-                Ok(format!("{} left and queued again", job.id))
-            }
-            Self::HeadJob => {
-                site.cluster.slurm("scontrol", &["requeue", "1"])?;
-                site.await_job("1")?;
-                let shown = site
-                    .cluster
-                    .slurm("scontrol", &["show", "job", "-o", "1"])?;
-                anyhow::ensure!(shown.contains(" Restarts=1 "), "not requeued: {shown}");
-                Ok("the head was requeued and went on".into())
-            }
-            Self::External => {
-                site.await_job("1")?;
-                Ok("head and workers by hand".into())
-            }
-            Self::Heterogeneous => {
-                site.await_job("1+0")?;
-                Ok("one job of two components".into())
-            }
             Self::Plain => Ok("two jobs".into()),
             Self::Requeue => {
                 site.cluster.slurm("scontrol", &["requeue", &job.id])?;
@@ -181,7 +220,14 @@ impl Case {
             }
             Self::Signal => {
                 site.cluster.slurm("scancel", &["--signal=TERM", &job.id])?;
+                site.await_restart(&job, 1)?;
+                site.await_two_at_work()?;
+                Ok(format!("{} left and came again", job.id))
+            }
+            Self::Cancelled => {
+                site.cluster.slurm("scancel", &[&job.id])?;
                 let successor = successor(site, &job)?;
+                site.await_two_at_work()?;
                 Ok(format!("{} left, {} came", job.id, successor.id))
             }
             Self::Preempted => preempted(site, &job),
@@ -200,15 +246,74 @@ impl Case {
                 site.coordinate()?;
                 Ok("two jobs were adopted".into())
             }
-            Self::Controller => {
-                site.cluster.kill_controller()?;
-                site.kill_a_worker()?;
-                std::thread::sleep(std::time::Duration::from_secs(4));
-                site.cluster.restart_controller()?;
-                Ok("a worker that died meanwhile was replaced".into())
+            Self::Controller => without_controller(site, &job),
+            Self::TimeLimit => time_limit(site, &job),
+            Self::TryAgain => second_time(site, &job),
+            Self::HeadJob => {
+                site.cluster.slurm("scontrol", &["requeue", "1"])?;
+                site.await_job("1")?;
+                anyhow::ensure!(is_second_turn(site)?, "the head was not requeued");
+                Ok("the head was requeued and went on".into())
+            }
+            Self::External => {
+                site.cluster.slurm("scancel", &["--signal=TERM", &job.id])?;
+                site.await_restart(&job, 1)?;
+                site.await_job("1")?;
+                Ok(format!("by hand; {} left and came again", job.id))
+            }
+            Self::Heterogeneous => {
+                site.cluster.slurm("scancel", &["--signal=TERM", "1"])?;
+                site.await_some(
+                    "second turn",
+                    |site| Ok(is_second_turn(site)?.then_some(())),
+                )?;
+                site.await_job("1+0")?;
+                Ok("one job of two components left and came again".into())
             }
         }
     }
+}
+
+/// Whether the first job was queued again, once.
+fn is_second_turn(site: &Site) -> anyhow::Result<bool> {
+    let shown = ["show", "job", "-o", "1"];
+    let shown = site.cluster.slurm("scontrol", &shown)?;
+    Ok(shown.contains(" Restarts=1 "))
+}
+
+/// Slurm warns a job of its limit of one minute.
+fn time_limit(site: &mut Site, job: &Job) -> anyhow::Result<String> {
+    site.await_restart(job, 1)?;
+    let shown = ["show", "job", "-o", &job.id];
+    let shown = site.cluster.slurm("scontrol", &shown)?;
+    anyhow::ensure!(shown.contains(" TimeLimit=00:01:00 "), "{shown}");
+    Ok(format!("Slurm warned {}, which queued again", job.id))
+}
+
+/// Both workers work at their second start, as the script before them noted.
+fn second_time(site: &mut Site, job: &Job) -> anyhow::Result<String> {
+    for number in 0..2 {
+        let noted = site.noted(&format!("turn-{number}"))?;
+        anyhow::ensure!(noted == "it's $here\nNoNewPrivs:\t1\n", "{noted:?}");
+    }
+    site.await_restart(job, 1)?;
+    Ok("two jobs queued again, and worked in what stands for a container".into())
+}
+
+/// A worker dies while nobody keeps the queue.
+fn without_controller(site: &mut Site, job: &Job) -> anyhow::Result<String> {
+    site.cluster.kill_controller()?;
+    site.kill_worker_of(job)?;
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    site.cluster.restart_controller()?;
+    let successor = successor(site, job)?;
+    let workers = site.await_two_at_work()?;
+    let is_there = workers.contains(&format!("slurm-{}", successor.id));
+    anyhow::ensure!(is_there, "{} is not of {workers:?}", successor.id);
+    let (gone, came) = (&job.id, &successor.id);
+    Ok(format!(
+        "{gone}, whose worker died meanwhile, was replaced by {came}"
+    ))
 }
 
 /// Another job of the run than the first two.
@@ -228,15 +333,13 @@ fn preempted(site: &mut Site, job: &Job) -> anyhow::Result<String> {
     let urgent = ["--parsable", "--partition=urgent", "--exclusive", &node];
     let urgent = [&urgent[..], &["--output=/dev/null", "--wrap=sleep 2"]].concat();
     let first = site.cluster.slurm("sbatch", &urgent)?.trim().to_owned();
-    let successor = successor(site, job)?;
+    site.await_restart(job, 1)?;
+    site.await_two_at_work()?;
     site.await_some("end of the job that goes first", |site| {
         let mut jobs = site.jobs()?.into_iter();
         Ok(jobs.find(|other| other.id == first && other.state == "COMPLETED"))
     })?;
-    Ok(format!(
-        "{} made way for {first}, {} came",
-        job.id, successor.id
-    ))
+    Ok(format!("{} made way for {first}, and came again", job.id))
 }
 
 /// The same job on another node.

@@ -19,7 +19,7 @@ mod cases;
 mod cluster;
 mod site;
 
-use cases::{Baselines, Case};
+use cases::{Baselines, Case, Form};
 
 /// Set by Ctrl-C: everything that waits gives up, and cleans up on its way out.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -36,6 +36,9 @@ struct Arguments {
     /// Three cases with the stand-in for the engine alone.
     #[arg(long)]
     short: bool,
+    /// The plain case also with the quickstart: twice some ten minutes more on two cores.
+    #[arg(long, conflicts_with = "short")]
+    quickstart: bool,
     /// Only cases whose name holds this text.
     #[arg(long, default_value = "")]
     case: String,
@@ -64,12 +67,17 @@ fn main() -> anyhow::Result<ExitCode> {
             false => ExitCode::SUCCESS,
         });
     }
+    let form = match (arguments.short, arguments.quickstart) {
+        (true, _) => Form::Short,
+        (false, true) => Form::WithQuickstart,
+        (false, false) => Form::Whole,
+    };
     let watch = Stopwatch::start();
     let mut baselines = Baselines::new();
     let mut good = 0;
     for case in cases {
         let watch = Stopwatch::start();
-        let ended = case.run(&mut baselines, arguments.short, arguments.keep);
+        let ended = case.run(&mut baselines, form, arguments.keep);
         let seconds = watch.elapsed().as_secs_f64();
         match ended {
             Ok(said) => {

@@ -1,6 +1,7 @@
 //! One run on a cluster: its coordinators on the head, and what Slurm says of its workers.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
@@ -11,8 +12,6 @@ use distillery_tests::harness::{EngineKind, Made, Run, Target, programs, signal,
 
 use super::cluster::{Cluster, HEAD};
 
-/// Longest that anything may take before it counts as stuck.
-const PATIENCE: Duration = Duration::from_secs(240);
 /// Pause between two looks.
 const GLANCE: Duration = Duration::from_millis(50);
 /// Exit code of a coordinator whose run the same command resumes.
@@ -20,41 +19,91 @@ const TRY_AGAIN: i32 = 75;
 /// Waits so short that everything that only time tells is told soon.
 const WAITS: &str = "beat=200ms,suspect=600ms,lease_ttl=1500ms,lease_grace=500ms,\
      member_silence=1500ms,hang=20s,reattach=2s,first_formation=500ms,\
-     last_call=200ms,keep_for_group=2s,sweep=200ms,retry=200ms,retry_cap=2s";
-
-/// Milliseconds that a task takes, and a step: so slow that whatever happens to a run meets it at work.
-const PACE: (u32, u32) = (100, 150);
+     last_call=200ms,grow=0s,keep_for_group=2s,sweep=200ms,retry=200ms,retry_cap=2s";
 
 /// What is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Work {
     /// Every kind of stage, on the stand-in for the engine.
     StandIn,
-    /// Training of the real engine, in reproducible mode.
-    Real,
+    /// The tiny recipe on the real engine, in reproducible mode, with more steps than its own, which would be over before
+    /// anything happens to it.
+    Tiny,
+    /// The quickstart, as it is: it is only for runs that nobody disturbs.
+    Quickstart,
+}
+
+/// What a case asks of a run and of its cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Setting {
+    /// The fewest workers with which the run goes on; it asks for two.
+    pub(crate) fewest: u32,
+    /// Milliseconds that a step of the stand-in takes: so slow that whatever happens to a run meets it at work.
+    pub(crate) step_ms: u32,
+    /// More of the recipe's section, each after a comma.
+    pub(crate) slurm: &'static str,
+    /// A script that stands before the worker, which it is handed as `$worker`, and has `$folder`.
+    pub(crate) before: Option<&'static str>,
+}
+
+impl Default for Setting {
+    fn default() -> Self {
+        Self {
+            fewest: 2,
+            step_ms: 150,
+            slurm: "",
+            before: None,
+        }
+    }
 }
 
 impl Work {
     /// The recipe with two workers that `cluster` names.
     fn recipe(self, cluster: &str) -> String {
-        let (text, own) = match self {
-            Self::StandIn => (
-                sim_recipe(),
-                "cluster: {launcher: local, workers: {min: 2, max: 2}}",
+        let own = "cluster: {launcher: local, workers: {min: 2, max: 2}}";
+        let (text, changes): (_, &[(&str, &str)]) = match self {
+            Self::StandIn => (sim_recipe(), &[]),
+            Self::Tiny => (
+                include_str!("../../../../configs/tiny.yaml"),
+                &[
+                    ("teachers/", "{repository}/configs/teachers/"),
+                    ("prompts/", "{repository}/configs/prompts/"),
+                    (
+                        "batch: {global: 8}",
+                        "batch: {global: 8, reproducible: true, virtual_ranks: 4}",
+                    ),
+                    ("steps: 6}", "steps: 40}"),
+                    ("every_steps: 2", "every_steps: 10"),
+                ],
             ),
-            Self::Real => (
-                include_str!("../../../recipes/elastic.yaml"),
-                "cluster: {launcher: external, workers: {min: 1, max: 4}}",
+            Self::Quickstart => (
+                include_str!("../../../../configs/quickstart.yaml"),
+                &[
+                    ("teachers/", "{repository}/configs/teachers/"),
+                    ("prompts/", "{repository}/configs/prompts/"),
+                ],
             ),
         };
-        assert!(text.contains(own), "the recipe has no {own}");
-        text.replace(own, cluster)
+        let mut recipe = text.to_owned();
+        for (from, to) in changes.iter().chain(&[(own, cluster)]) {
+            assert!(recipe.contains(from), "{self:?} has no {from}");
+            recipe = recipe.replace(from, to);
+        }
+        recipe
     }
 
     fn engine(self) -> EngineKind {
         match self {
             Self::StandIn => EngineKind::Sim,
-            Self::Real => EngineKind::Real,
+            Self::Tiny | Self::Quickstart => EngineKind::Real,
+        }
+    }
+
+    /// Longest that anything may take before it counts as stuck.
+    fn patience(self) -> Duration {
+        match self {
+            Self::StandIn | Self::Tiny => Duration::from_secs(240),
+            Self::Quickstart => Duration::from_secs(2400),
         }
     }
 
@@ -69,6 +118,7 @@ impl Work {
 
 /// What a run on this host's own workers makes that nobody disturbs.
 pub(crate) struct Undisturbed {
+    work: Work,
     run: Run,
     made: Made,
     _folder: tempfile::TempDir,
@@ -79,9 +129,10 @@ impl Undisturbed {
         let folder = tempfile::tempdir()?;
         let cluster = "cluster: {launcher: local, workers: {min: 2, max: 2}}";
         let mut run = work.run_in(&folder, cluster)?;
-        run.finish(PATIENCE).context("the undisturbed run")?;
+        run.finish(work.patience()).context("the undisturbed run")?;
         let made = run.made()?;
         Ok(Self {
+            work,
             run,
             made,
             _folder: folder,
@@ -106,19 +157,20 @@ pub(crate) struct Site {
     run: Run,
     pub(crate) cluster: Cluster,
     folder: tempfile::TempDir,
+    patience: Duration,
 }
 
 impl Site {
     /// Brings up a cluster and starts a run on it.
-    pub(crate) fn begin(work: Work) -> anyhow::Result<Self> {
-        let mut site = Self::new(work, &format!("{HEAD}:0"))?;
+    pub(crate) fn begin(work: Work, setting: &Setting) -> anyhow::Result<Self> {
+        let mut site = Self::new(work, setting, &format!("{HEAD}:0"))?;
         site.coordinate()?;
         Ok(site)
     }
 
     /// Brings up a cluster and submits the scripts of `coordinator render slurm`.
-    pub(crate) fn rendered(work: Work, style: &str) -> anyhow::Result<Self> {
-        let site = Self::new(work, "0.0.0.0:0")?;
+    pub(crate) fn rendered(work: Work, setting: &Setting, style: &str) -> anyhow::Result<Self> {
+        let site = Self::new(work, setting, "0.0.0.0:0")?;
         let scripts = site.folder.path().join("scripts");
         let mut render = site.run.command("coordinator");
         render
@@ -146,25 +198,46 @@ impl Site {
         Ok(site)
     }
 
-    fn new(work: Work, listen: &str) -> anyhow::Result<Self> {
+    fn new(work: Work, setting: &Setting, listen: &str) -> anyhow::Result<Self> {
         let cluster = Cluster::new().context("the cluster")?;
         let folder = tempfile::tempdir()?;
         let engine = programs()?.join(work.engine().program());
+        let mut more = setting.slurm.to_owned();
+        if let Some(text) = setting.before {
+            let path = folder.path().join("before-the-worker");
+            let worker = programs()?.join("worker");
+            let text = format!(
+                "#!/bin/bash\nfolder='{}'\nworker='{}'\n{text}\n",
+                folder.path().display(),
+                worker.display()
+            );
+            std::fs::write(&path, text)?;
+            std::fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+            more += &format!(", worker: \"{}\"", path.display());
+        }
         let section = format!(
-            "cluster: {{launcher: slurm, workers: {{min: 2, max: 2}}, listen: \"{listen}\", \
-             slurm: {{poll: 1, cpus: 2, engine: \"{}\"}}}}",
+            "cluster: {{launcher: slurm, workers: {{min: {}, max: 2}}, listen: \"{listen}\", \
+             slurm: {{poll: 1, cpus: 2, engine: \"{}\"{more}}}}}",
+            setting.fewest,
             engine.display()
         );
         let run = work
             .run_in(&folder, &section)?
-            .with("SIM_TASK_MS", PACE.0)
-            .with("SIM_STEP_MS", PACE.1);
+            .with("SIM_TASK_MS", 100)
+            .with("SIM_STEP_MS", setting.step_ms);
         Ok(Self {
             lives: Vec::new(),
             run,
             cluster,
             folder,
+            patience: work.patience(),
         })
+    }
+
+    /// A file of a script that stands before the worker.
+    pub(crate) fn noted(&self, name: &str) -> anyhow::Result<String> {
+        let path = self.folder.path().join(name);
+        std::fs::read_to_string(&path).with_context(|| path.display().to_string())
     }
 
     /// Starts the command, or the same command again.
@@ -206,10 +279,36 @@ impl Site {
     }
 
     /// SIGKILL of the worker of a job.
-    pub(crate) fn kill_a_worker(&self) -> anyhow::Result<()> {
-        let workers = self.run.processes_of(Target::Worker);
-        let worker = workers.first().context("no worker lives")?;
-        Ok(signal(*worker, "KILL")?)
+    pub(crate) fn kill_worker_of(&self, job: &Job) -> anyhow::Result<()> {
+        let name = format!("slurm-{}", job.id);
+        let is_its = |pid: &u32| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words
+                .split(|&byte| byte == 0)
+                .any(|word| word == name.as_bytes())
+        };
+        let mut workers = self.run.processes_of(Target::Worker).into_iter();
+        let worker = workers.find(is_its);
+        let worker = worker.with_context(|| format!("no worker is called {name}"))?;
+        Ok(signal(worker, "KILL")?)
+    }
+
+    /// Waits until two workers of jobs train together, and gives their names.
+    pub(crate) fn await_two_at_work(&mut self) -> anyhow::Result<Vec<String>> {
+        self.await_some("two workers at work", |site| {
+            let mut ask = site.run.command("coordinator");
+            ask.args(["workers", "--json"]).arg(site.run.output());
+            let output = site.cluster.command(&ask).output()?;
+            // The coordinator may just be taking somebody in.
+            let Ok(told) = serde_json::from_slice::<serde_json::Value>(&output.stdout) else {
+                return Ok(None);
+            };
+            let workers = told.as_array().map(Vec::as_slice).unwrap_or_default();
+            let busy = workers.iter().filter(|worker| worker["state"] == "busy");
+            let busy = busy.filter_map(|worker| worker["name"].as_str());
+            let busy: Vec<String> = busy.map(str::to_owned).collect();
+            Ok((busy.len() == 2).then_some(busy))
+        })
     }
 
     /// Living workers, wherever they run.
@@ -236,8 +335,13 @@ impl Site {
         let trained = self.run.output().join("checkpoints");
         self.await_some("first checkpoint", |_| Ok(trained.is_dir().then_some(())))?;
         let jobs = self.jobs()?;
-        let running = jobs.into_iter().find(|job| job.state == "RUNNING");
-        running.context("no job runs")
+        let mut running = jobs.into_iter().filter(|job| job.state == "RUNNING");
+        let head = running.next().context("no job runs")?;
+        // Of several, one of an array: a head is none.
+        match head.id.contains('_') {
+            true => Ok(head),
+            false => Ok(running.find(|job| job.id.contains('_')).unwrap_or(head)),
+        }
     }
 
     /// Waits for incarnation `restarts` of a job to begin.
@@ -265,7 +369,7 @@ impl Site {
             anyhow::ensure!(!super::interrupted(), "interrupted");
             let ended = self.ended()?;
             anyhow::ensure!(
-                watch.elapsed() < PATIENCE && ended.is_none(),
+                watch.elapsed() < self.patience && ended.is_none(),
                 "no {what} ({ended:?}):\n{}",
                 self.tail()
             );
@@ -286,7 +390,7 @@ impl Site {
             }
             anyhow::ensure!(!super::interrupted(), "interrupted");
             anyhow::ensure!(
-                watch.elapsed() < PATIENCE,
+                watch.elapsed() < self.patience,
                 "the run does not end:\n{}",
                 self.tail()
             );
@@ -318,13 +422,13 @@ impl Site {
         anyhow::ensure!(left.is_empty(), "left in the queue after the run: {left}");
         let made = self.run.made()?;
         anyhow::ensure!(made == undisturbed.made, "it made something else: {made:?}");
-        let audit = Command::new(self.run.program("audit"))
-            .arg(self.run.output())
-            .arg("--quiet")
-            .arg("--against")
-            .arg(undisturbed.run.output())
-            .output()
-            .context("the auditor")?;
+        let mut audit = Command::new(self.run.program("audit"));
+        audit.arg(self.run.output()).arg("--quiet");
+        // Exports name their run, and pictures the attempt that drew them: of those the students are compared alone.
+        if undisturbed.work == Work::StandIn {
+            audit.arg("--against").arg(undisturbed.run.output());
+        }
+        let audit = audit.output().context("the auditor")?;
         let said = String::from_utf8_lossy(&audit.stdout).into_owned();
         anyhow::ensure!(audit.status.success(), "the auditor: {said}");
         self.run.no_orphans(Duration::from_secs(60))

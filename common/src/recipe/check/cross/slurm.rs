@@ -28,6 +28,19 @@ const OURS: [(&str, Option<&str>); 16] = [
     ("--input", Some("-i")),
 ];
 
+/// Options that the script gives to srun.
+const OURS_OF_SRUN: [(&str, Option<&str>); 9] = [
+    ("--kill-on-bad-exit", Some("-K")),
+    ("--no-kill", Some("-k")),
+    ("--wait", Some("-W")),
+    ("--het-group", None),
+    ("--pack-group", None),
+    ("--nodes", Some("-N")),
+    ("--ntasks", Some("-n")),
+    ("--ntasks-per-node", None),
+    ("--cpus-per-task", Some("-c")),
+];
+
 impl Rules<'_> {
     pub(super) fn slurm(&mut self, recipe: &Recipe) {
         let Launcher::Slurm(slurm) = &recipe.cluster.launcher else {
@@ -37,6 +50,8 @@ impl Rules<'_> {
         self.amounts(slurm);
         self.devices();
         self.extra(slurm);
+        self.srun(slurm);
+        self.container(slurm);
         if is_loopback(&recipe.cluster.listen) {
             let message = format!(
                 "workers on other hosts cannot reach {}",
@@ -102,22 +117,73 @@ impl Rules<'_> {
     fn extra(&mut self, slurm: &Slurm) {
         for (i, option) in slurm.extra.iter().enumerate() {
             let path = format!("cluster.slurm.extra.{i}");
-            let name = option.split(['=', ' ']).next().unwrap_or_default();
-            let ours = OURS.iter().find(|(long, short)| {
-                name == *long || short.is_some_and(|short| option.starts_with(short))
-            });
-            if let Some((long, _)) = ours {
-                let message = format!("{option:?} is not yours to give");
-                let label = format!("{long} is given by the launcher");
-                let help = "remove it".to_owned();
-                self.refuse(Code::NotApplicable, &[&path], message, label, help);
-            } else if !option.starts_with('-') || option.contains(char::is_control) {
+            if self.is_ours(&OURS, &path, option) {
+                continue;
+            }
+            if !option.starts_with('-') || option.contains(char::is_control) {
                 let message = format!("{option:?} is no option of sbatch");
                 let label = "expected --name or --name=value".to_owned();
                 let help = "one option in each entry, like --constraint=a100".to_owned();
                 self.refuse(Code::OutOfRange, &[&path], message, label, help);
             }
         }
+    }
+
+    /// Each is one word of a command line, whatever it holds.
+    fn srun(&mut self, slurm: &Slurm) {
+        for (i, option) in slurm.srun.iter().enumerate() {
+            let path = format!("cluster.slurm.srun.{i}");
+            if self.is_ours(&OURS_OF_SRUN, &path, option) {
+                continue;
+            }
+            let name = option.split('=').next().unwrap_or_default();
+            let is_option = name.len() > 1 && name.starts_with('-') && name != "--";
+            if !is_option || name.contains(' ') || option.contains(char::is_control) {
+                let message = format!("{option:?} is no option of srun");
+                let label = "expected --name or --name=value".to_owned();
+                let help =
+                    "one option in each entry, its value after =, like --container-image=worker.sqsh"
+                        .to_owned();
+                self.refuse(Code::OutOfRange, &[&path], message, label, help);
+            }
+        }
+    }
+
+    fn container(&mut self, slurm: &Slurm) {
+        let path = |i: usize| format!("cluster.slurm.container.{i}");
+        for (i, word) in slurm.container.iter().enumerate() {
+            if word.contains(char::is_control) {
+                let message = format!("{word:?} is no word of a command");
+                let label = "expected a text without control characters".to_owned();
+                let help = "write it without line breaks, or leave it out".to_owned();
+                self.refuse(Code::OutOfRange, &[&path(i)], message, label, help);
+            }
+        }
+        let Some(program) = slurm.container.first() else {
+            return;
+        };
+        if program.starts_with('-') || program.contains(' ') {
+            let message = format!("{program:?} is no program");
+            let label = "the first word is the program".to_owned();
+            let help = "a word in each entry, like [apptainer, exec, --nv, worker.sif]".to_owned();
+            self.refuse(Code::OutOfRange, &[&path(0)], message, label, help);
+        }
+    }
+
+    /// Refuses an option that is given anyway; whether it did.
+    fn is_ours(&mut self, ours: &[(&str, Option<&str>)], path: &str, option: &str) -> bool {
+        let name = option.split(['=', ' ']).next().unwrap_or_default();
+        let found = ours.iter().find(|(long, short)| {
+            name == *long || short.is_some_and(|short| option.starts_with(short))
+        });
+        let Some((long, _)) = found else {
+            return false;
+        };
+        let message = format!("{option:?} is not yours to give");
+        let label = format!("{long} is given by the launcher");
+        let help = "remove it".to_owned();
+        self.refuse(Code::NotApplicable, &[path], message, label, help);
+        true
     }
 }
 

@@ -16,6 +16,8 @@ pub(super) fn slurm(v: View<'_>) -> Slurm {
         memory: text("memory"),
         extra: texts("extra").collect(),
         setup: texts("setup").collect(),
+        srun: texts("srun").collect(),
+        container: texts("container").collect(),
         // Another text is refused with its place, in `cross`.
         devices: Devices::parse(v.get("devices").text()).unwrap_or_default(),
         worker: v.get("worker").maybe_text().map(Into::into),

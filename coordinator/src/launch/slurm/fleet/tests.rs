@@ -78,7 +78,7 @@ fn what_is_missing_is_submitted_and_what_is_there_adopted() {
 }
 
 #[test]
-fn the_lost_are_replaced_and_those_that_left_only_when_needed() {
+fn the_lost_are_replaced_and_those_that_were_drained_only_when_needed() {
     let mut scene = Scene::new(2, 1);
     scene.fleet.submitted("1", 2);
     let running = [("1_0", "RUNNING"), ("1_1", "RUNNING")];
@@ -100,6 +100,31 @@ fn the_lost_are_replaced_and_those_that_left_only_when_needed() {
     assert_eq!(scene.look(&[]), []);
     scene.is_ending = false;
     assert_eq!(scene.look(&[]), [Step::Submit(1)]);
+}
+
+/// Preemption, a signal, a cancelled job: as often as it comes, the run keeps as many workers as it asked for, though it
+/// could go on with fewer, and nobody has failed.
+#[test]
+fn those_that_a_signal_made_leave_are_replaced_however_many_there_are() {
+    let mut scene = Scene::new(4, 1);
+    for number in 1..=3 * FAILURES {
+        let array = number.to_string();
+        assert_eq!(scene.look(&[]), [Step::Submit(4)], "{number}");
+        scene.fleet.submitted(&array, 4);
+        let running: Vec<String> = (0..4).map(|index| format!("{array}_{index}")).collect();
+        let running: Vec<_> = running.iter().map(|id| (id.as_str(), "RUNNING")).collect();
+        assert_eq!(scene.look(&running), []);
+        for index in 0..4 {
+            scene.ended(&array, index, TOLD);
+        }
+    }
+    assert_eq!(scene.fleet.failures, 0);
+    // Also where Slurm has a word for it, and the script could say nothing.
+    let mut scene = Scene::new(2, 1);
+    scene.fleet.submitted("1", 2);
+    let preempted = [("1_0", "RUNNING"), ("1_1", "PREEMPTED")];
+    assert_eq!(scene.look(&preempted), [Step::Submit(1)]);
+    assert_eq!(scene.fleet.failures, 0);
 }
 
 #[test]

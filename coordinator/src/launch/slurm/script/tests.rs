@@ -86,70 +86,216 @@ fn a_worker_asks_for_what_the_recipe_says() {
     );
 }
 
-/// What a worker's script does when its worker is `srun` (a script): its exit code, whether it went back into the
-/// queue, and the note it left.
-fn lived(srun: &str, restarts: u32) -> (Option<i32>, bool, Option<String>) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().display().to_string();
-    let programs = folder.path().join("programs");
-    fs::create_dir(&programs).expect("a folder");
-    let program = |name: &str, text: &str| {
-        testing::program(&programs.join(name), &format!("#!/bin/bash\n{text}\n"));
-    };
-    program("srun", srun);
-    let requeued = format!("{path}/requeued");
-    program("scontrol", &format!("echo \"$@\" >'{requeued}'"));
-    program("sleep", "true");
-    fs::write(folder.path().join("join"), "a join string").expect("written");
-    let script = folder.path().join("script");
-    fs::write(&script, worker(&Slurm::default(), &worker_of(&path))).expect("written");
-    let system = std::env::var("PATH").expect("a path");
-    let output = Command::new("bash")
-        .arg(&script)
-        .env("PATH", format!("{}:{system}", programs.display()))
-        .env("SLURM_JOB_ID", "8")
-        .env("SLURM_ARRAY_JOB_ID", "7")
-        .env("SLURM_ARRAY_TASK_ID", "1")
-        .env("SLURM_JOB_NODELIST", "n1")
-        .env("SLURM_RESTART_COUNT", restarts.to_string())
-        .output()
-        .expect("bash");
-    let asked = fs::read_to_string(requeued).ok();
-    if let Some(asked) = &asked {
-        assert_eq!(asked, "requeue 8\n");
-    }
-    let note = fs::read_to_string(folder.path().join("50% logs/7_1.ended")).ok();
-    (output.status.code(), asked.is_some(), note)
+/// Slurm's programs as scripts, and what a worker's script is tried with.
+struct Scene {
+    folder: tempfile::TempDir,
+    restarts: u32,
 }
 
-/// A worker that has its job told `signal` once that listens, and ends with `code` when it is told itself.
-fn told(signal: &str, code: i32) -> String {
-    format!(
-        "trap 'exit {code}' USR1\n\
-         kill -{signal} \"$PPID\"\n\
-         while :; do /bin/sleep 0.02; done"
-    )
+impl Scene {
+    /// The worker is `srun` (a script) in incarnation `restarts` of its job.
+    fn new(srun: &str, restarts: u32) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::create_dir(folder.path().join("programs")).expect("a folder");
+        fs::write(folder.path().join("join"), "a join string").expect("written");
+        let scene = Self { folder, restarts };
+        let requeued = scene.path("requeued");
+        scene.program("srun", srun);
+        scene.program("scontrol", &format!("echo \"$@\" >'{requeued}'"));
+        scene.program("sleep", "true");
+        scene
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+
+    fn program(&self, name: &str, text: &str) {
+        let path = self.folder.path().join("programs").join(name);
+        testing::program(&path, &format!("#!/bin/bash\n{text}\n"));
+    }
+
+    /// The worker's job: its exit code, whether it went back into the queue, and the note it left.
+    fn live(&self) -> (Option<i32>, bool, Option<String>) {
+        let path = self.folder.path().display().to_string();
+        let (code, requeued) = self.run(&worker(&Slurm::default(), &worker_of(&path)));
+        let note = fs::read_to_string(self.path("50% logs/7_1.ended")).ok();
+        (code, requeued, note)
+    }
+
+    /// Runs a script; its exit code, and whether it went back into the queue.
+    fn run(&self, text: &str) -> (Option<i32>, bool) {
+        let folder = self.folder.path();
+        let script = folder.join("script");
+        fs::write(&script, text).expect("written");
+        let system = std::env::var("PATH").expect("a path");
+        let output = Command::new("bash")
+            .arg(&script)
+            .env("PATH", format!("{}:{system}", self.path("programs")))
+            .env("SLURM_JOB_ID", "8")
+            .env("SLURM_ARRAY_JOB_ID", "7")
+            .env("SLURM_ARRAY_TASK_ID", "1")
+            .env("SLURM_JOB_NODELIST", "n1")
+            .env("SLURM_RESTART_COUNT", self.restarts.to_string())
+            .output()
+            .expect("bash");
+        let asked = fs::read_to_string(folder.join("requeued")).ok();
+        if let Some(asked) = &asked {
+            assert_eq!(asked, "requeue 8\n");
+        }
+        (output.status.code(), asked.is_some())
+    }
+}
+
+fn lived(srun: &str, restarts: u32) -> (Option<i32>, bool, Option<String>) {
+    Scene::new(srun, restarts).live()
+}
+
+/// What a worker does that is sent a signal: it ends with the code that it was started with for that.
+const LEAVE: &str = "code=0\n\
+     while [ $# -gt 0 ]; do [ \"$1\" != --signal-exit-code ] || code=$2; shift; done\n\
+     trap 'exit $code' USR1 TERM\n";
+
+/// A worker that has its job told `signal` once that listens, and leaves when it is told itself.
+fn told(signal: &str) -> String {
+    format!("{LEAVE}kill -{signal} \"$PPID\"\nwhile :; do /bin/sleep 0.02; done")
+}
+
+fn note(code: i32) -> Option<String> {
+    Some(format!("{code}\n"))
 }
 
 #[test]
 fn a_script_does_what_its_workers_exit_code_asks_for() {
-    let note = |code: &str| Some(format!("{code}\n"));
     for code in [0, 1, 64] {
         let ended = lived(&format!("exit {code}"), 0);
-        assert_eq!(
-            ended,
-            (Some(code), false, note(&code.to_string())),
-            "{code}"
-        );
+        assert_eq!(ended, (Some(code), false, note(code)), "{code}");
     }
     // No coordinator was found: another try, but not for ever.
     assert_eq!(lived("exit 75", 0), (Some(0), true, None));
-    assert_eq!(lived("exit 75", 8), (Some(75), false, note("75")));
+    assert_eq!(lived("exit 75", 8), (Some(75), false, note(75)));
     // Shortly before the time limit: another turn. When somebody ends the job: none.
-    assert_eq!(lived(&told("USR1", 0), 8), (Some(0), true, None));
-    assert_eq!(lived(&told("USR1", 0), 50), (Some(0), false, note("0")));
-    assert_eq!(lived(&told("TERM", 0), 0), (Some(0), false, note("0")));
-    assert_eq!(lived(&told("TERM", 75), 0), (Some(75), false, note("75")));
+    assert_eq!(lived(&told("USR1"), 8), (Some(0), true, None));
+    let last = (Some(TOLD), false, note(TOLD));
+    assert_eq!(lived(&told("USR1"), 50), last);
+    assert_eq!(lived(&told("TERM"), 0), last);
+}
+
+/// `scancel --signal=TERM`, and what begins a preemption: the worker is told, and its script is not. Who drains it on
+/// purpose is its coordinator, and then it leaves for good.
+#[test]
+fn a_worker_that_alone_is_told_to_leave_has_its_job_queued_again() {
+    let alone = format!("{LEAVE}kill -TERM $$");
+    assert_eq!(lived(&alone, 0), (Some(0), true, None));
+    let last = (Some(TOLD), false, note(TOLD));
+    assert_eq!(lived(&alone, 50), last);
+    // Who submitted it with `--no-requeue`: then whoever keeps the jobs learns of it.
+    let refused = Scene::new(&alone, 0);
+    refused.program("scontrol", "exit 1");
+    assert_eq!(refused.live(), last);
+}
+
+/// `scancel` tells everybody in a job, and the worker may be first: the job must stay out of the queue.
+#[test]
+fn a_worker_that_is_told_a_moment_before_its_script_stays_out_of_the_queue() {
+    let scene = Scene::new(&format!("{LEAVE}kill -TERM $$"), 0);
+    scene.program("sleep", "kill -TERM \"$PPID\"");
+    assert_eq!(scene.live(), (Some(TOLD), false, note(TOLD)));
+}
+
+/// What stands in for srun where a step's own command is run, too.
+const PASS_ON: &str = "for word; do printf '%s\\n' \"$word\"; done >\"$(dirname \"$0\")/../words-of-srun\"\n\
+     while [ \"${1#-}\" != \"$1\" ]; do shift; done\n\
+     exec \"$@\"\n";
+
+/// A program beside the recipe's: the worker, or the coordinator.
+fn beside(scene: &Scene, name: &str, text: &str) {
+    let path = scene.folder.path().join(name);
+    testing::program(&path, &format!("#!/bin/bash\n{text}\n"));
+}
+
+#[test]
+fn a_worker_starts_within_the_container_in_every_style() {
+    let odd = "it's \"x\" $HOME *";
+    let within = format!("WITHIN={odd}");
+    let container = ["env", "-u", "NOTHING", "-u", "NOTHING", &within];
+    let slurm = Slurm {
+        srun: vec![format!("--container-image={odd}")],
+        container: container.map(str::to_owned).to_vec(),
+        ..Slurm::default()
+    };
+    for style in ["array", "external", "heterogeneous"] {
+        let scene = Scene::new(PASS_ON, 0);
+        let path = scene.folder.path().display().to_string();
+        let mut of_worker = worker_of(&path);
+        let script = match style {
+            "array" => worker(&slurm, &of_worker),
+            "external" => {
+                of_worker.log = Some("%A_%a.log".into());
+                of_worker.count = Some(2);
+                worker(&slurm, &of_worker)
+            }
+            _ => heterogeneous(&slurm, &head_of(&path), &of_worker, 2),
+        };
+        let seen = scene.path("seen");
+        let look = format!(
+            "printf '%s\\n' \"$WITHIN\" \"$@\" >'{seen}.partial'\nmv '{seen}.partial' '{seen}'"
+        );
+        beside(&scene, "worker", &look);
+        let wait = format!("until [ -e '{seen}' ]; do /bin/sleep 0.02; done");
+        beside(&scene, "coordinator", &wait);
+        assert_eq!(scene.run(&script), (Some(0), false), "{style}");
+        let words = fs::read_to_string(scene.path("words-of-srun")).expect("srun was run");
+        let image = format!("\n--container-image={odd}\n");
+        assert!(words.contains(&image), "{style}: {words}");
+        let seen = fs::read_to_string(&seen).expect("a worker was started");
+        let expected = format!("{odd}\njoin\n--coordinator\n@{path}/join\n");
+        assert!(seen.starts_with(&expected), "{style}: {seen}");
+        let engine = "\n--engine\n/bin/engine\n--signal-exit-code\n143\n";
+        assert!(seen.ends_with(engine), "{style}: {seen}");
+    }
+}
+
+/// The head of a heterogeneous job is told nothing when a preemption begins, and nobody else would start workers again.
+#[test]
+fn a_job_of_two_components_whose_workers_all_left_is_queued_again() {
+    let coordinator = "trap 'exit 75' TERM\n";
+    let lives = |before: &str| {
+        let scene = Scene::new(PASS_ON, 0);
+        let path = scene.folder.path().display().to_string();
+        beside(&scene, "worker", &format!("{LEAVE}kill -TERM $$"));
+        let waits = "while :; do /bin/sleep 0.02; done";
+        let text = format!("{coordinator}{before}{waits}");
+        beside(&scene, "coordinator", &text);
+        scene.run(&heterogeneous(
+            &Slurm::default(),
+            &head_of(&path),
+            &worker_of(&path),
+            2,
+        ))
+    };
+    assert_eq!(lives(""), (Some(75), true));
+    // `scancel` tells the script, too.
+    assert_eq!(lives("kill -TERM $PPID\n"), (Some(75), false));
+}
+
+#[test]
+fn a_short_job_is_told_of_its_limit_later() {
+    let signal = |time: &str| {
+        let slurm = Slurm {
+            time: Some(time.into()),
+            ..Slurm::default()
+        };
+        let script = worker(&slurm, &worker_of("/x"));
+        let mut lines = script.lines();
+        lines
+            .find_map(|line| line.strip_prefix("#SBATCH --signal=B:USR1@"))
+            .map(str::to_owned)
+    };
+    assert_eq!(signal("1").as_deref(), Some("20"));
+    assert_eq!(signal("3").as_deref(), Some("60"));
+    assert_eq!(signal("2-12").as_deref(), Some("60"));
+    assert_eq!(signal("UNLIMITED").as_deref(), Some("60"));
 }
 
 /// A node that was cut off may still run an incarnation of a job which Slurm has started again elsewhere: that one must
