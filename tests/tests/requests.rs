@@ -312,3 +312,25 @@ fn the_doctor_finds_a_folder_well_and_leaves_nothing_in_it() {
     let nowhere = ask(&run, &["doctor", "/nonexistent/place"]);
     assert!(!nowhere.status.success());
 }
+
+/// What cannot be written is told with its cause: the name of what failed says nothing about how to mend it.
+#[test]
+fn the_doctor_says_why_nothing_can_be_written() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = slow(&folder);
+    let place = tempfile::tempdir().expect("a folder");
+    // Where its trials would go lies a file.
+    std::fs::write(place.path().join("probe"), "in the way").expect("writable");
+    let asked = ask(&run, &["doctor", &place.path().display().to_string()]);
+    assert!(!asked.status.success());
+    let said = String::from_utf8_lossy(&asked.stdout).into_owned();
+    let broken: Value = serde_json::from_str(&said).expect("JSON");
+    let first = &broken["promises"][0];
+    let seen = first["seen"].as_str().unwrap_or_default();
+    assert!(seen.contains("Not a directory"), "{first}");
+    assert_eq!(first["needed_for"], "a run can keep anything at all");
+    let complaints = String::from_utf8_lossy(&asked.stderr).into_owned();
+    for line in complaints.lines().filter(|line| line.contains("trying")) {
+        assert!(line.contains("Not a directory"), "{line}");
+    }
+}

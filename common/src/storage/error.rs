@@ -29,6 +29,33 @@ impl fmt::Display for Operation {
     }
 }
 
+/// An error and its causes on one line, each as far as it says more than those before it.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// What a store said, with its causes. It names none as its own source: object_store's errors repeat theirs in their own
+/// words, level by level, and a chain of them would say everything three times.
+#[derive(Debug)]
+pub struct Said(Box<object_store::Error>);
+
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&chain(&*self.0))
+    }
+}
+
+impl std::error::Error for Said {}
+
 /// Why an operation on a store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -60,7 +87,7 @@ pub enum Error {
         /// What was tried.
         operation: Operation,
         /// What the store said.
-        source: Box<object_store::Error>,
+        source: Said,
     },
     /// An object ended before the bytes that were asked for.
     #[error(
@@ -96,7 +123,7 @@ pub enum Error {
         /// What was tried.
         operation: Operation,
         /// What the store said.
-        source: Box<object_store::Error>,
+        source: Said,
     },
 }
 
@@ -116,13 +143,13 @@ impl Error {
                 uri,
                 key,
                 operation,
-                source: source.into(),
+                source: Said(source.into()),
             },
             source => Self::Backend {
                 uri,
                 key,
                 operation,
-                source: source.into(),
+                source: Said(source.into()),
             },
         }
     }
@@ -132,7 +159,7 @@ impl Error {
         match self {
             Self::Backend {
                 source, operation, ..
-            } => match **source {
+            } => match *source.0 {
                 object_store::Error::Generic { .. } | object_store::Error::JoinError { .. } => true,
                 // Whoever creates looks at what is there first: this is a conflict over nothing.
                 object_store::Error::AlreadyExists { .. }
@@ -155,5 +182,55 @@ impl Error {
             Self::Denied { .. } => FailureClass::Auth,
             Self::NotFound { .. } | Self::Short { .. } | Self::Backend { .. } => FailureClass::Io,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As object_store's own: each level repeats the one below it in its words.
+    #[derive(Debug, thiserror::Error)]
+    #[error("{said} - {source}")]
+    struct Repeating {
+        said: &'static str,
+        source: Innermost,
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("Server returned non-2xx status code: {0}: no")]
+    struct Innermost(&'static str);
+
+    fn error(uri: &str, said: &'static str, code: &'static str) -> Error {
+        let source = Repeating {
+            said,
+            source: Innermost(code),
+        };
+        let source = object_store::Error::Generic {
+            store: "S3",
+            source: source.into(),
+        };
+        Error::new(uri, "run.json", Operation::Read, source)
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let error = error(
+            "s3://b/x",
+            "Error performing GET https://b.example/x",
+            "500",
+        );
+        assert_eq!(
+            chain(&error),
+            "reading run.json in s3://b/x failed: Generic S3 error: Error performing GET https://b.example/x - \
+             Server returned non-2xx status code: 500: no"
+        );
+        let levels = std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source());
+        assert_eq!(
+            levels.count(),
+            2,
+            "whoever prints every level repeats nothing"
+        );
+        assert!(error.is_transient());
     }
 }

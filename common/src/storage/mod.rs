@@ -22,7 +22,7 @@ use bytes::Bytes;
 use futures::TryStreamExt as _;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutPayload};
 
-pub use self::error::{Error, Operation};
+pub use self::error::{Error, Operation, Said, chain};
 use self::layout::{Key, Prefix};
 pub(crate) use self::upload::StoredFile;
 pub use self::upload::{BadEntry, Damaged, FileEntry, Upload};
@@ -308,7 +308,7 @@ impl Store {
             if !error.is_transient() || !wait.again().await {
                 return Err(error);
             }
-            tracing::warn!(%error, "trying the store again");
+            tracing::warn!(error = chain(&error), "trying the store again");
         }
     }
 }
