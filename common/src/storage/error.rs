@@ -56,6 +56,33 @@ impl fmt::Display for Said {
 
 impl std::error::Error for Said {}
 
+/// Where a host of a cloud is asked for its role: the last resort of object_store, when the environment names no one.
+const INSTANCE_ROLES: [&str; 3] = [
+    "//169.254.169.254/",
+    "//[fd00:ec2::254]/",
+    "//metadata.google.internal/",
+];
+
+fn asks_an_instance_role(error: &object_store::Error) -> bool {
+    let said = chain(error);
+    INSTANCE_ROLES.iter().any(|host| said.contains(host))
+}
+
+/// What is missing for the store at `uri`.
+fn wanted(uri: &str) -> &'static str {
+    match uri.split("://").next() {
+        Some("s3" | "s3a") => {
+            "AWS_ACCESS_KEY_ID is not set and no instance role answers; set it and AWS_SECRET_ACCESS_KEY (profiles in ~/.aws are not read)"
+        }
+        Some("gs") => {
+            "GOOGLE_APPLICATION_CREDENTIALS is not set and no instance role answers; set it to the file of a key"
+        }
+        _ => {
+            "AZURE_STORAGE_ACCOUNT_KEY is not set and no managed identity answers; set it and AZURE_STORAGE_ACCOUNT_NAME"
+        }
+    }
+}
+
 /// Why an operation on a store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -87,6 +114,16 @@ pub enum Error {
         /// What was tried.
         operation: Operation,
         /// What the store said.
+        source: Said,
+    },
+    /// Nothing in the environment says who we are, and the host has no role of its own.
+    #[error("there are no credentials for {uri}: {wants}")]
+    NoCredentials {
+        /// The store.
+        uri: String,
+        /// What is not there, and what to set.
+        wants: &'static str,
+        /// What was asked last, and what it said.
         source: Said,
     },
     /// An object ended before the bytes that were asked for.
@@ -145,6 +182,11 @@ impl Error {
                 operation,
                 source: Said(source.into()),
             },
+            source if asks_an_instance_role(&source) => Self::NoCredentials {
+                wants: wanted(&uri),
+                uri,
+                source: Said(source.into()),
+            },
             source => Self::Backend {
                 uri,
                 key,
@@ -152,6 +194,12 @@ impl Error {
                 source: Said(source.into()),
             },
         }
+    }
+
+    /// Whether the same operation is tried again at once.
+    pub(super) fn is_tried_again(&self) -> bool {
+        // A request for credentials has been repeated by object_store, for as long as one to a bucket.
+        self.is_transient() && !matches!(self, Self::NoCredentials { .. })
     }
 
     /// Whether the same operation may succeed later.
@@ -166,6 +214,10 @@ impl Error {
                 | object_store::Error::Precondition { .. } => *operation == Operation::Create,
                 _ => false,
             },
+            // A role may be slow to answer; one that is refused was never given.
+            Self::NoCredentials { source, .. } => !["401", "403", "404"]
+                .iter()
+                .any(|code| source.to_string().contains(&format!("status code: {code}"))),
             Self::BadUri { .. }
             | Self::NotFound { .. }
             | Self::Denied { .. }
@@ -179,7 +231,7 @@ impl Error {
         use crate::task::FailureClass;
         match self {
             Self::BadUri { .. } | Self::NotAtomic { .. } => FailureClass::Config,
-            Self::Denied { .. } => FailureClass::Auth,
+            Self::Denied { .. } | Self::NoCredentials { .. } => FailureClass::Auth,
             Self::NotFound { .. } | Self::Short { .. } | Self::Backend { .. } => FailureClass::Io,
         }
     }
@@ -231,6 +283,34 @@ mod tests {
             2,
             "whoever prints every level repeats nothing"
         );
-        assert!(error.is_transient());
+        assert!(error.is_transient() && error.is_tried_again());
+    }
+
+    #[test]
+    fn missing_credentials_are_called_so_and_not_asked_for_again() {
+        let aws = "Error performing PUT http://169.254.169.254/latest/api/token in 1ms";
+        let google =
+            "Error performing GET http://metadata.google.internal/computeMetadata/v1/x in 1ms";
+        let azure =
+            "Error performing GET http://169.254.169.254/metadata/identity/oauth2/token in 1ms";
+        for (uri, said, variable) in [
+            ("s3://b/x", aws, "AWS_ACCESS_KEY_ID is not set"),
+            (
+                "gs://b/x",
+                google,
+                "GOOGLE_APPLICATION_CREDENTIALS is not set",
+            ),
+            ("az://b/x", azure, "AZURE_STORAGE_ACCOUNT_KEY is not set"),
+        ] {
+            let refused = error(uri, said, "403 Forbidden");
+            let text = chain(&refused);
+            assert!(text.contains(variable), "{text}");
+            assert!(text.contains(uri) && text.contains(said), "{text}");
+            assert_eq!(refused.class(), crate::task::FailureClass::Auth);
+            assert!(!refused.is_transient() && !refused.is_tried_again());
+            // A role that is there and overloaded is worth another try of whoever has time.
+            let busy = error(uri, said, "503 Service Unavailable");
+            assert!(busy.is_transient() && !busy.is_tried_again(), "{busy}");
+        }
     }
 }

@@ -225,7 +225,7 @@ impl Store {
                 }
             }
             let error = Error::new(&self.uri, key.as_str(), Operation::Create, error);
-            if !(conflict || error.is_transient()) || !wait.again().await {
+            if !(conflict || error.is_tried_again()) || !wait.again().await {
                 return Err(error);
             }
         }
@@ -305,7 +305,7 @@ impl Store {
                 Ok(value) => return Ok(value),
                 Err(error) => Error::new(&self.uri, key, operation, error),
             };
-            if !error.is_transient() || !wait.again().await {
+            if !error.is_tried_again() || !wait.again().await {
                 return Err(error);
             }
             tracing::warn!(error = chain(&error), "trying the store again");
