@@ -94,13 +94,19 @@ fn open_folder(path: &Path, uri: &str, missing: Missing) -> Result<Store, Error>
     })
 }
 
-/// Makes the folder, and those above it, for its owner alone; one that exists is left as it is.
+/// Makes the folder for its owner alone, and those above it, which may be other people's too, as any program would. One
+/// that exists is left as it is.
 fn private_folder(path: &Path) -> std::io::Result<()> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
     let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(path)
+    match builder.create(path) {
+        Err(_) if path.is_dir() => Ok(()),
+        made => made,
+    }
 }
 
 fn open_memory(uri: &str, name: &str) -> Result<Store, Error> {
@@ -353,10 +359,19 @@ mod tests {
         );
         let store = Store::open_or_create(&uri).expect("the folder can be made");
         assert!(store.uri().starts_with("file:///"), "{}", store.uri());
-        let mode = std::fs::metadata(&path)
-            .expect("it was made")
-            .permissions()
-            .mode();
-        assert_eq!(mode & 0o777, 0o700);
+        let mode = |path: &Path| {
+            let made = std::fs::metadata(path).expect("it was made");
+            made.permissions().mode() & 0o777
+        };
+        assert_eq!(mode(&path), 0o700);
+        // What this process makes when nobody says how: a parent may be shared.
+        let usual = parent.path().join("usual");
+        std::fs::create_dir(&usual).expect("the folder can be made");
+        assert_eq!(mode(&parent.path().join("runs")), mode(&usual));
+        Store::open_or_create(&uri).expect("it is there already");
+        let file = parent.path().join("file");
+        std::fs::write(&file, "x").expect("writable");
+        let on_a_file = Store::open_or_create(&file.display().to_string());
+        assert!(on_a_file.is_err(), "a file is no folder");
     }
 }
