@@ -147,7 +147,7 @@ fn a_cancelled_run_ends_and_cannot_be_started_again() {
         let refused = ask(&run, &[request, &uri(&run)]);
         let said = String::from_utf8_lossy(&refused.stdout).into_owned();
         assert!(
-            !refused.status.success() && said.contains("has ended"),
+            !refused.status.success() && said.contains("has ended (cancelled: wrong teacher)"),
             "{said}"
         );
     }
