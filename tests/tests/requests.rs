@@ -329,8 +329,4 @@ fn the_doctor_says_why_nothing_can_be_written() {
     let seen = first["seen"].as_str().unwrap_or_default();
     assert!(seen.contains("Not a directory"), "{first}");
     assert_eq!(first["needed_for"], "a run can keep anything at all");
-    let complaints = String::from_utf8_lossy(&asked.stderr).into_owned();
-    for line in complaints.lines().filter(|line| line.contains("trying")) {
-        assert!(line.contains("Not a directory"), "{line}");
-    }
 }
