@@ -113,14 +113,10 @@ fuzz: ## Feed parsers of foreign bytes, from recipes and files to messages, Slur
 	cargo build $(cargo_flags) -p distillery-coordinator -p distillery-worker -p distillery-tests --bins
 	$(target)/release/fuzz --minutes $(MINUTES) --seed $(SEED)
 
-lint: libtorch ## Check format, clippy, and, where cargo-deny is installed, licences and bans.
+lint: libtorch ## Check format, clippy, and, where cargo-deny is there, licences and bans.
 	cargo fmt --all --check
 	cargo clippy $(cargo_flags) --workspace --all-targets -- -D warnings
-	@if command -v cargo-deny >/dev/null; then \
-	    cargo deny --locked check bans licenses sources; \
-	else \
-	    echo "WARNING: no cargo-deny: licences and bans of deny.toml were NOT checked" >&2; \
-	fi
+	@deploy/cargo-deny.sh --if-there
 
 deny: ## Check licences, bans and sources of the dependencies, and advisories where their database can be reached.
 	deploy/cargo-deny.sh

@@ -35,9 +35,9 @@ pub enum Error {
         "a token is 64 hexadecimal digits (256 bits), not {0} characters of other text; `openssl rand -hex 32` makes one"
     )]
     NotAToken(usize),
-    /// The token file cannot be used.
-    #[error("token file {}: {source}", path.display())]
-    TokenFile {
+    /// A file that holds the token, by itself or in a join string, cannot be used.
+    #[error("the file {} cannot be used", path.display())]
+    SecretFile {
         /// Which file.
         path: PathBuf,
         /// Why.
@@ -45,7 +45,7 @@ pub enum Error {
     },
     /// Others could read the token.
     #[error(
-        "token file {} may be read by others (mode {mode:03o}); run `chmod 600` on it or remove it",
+        "the file {} holds the run's token and may be read by others (mode {mode:03o}); run `chmod 600` on it or remove it",
         path.display()
     )]
     Exposed {
@@ -89,13 +89,13 @@ impl Token {
     /// token.
     ///
     /// # Errors
-    /// [`Error::TokenFile`] or [`Error::Exposed`] where the file cannot be used, [`Error::NotAToken`] where it holds none.
+    /// [`Error::SecretFile`] or [`Error::Exposed`] where the file cannot be used, [`Error::NotAToken`] where it holds none.
     pub fn load_or_create(path: &Path) -> Result<Self, Error> {
         match Self::load(path) {
-            Err(Error::TokenFile { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(Error::SecretFile { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
             known => return known,
         }
-        let failed = |source| Error::TokenFile {
+        let failed = |source| Error::SecretFile {
             path: path.to_owned(),
             source,
         };
@@ -144,7 +144,7 @@ impl fmt::Debug for Token {
 ///
 /// The system's administrator may keep it for this user's group: so a kubelet mounts a Secret.
 pub fn read_private(path: &Path) -> Result<String, Error> {
-    let failed = |source| Error::TokenFile {
+    let failed = |source| Error::SecretFile {
         path: path.to_owned(),
         source,
     };

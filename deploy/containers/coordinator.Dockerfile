@@ -5,12 +5,14 @@
 
 FROM rust:1.95.0-bookworm AS build
 WORKDIR /src
-COPY . .
-# The engine is built once, to be asked what it is: the coordinator writes that into the run, and has no engine of its own.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-pip \
     && rm -rf /var/lib/apt/lists/*
+# Before the sources, so that a change of those downloads nothing again.
+COPY deploy/libtorch.sh deploy/
 RUN DISTILLERY_CACHE=/opt deploy/libtorch.sh cpu
+COPY . .
+# The engine is built once, to be asked what it is: the coordinator writes that into the run, and has no engine of its own.
 RUN cargo build --release --locked --bin coordinator --bin engine \
     && target/release/engine describe >/described.json
 

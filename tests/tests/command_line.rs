@@ -226,3 +226,21 @@ fn a_plan_shows_the_recipe_with_its_defaults() {
     assert_eq!(answer["stages"][0]["name"], "trajectories");
     assert_eq!(answer["recipe"]["seed"], 7);
 }
+
+#[test]
+fn a_join_file_that_is_not_there_is_called_a_file_and_said_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("nope").display().to_string();
+    let arguments = [
+        "join",
+        "--coordinator",
+        &format!("@{file}"),
+        "--devices",
+        "cpu",
+    ];
+    let (code, _, said) = told(&run("worker", &arguments));
+    assert!(code.is_some_and(|code| code != 0), "{said}");
+    assert_eq!(said.matches("No such file").count(), 1, "{said}");
+    assert_eq!(said.matches(&file).count(), 1, "{said}");
+    assert!(!said.contains("token file"), "{said}");
+}

@@ -245,6 +245,31 @@ fn a_broken_checkpoint_is_refused_on_one_screen_and_nothing_is_written() {
     }
 }
 
+#[test]
+fn a_teacher_is_sampled_with_guidance_and_one_picture_is_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = short(&folder);
+    let out = folder.path().join("out");
+    let asked = |more: &[&str]| {
+        let mut command = run.command("coordinator");
+        command
+            .args(["sample", "--prompt", "a red disc", "--steps", "1", "--out"])
+            .arg(&out)
+            .args(more)
+            .arg(repository().join("configs/teachers/scenes"));
+        command.output().expect("starts")
+    };
+    let refused = asked(&[]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success(), "{said}");
+    assert!(said.contains("by --guidance"), "{said}");
+    let drawn = asked(&["--guidance", "1"]);
+    let said = String::from_utf8_lossy(&drawn.stdout).into_owned()
+        + &String::from_utf8_lossy(&drawn.stderr);
+    assert!(drawn.status.success(), "{said}");
+    assert!(said.contains("1 picture by ddim: "), "{said}");
+}
+
 /// A run of `elastic.yaml`'s first stage, of `steps` steps with a checkpoint every `every`, on `workers` engines.
 fn first_stage(workers: u32, steps: u32, every: u32, sharded: bool) -> String {
     include_str!("../recipes/elastic.yaml")

@@ -148,7 +148,7 @@ fn a_cancelled_run_ends_and_cannot_be_started_again() {
         let refused = ask(&run, &[request, &uri(&run)]);
         let said = String::from_utf8_lossy(&refused.stdout).into_owned();
         assert!(
-            !refused.status.success() && said.contains("has ended"),
+            !refused.status.success() && said.contains("has ended (cancelled: wrong teacher)"),
             "{said}"
         );
     }
@@ -425,6 +425,7 @@ fn a_signal_that_comes_twice_at_once_and_the_end_of_a_terminal_stop_after_a_chec
         );
         assert!(!said.contains("stopping now"), "{said}");
     }
+}
 
 /// What the doctor says of `name`, started with `programs` alone on its PATH and, before that, by `shell`.
 fn examined(run: &Run, name: &str, programs: &std::path::Path, shell: &str) -> (String, String) {
@@ -508,4 +509,22 @@ fn the_doctor_counts_the_connections_that_the_hard_limit_allows() {
     let (state, seen) = files("ulimit -n 1024;");
     assert_eq!(state, "WARN", "{seen}");
     assert!(seen.contains("room for 512 connections"), "{seen}");
+}
+
+/// What cannot be written is told with its cause: the name of what failed says nothing about how to mend it.
+#[test]
+fn the_doctor_says_why_nothing_can_be_written() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = slow(&folder);
+    let place = tempfile::tempdir().expect("a folder");
+    // Where its trials would go lies a file.
+    std::fs::write(place.path().join("probe"), "in the way").expect("writable");
+    let asked = ask(&run, &["doctor", &place.path().display().to_string()]);
+    assert!(!asked.status.success());
+    let said = String::from_utf8_lossy(&asked.stdout).into_owned();
+    let broken: Value = serde_json::from_str(&said).expect("JSON");
+    let first = &broken["promises"][0];
+    let seen = first["seen"].as_str().unwrap_or_default();
+    assert!(seen.contains("Not a directory"), "{first}");
+    assert_eq!(first["needed_for"], "a run can keep anything at all");
 }

@@ -107,6 +107,34 @@ fn render_says_what_it_cannot_do() {
     }
 }
 
+#[test]
+fn a_script_that_is_printed_is_what_sbatch_takes() {
+    let coordinator = programs()
+        .expect("the programs are built")
+        .join("coordinator");
+    let printed = |style: &str| {
+        let output = Command::new(&coordinator)
+            .args(["render", "slurm", "--style", style])
+            .args(["--coordinator", "/shared/distillery/bin/coordinator"])
+            .args(["--recipe", "/shared/distillery/recipe.yaml"])
+            .arg(repository().join("deploy/slurm/recipe.yaml"))
+            .output()
+            .expect("it starts");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    for (style, file) in [
+        ("array", "array/head.sbatch"),
+        ("heterogeneous", "heterogeneous/job.sbatch"),
+    ] {
+        let kept = fs::read_to_string(repository().join("deploy/slurm").join(file));
+        assert_eq!(printed(style), kept.expect("a script"), "{style}");
+    }
+    let two = printed("external");
+    for name in ["head.sbatch", "workers.sbatch"] {
+        assert!(two.contains(&format!("# ==== {name}: sbatch")), "{two}");
+    }
+}
+
 /// `scancel` signals a job's script and its worker, and the script passes the signal on: that is one wish to leave, not
 /// two, so the worker ends what it has in hand.
 #[test]

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::layout::{self, Key, Prefix};
-use super::{Created, Entry, Error, Store, open};
+use super::{Created, Entry, Error, Store, chain, open};
 
 /// Creations of one object at the same moment.
 const RACERS: u8 = 16;
@@ -63,7 +63,7 @@ impl Promise {
     /// What a run could not do without it.
     pub fn needed_for(self) -> &'static str {
         match self {
-            Self::ReadsWhatWasWritten => "everything",
+            Self::ReadsWhatWasWritten => "a run can keep anything at all",
             Self::RefusesSecondCreation | Self::OneWinnerOfARace => {
                 "each task is committed once and two coordinators never both write (create-if-absent, as S3's If-None-Match)"
             }
@@ -144,7 +144,10 @@ pub async fn check(store: &Store, now: i64) -> Vec<Kept> {
         kept.push(Kept { promise, result });
     }
     if let Err(error) = trial.clean_up().await {
-        tracing::warn!(%error, "what the checks wrote could not all be removed");
+        tracing::warn!(
+            error = chain(&error),
+            "what the checks wrote could not all be removed"
+        );
     }
     kept
 }

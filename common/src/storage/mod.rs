@@ -22,7 +22,7 @@ use bytes::Bytes;
 use futures::TryStreamExt as _;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutPayload};
 
-pub use self::error::{Error, Operation};
+pub use self::error::{Error, Operation, Said, chain};
 use self::layout::{Key, Prefix};
 pub(crate) use self::upload::StoredFile;
 pub use self::upload::{BadEntry, Damaged, FileEntry, Upload};
@@ -225,7 +225,7 @@ impl Store {
                 }
             }
             let error = Error::new(&self.uri, key.as_str(), Operation::Create, error);
-            if !(conflict || error.is_transient()) || !wait.again().await {
+            if !(conflict || error.is_tried_again()) || !wait.again().await {
                 return Err(error);
             }
         }
@@ -305,10 +305,10 @@ impl Store {
                 Ok(value) => return Ok(value),
                 Err(error) => Error::new(&self.uri, key, operation, error),
             };
-            if !error.is_transient() || !wait.again().await {
+            if !error.is_tried_again() || !wait.again().await {
                 return Err(error);
             }
-            tracing::warn!(%error, "trying the store again");
+            tracing::warn!(error = chain(&error), "trying the store again");
         }
     }
 }

@@ -94,13 +94,19 @@ fn open_folder(path: &Path, uri: &str, missing: Missing) -> Result<Store, Error>
     })
 }
 
-/// Makes the folder, and those above it, for its owner alone; one that exists is left as it is.
+/// Makes the folder for its owner alone, and those above it, which may be other people's too, as any program would. One
+/// that exists is left as it is.
 fn private_folder(path: &Path) -> std::io::Result<()> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
     let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(path)
+    match builder.create(path) {
+        Err(_) if path.is_dir() => Ok(()),
+        made => made,
+    }
 }
 
 fn open_memory(uri: &str, name: &str) -> Result<Store, Error> {
@@ -126,12 +132,11 @@ fn open_cloud(uri: &str, scheme: &str) -> Result<Store, Error> {
         return Err(bad(uri, "folders are made of letters, digits and `._=-`"));
     }
     cryptography::choose();
-    let built = match scheme {
-        "s3" | "s3a" => s3(uri),
+    let backend = match scheme {
+        "s3" | "s3a" => s3(uri, AmazonS3Builder::from_env()),
         "gs" => google(uri),
-        _ => azure(uri),
-    };
-    let backend = built.map_err(|error| bad(uri, &error.to_string()))?;
+        _ => azure(uri, MicrosoftAzureBuilder::from_env()),
+    }?;
     let inner: Arc<dyn ObjectStore> = if path.is_empty() {
         backend
     } else {
@@ -140,31 +145,74 @@ fn open_cloud(uri: &str, scheme: &str) -> Result<Store, Error> {
     Ok(Store::over(inner, uri.trim_end_matches('/')))
 }
 
-fn s3(uri: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
-    let timeout = AmazonS3ConfigKey::Client(ClientConfigKey::Timeout);
-    let mut builder = AmazonS3Builder::from_env().with_url(bucket_only(uri));
+/// Refuses an endpoint in the clear that nobody has allowed, since every request to it would fail in words of the HTTP
+/// client's. `named` is the service in the names of variables.
+fn refuse_plain_http(
+    uri: &str,
+    endpoint: Option<&str>,
+    allowed: Option<&str>,
+    named: &str,
+) -> Result<(), Error> {
+    // As object_store reads a boolean; what is none it refuses itself.
+    let refused = allowed.is_none_or(|word| {
+        ["0", "false", "off", "no", "n"].contains(&word.to_ascii_lowercase().as_str())
+    });
+    match endpoint {
+        Some(endpoint) if refused && endpoint.starts_with("http://") => Err(bad(
+            uri,
+            &format!(
+                "the endpoint in the environment, {}, is in the clear; set {named}_ALLOW_HTTP=true to use it all the same",
+                shown(endpoint)
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn s3(uri: &str, builder: AmazonS3Builder) -> Result<Arc<dyn ObjectStore>, Error> {
+    let [timeout, http] =
+        [ClientConfigKey::Timeout, ClientConfigKey::AllowHttp].map(AmazonS3ConfigKey::Client);
+    let mut builder = builder.with_url(bucket_only(uri));
+    let endpoint = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint]
+        .iter()
+        .find_map(|key| builder.get_config_value(key));
+    let allowed = builder.get_config_value(&http);
+    refuse_plain_http(uri, endpoint.as_deref(), allowed.as_deref(), "AWS")?;
     if builder.get_config_value(&timeout).is_none() {
         builder = builder.with_config(timeout, REQUEST_TIMEOUT);
     }
-    Ok(Arc::new(builder.with_retry(retries()).build()?))
+    let built = builder.with_retry(retries()).build();
+    Ok(Arc::new(
+        built.map_err(|error| bad(uri, &error.to_string()))?,
+    ))
 }
 
-fn google(uri: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
+fn google(uri: &str) -> Result<Arc<dyn ObjectStore>, Error> {
     let timeout = GoogleConfigKey::Client(ClientConfigKey::Timeout);
     let mut builder = GoogleCloudStorageBuilder::from_env().with_url(bucket_only(uri));
     if builder.get_config_value(&timeout).is_none() {
         builder = builder.with_config(timeout, REQUEST_TIMEOUT);
     }
-    Ok(Arc::new(builder.with_retry(retries()).build()?))
+    let built = builder.with_retry(retries()).build();
+    Ok(Arc::new(
+        built.map_err(|error| bad(uri, &error.to_string()))?,
+    ))
 }
 
-fn azure(uri: &str) -> object_store::Result<Arc<dyn ObjectStore>> {
-    let timeout = AzureConfigKey::Client(ClientConfigKey::Timeout);
-    let mut builder = MicrosoftAzureBuilder::from_env().with_url(bucket_only(uri));
+fn azure(uri: &str, builder: MicrosoftAzureBuilder) -> Result<Arc<dyn ObjectStore>, Error> {
+    let [timeout, http] =
+        [ClientConfigKey::Timeout, ClientConfigKey::AllowHttp].map(AzureConfigKey::Client);
+    let mut builder = builder.with_url(bucket_only(uri));
+    let endpoint = builder.get_config_value(&AzureConfigKey::Endpoint);
+    let allowed = builder.get_config_value(&http);
+    refuse_plain_http(uri, endpoint.as_deref(), allowed.as_deref(), "AZURE")?;
     if builder.get_config_value(&timeout).is_none() {
         builder = builder.with_config(timeout, REQUEST_TIMEOUT);
     }
-    Ok(Arc::new(builder.with_retry(retries()).build()?))
+    let built = builder.with_retry(retries()).build();
+    Ok(Arc::new(
+        built.map_err(|error| bad(uri, &error.to_string()))?,
+    ))
 }
 
 /// `scheme://bucket` of a URI that has been checked.
@@ -255,6 +303,32 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_endpoint_in_the_clear_is_refused_until_it_is_allowed() {
+        let plain = "http://127.0.0.1:1";
+        let amazon = || {
+            AmazonS3Builder::new()
+                .with_endpoint(plain)
+                .with_access_key_id("a")
+                .with_secret_access_key("b")
+        };
+        let refused = s3("s3://bucket/x", amazon()).expect_err("in the clear");
+        let said = refused.to_string();
+        assert!(said.contains("AWS_ALLOW_HTTP=true"), "{said}");
+        assert!(said.contains(plain), "{said}");
+        s3("s3://bucket/x", amazon().with_allow_http(true)).expect("it is allowed");
+        let microsoft = || {
+            MicrosoftAzureBuilder::new()
+                .with_endpoint(plain.to_owned())
+                .with_account("a")
+                .with_bearer_token_authorization("b")
+        };
+        let refused = azure("az://bucket/x", microsoft()).expect_err("in the clear");
+        let said = refused.to_string();
+        assert!(said.contains("AZURE_ALLOW_HTTP=true"), "{said}");
+        azure("az://bucket/x", microsoft().with_allow_http(true)).expect("it is allowed");
+    }
+
     #[tokio::test]
     async fn a_name_in_memory_is_one_store() {
         let key = super::super::layout::run_record();
@@ -285,10 +359,19 @@ mod tests {
         );
         let store = Store::open_or_create(&uri).expect("the folder can be made");
         assert!(store.uri().starts_with("file:///"), "{}", store.uri());
-        let mode = std::fs::metadata(&path)
-            .expect("it was made")
-            .permissions()
-            .mode();
-        assert_eq!(mode & 0o777, 0o700);
+        let mode = |path: &Path| {
+            let made = std::fs::metadata(path).expect("it was made");
+            made.permissions().mode() & 0o777
+        };
+        assert_eq!(mode(&path), 0o700);
+        // What this process makes when nobody says how: a parent may be shared.
+        let usual = parent.path().join("usual");
+        std::fs::create_dir(&usual).expect("the folder can be made");
+        assert_eq!(mode(&parent.path().join("runs")), mode(&usual));
+        Store::open_or_create(&uri).expect("it is there already");
+        let file = parent.path().join("file");
+        std::fs::write(&file, "x").expect("writable");
+        let on_a_file = Store::open_or_create(&file.display().to_string());
+        assert!(on_a_file.is_err(), "a file is no folder");
     }
 }

@@ -30,7 +30,7 @@ pub enum Heard {
 pub async fn control(uri: &str, request: Request, clock: Clock) -> anyhow::Result<Heard> {
     let mut found = find(uri).await?;
     if let Some(outcome) = found.durable.outcome.as_ref().filter(|o| o.is_for_good()) {
-        anyhow::bail!("the run at {} has ended: it {outcome}", found.store.uri());
+        anyhow::bail!("the run at {} has ended ({outcome})", found.store.uri());
     }
     if let Some(client) = found.client()? {
         if let Err(status) = client.ask(request).await {

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use serde_json::{Value, json};
 
-use distillery_common::storage::Store;
 use distillery_common::storage::contract::{self, Broken, Kept};
+use distillery_common::storage::{Store, chain};
 use distillery_common::telemetry;
 
 use super::Context;
@@ -117,14 +117,15 @@ fn promise_text(kept: &Kept) -> String {
         Ok(()) => format!("ok       {promise}"),
         Err(broken @ Broken::Untried) => format!("MISSING  {promise}: {broken}"),
         Err(broken) => format!(
-            "MISSING  {promise}: {broken}\n         needed so that {}",
+            "MISSING  {promise}: {}\n         needed so that {}",
+            chain(broken),
             promise.needed_for()
         ),
     }
 }
 
 fn promise_json(kept: &Kept) -> Value {
-    let seen = kept.result.as_ref().err().map(ToString::to_string);
+    let seen = kept.result.as_ref().err().map(|broken| chain(broken));
     json!({
         "promise": kept.promise.to_string(), "kept": seen.is_none(), "seen": seen,
         "needed_for": kept.promise.needed_for(),

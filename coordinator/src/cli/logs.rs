@@ -74,7 +74,7 @@ async fn show(arguments: Arguments, context: Context) -> anyhow::Result<ExitCode
         printed = reader.fresh().await?;
         if let Some(outcome) = ended {
             write(&printed, context)?;
-            console::note(format_args!("the run has ended: it {outcome}"));
+            console::note(format_args!("the run has ended ({outcome})"));
             return Ok(ExitCode::SUCCESS);
         }
     }

@@ -100,11 +100,11 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
         .map(|p| p.display().to_string())
         .collect();
     let sampler = result["sampler"].as_str().unwrap_or_default();
-    let sentence = format!(
-        "{} pictures by {sampler}: {}",
-        result["pictures"],
-        places.join(" and ")
-    );
+    let pictures = match result["pictures"].as_u64() {
+        Some(1) => "1 picture".to_owned(),
+        _ => format!("{} pictures", result["pictures"]),
+    };
+    let sentence = format!("{pictures} by {sampler}: {}", places.join(" and "));
     show(&result, context.json, &sentence)
 }
 

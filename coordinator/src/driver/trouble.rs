@@ -3,20 +3,9 @@
 use distillery_common::checkpoint;
 use distillery_common::commit;
 use distillery_common::latents;
-use distillery_common::storage;
+use distillery_common::storage::{self, chain};
 
 use crate::scheduler::Trouble;
-
-/// The whole chain of causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
 
 fn sorted_trouble(is_transient: bool, error: &dyn std::error::Error) -> Trouble {
     if is_transient {

@@ -46,7 +46,7 @@ fn main() -> anyhow::Result<ExitCode> {
         let kept = stored.iter().find(|kept| kept.file == document.file);
         if kept.is_none_or(|kept| kept.text != document.text) {
             wrong.push(format!(
-                "{}: not what its recipe renders; --write",
+                "{}: not what its recipe renders; `manifests --write` writes it anew",
                 document.file
             ));
         }
@@ -60,7 +60,7 @@ fn main() -> anyhow::Result<ExitCode> {
             Err(error) => wrong.push(format!("{}: {error:#}", document.file)),
         }
     }
-    let mut versions = 0;
+    let mut versions: &[&str] = &[];
     if let Some(checker) = arguments
         .checker
         .filter(|path| !path.as_os_str().is_empty() && !arguments.without_schemas)
@@ -68,8 +68,8 @@ fn main() -> anyhow::Result<ExitCode> {
         let scratch = tempfile::tempdir()?;
         for version in VERSIONS {
             wrong.extend(validate(&checker, version, &stored, scratch.path())?);
-            versions += 1;
         }
+        versions = &VERSIONS;
     } else if !arguments.without_schemas {
         wrong.push(
             "no kubernetes-validate: no schema of Kubernetes was asked; --without-schemas does without"
@@ -81,13 +81,13 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     let refused = |document: &&Document| wrong.iter().any(|line| line.starts_with(&document.file));
     let valid = stored.len() - stored.iter().filter(refused).count();
-    let skipped = if versions == 0 {
-        "; NO SCHEMA WAS ASKED"
-    } else {
-        ""
+    let asked = match versions {
+        [] => "; NO SCHEMA WAS ASKED".to_owned(),
+        versions => format!("; Kubernetes {}", versions.join(", ")),
     };
     println!(
-        "manifests: {valid} files valid for {versions} versions (goal {} and {}{skipped})",
+        "manifests: {valid} files valid for {} versions (goal {} and {}{asked})",
+        versions.len(),
         stored.len(),
         VERSIONS.len()
     );

@@ -62,8 +62,11 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         );
     };
     let scripts = scripts(arguments, &recipe, section, place)?;
+    // What is printed can be redirected into a file for sbatch: a script by itself begins with its own first line.
+    let alone = scripts.len() == 1;
     for (name, text) in scripts {
         match &arguments.folder {
+            None if alone => console::result(text.trim_end())?,
             None => console::result(format_args!("# ==== {name}: sbatch {name}\n{text}"))?,
             Some(folder) => {
                 let path = folder.join(name);

@@ -121,7 +121,7 @@ impl Source {
             None if is_student => 1.0,
             None => {
                 return Err(Fault::config(format!(
-                    "{} is a teacher, which is sampled with guidance: say with how much (1 for none)",
+                    "{} is a teacher, which is sampled with guidance: say with how much by --guidance (1 for none)",
                     path.display()
                 )));
             }
