@@ -97,12 +97,13 @@ async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
             tokio::spawn(agent.run(told.clone()))
         })
         .collect();
-    let mut again = false;
+    let (mut deserted, mut interrupted) = (false, false);
     let mut failure = None;
     for agent in agents {
         match agent.await.context("an agent panicked")? {
             Ok(Ending::Left) => {}
-            Ok(Ending::Deserted | Ending::Interrupted) => again = true,
+            Ok(Ending::Deserted) => deserted = true,
+            Ok(Ending::Interrupted) => interrupted = true,
             Err(error) => failure = failure.or(Some(error)),
         }
     }
@@ -111,7 +112,12 @@ async fn serve(config: Config, format: Format) -> anyhow::Result<ExitCode> {
     kept.within(LAST_LINES).await;
     match failure {
         Some(error) => Err(error),
-        None if again => Ok(ExitCode::from(TRY_AGAIN)),
+        None if deserted => Ok(ExitCode::from(TRY_AGAIN)),
+        // As if the signal had come here, where whoever started this worker asks for a code of its own.
+        None if interrupted => Ok(ExitCode::from(match config.signal_exit_code {
+            0 => TRY_AGAIN,
+            code => code,
+        })),
         None if *told.borrow() == Leave::Stay => Ok(ExitCode::SUCCESS),
         None => Ok(ExitCode::from(config.signal_exit_code)),
     }

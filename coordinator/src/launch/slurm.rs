@@ -306,29 +306,42 @@ impl Keeper {
     /// Lets workers leave, ends those that do not, and waits until the queue has none.
     async fn clear(&self) {
         let watch = Stopwatch::start();
-        let (mut cancelled, mut left) = (false, Vec::new());
+        let (mut cancelled, mut told, mut left) = (false, false, None);
         while watch.elapsed() < FAREWELL + CLEARANCE {
             if let Ok(queue) = self.client.queue().await {
                 let live = queue
                     .into_iter()
                     .filter(|job| !matches!(job.state, queue::State::Ended(_)));
-                left = live.map(|job| job.id.to_string()).collect();
-                if left.is_empty() {
+                let live: Vec<_> = live.map(|job| job.id.to_string()).collect();
+                if live.is_empty() {
                     return;
                 }
+                left = Some(live);
             }
             if !cancelled && watch.elapsed() >= FAREWELL {
                 match self.client.cancel_all().await {
                     Ok(()) => cancelled = true,
-                    Err(trouble) => tracing::warn!(%trouble, "jobs cannot be cancelled"),
+                    Err(_) if told => {}
+                    Err(trouble) => {
+                        tracing::warn!(%trouble, "jobs cannot be cancelled; it is tried again");
+                        told = true;
+                    }
                 }
             }
             tokio::time::sleep(GLANCE).await;
         }
         let Client { name, user, .. } = &self.client;
+        let what = match left {
+            Some(left) => format!(
+                "jobs of this run are still in Slurm's queue: {}",
+                left.join(", ")
+            ),
+            None => {
+                "Slurm does not answer, so that jobs of this run may still be in its queue".into()
+            }
+        };
         console::note(format_args!(
-            "jobs of this run are still in Slurm's queue: {}; `scancel --user={user} --name={name}` ends them",
-            left.join(", ")
+            "{what}; `scancel --user={user} --name={name}` ends them"
         ));
     }
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 
+use distillery_common::ids::Digest;
 use distillery_common::recipe::slurm::Slurm;
 use distillery_common::recipe::{self, Launcher, Recipe};
 
@@ -91,7 +92,9 @@ fn scripts(
         Some(path) => path.clone(),
         None => own()?,
     };
-    let name = &recipe.name;
+    // Of this run alone: the head ends workers by their name, and another run may have the recipe's.
+    let digest = Digest::of(recipe.output.as_bytes()).to_string();
+    let name = format!("{}-{}", recipe.name, &digest[..8]);
     let of_head = Head {
         name: format!("distill-{name}-head"),
         coordinator: coordinator.clone(),

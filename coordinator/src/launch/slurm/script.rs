@@ -237,6 +237,11 @@ for _ in {{1..300}}; do
     sleep 2
 done
 mkdir -p -m 700 \"$logs\"
+if [ ! -s \"$join\" ]; then
+    echo \"there is no join string in $join: the coordinator has not started yet\"
+    [ -z \"$told\" ] && [ \"$restarts\" -lt {DESERTED} ] && scontrol requeue \"$SLURM_JOB_ID\" && sleep 60
+    exit 75
+fi
 {redirect}echo \"$restarts\" >\"$logs/$job.started\"
 rm -f \"$logs/$job.ended\"
 echo \"job $job, restarts $restarts, on $SLURM_JOB_NODELIST\"
@@ -246,11 +251,31 @@ srun {SRUN} ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}{more}
     {program} join --coordinator \"@$join\" --name \"slurm-$job\" --devices \"$devices\" \\
     --engine {engine} --signal-exit-code {TOLD} &
 {keep}
+{turns}",
+        options = options.lines(),
+        logs = quoted(worker.logs.display()),
+        join = quoted(worker.join.display()),
+        setup = setup(slurm),
+        devices = devices(&slurm.devices),
+        more = more_of_srun(slurm),
+        program = within(slurm, &worker.worker),
+        engine = quoted(worker.engine.display()),
+        listen = listen("USR1"),
+        keep = keep("USR1"),
+        turns = turns(),
+    )
+}
+
+/// What becomes of a job whose worker has ended.
+fn turns() -> String {
+    format!(
+        "\
 # Whoever ends this job may tell its worker a moment earlier.
 [ \"$code\" != {TOLD} ] || [ -n \"$told\" ] || sleep 2
 [ \"$(cat \"$logs/$job.started\")\" = \"$restarts\" ] || exit \"$code\"
-# Another turn after a warning of the time limit, and when the worker alone was told to leave, as a preemption begins; a few
-# when no coordinator was found for long (75). None when somebody ends this job, and none for ever.
+# Another turn after a warning of the time limit, and when the worker alone was told to leave, as a preemption begins or the
+# coordinator's own time is up; a few when no coordinator was found for long (75). None when somebody ends this job, and none
+# for ever.
 case $told:$code in
 limit:* | :{TOLD}) turns={REQUEUES} ;;
 :75) turns={DESERTED} ;;
@@ -263,17 +288,7 @@ fi
 [ -z \"$told\" ] || code={TOLD}
 echo \"$code\" >\"$logs/$job.ended\"
 exit \"$code\"
-",
-        options = options.lines(),
-        logs = quoted(worker.logs.display()),
-        join = quoted(worker.join.display()),
-        setup = setup(slurm),
-        devices = devices(&slurm.devices),
-        more = more_of_srun(slurm),
-        program = within(slurm, &worker.worker),
-        engine = quoted(worker.engine.display()),
-        listen = listen("USR1"),
-        keep = keep("USR1"),
+"
     )
 }
 
