@@ -165,6 +165,8 @@ pub struct Agent {
     client: Option<tokio::task::JoinHandle<()>>,
     reconnect: Backoff,
     heard: Instant,
+    /// When it was last said that there is no stream to the coordinator.
+    missed: Option<Instant>,
     incarnation: Option<Incarnation>,
     /// The highest that a coordinator has shown: one with a lower term has been replaced.
     term: Term,
@@ -207,6 +209,7 @@ impl Agent {
             // At most as long that a coordinator which was killed again and again has its workers back within two seconds.
             reconnect: Backoff::new(Duration::from_millis(100), Duration::from_millis(1500)),
             heard: start,
+            missed: None,
             incarnation: None,
             term: Term::default(),
             group_secret: GroupSecret([0; 32]),

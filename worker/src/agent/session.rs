@@ -8,7 +8,10 @@ use distillery_common::security::GroupSecret;
 use tokio::time::Instant;
 
 use super::client::{self, Closed, Condition, FromCoordinator, Hello, Welcome};
-use super::{Agent, Ended, Session, now};
+use super::{Agent, Ended, GIVE_UP, Session, now};
+
+/// Between two lines of the log about a coordinator that is away.
+const REMINDER: Duration = Duration::from_secs(60);
 
 impl Agent {
     pub(super) fn open_session(&mut self) -> anyhow::Result<()> {
@@ -74,12 +77,16 @@ impl Agent {
             closed.reason
         );
         let delay = self.reconnect.next_delay(self.jitter());
-        tracing::info!(
-            reason = closed.reason,
-            ?delay,
-            "no stream to the coordinator"
-        );
-        self.session = Session::Down(now() + delay);
+        let now = now();
+        let reason = &closed.reason;
+        if self.missed.is_none_or(|told| now >= told + REMINDER) {
+            self.missed = Some(now);
+            let gives_up_in = (self.heard + GIVE_UP).saturating_duration_since(now);
+            tracing::info!(reason, ?gives_up_in, "no stream to the coordinator");
+        } else {
+            tracing::debug!(reason, ?delay, "no stream to the coordinator");
+        }
+        self.session = Session::Down(now + delay);
         Ok(())
     }
 
@@ -102,6 +109,7 @@ impl Agent {
         tracing::info!(term = %welcome.term, incarnation = %welcome.incarnation, "registered");
         self.heard = moment;
         self.reconnect.reset();
+        self.missed = None;
         self.beat_every = welcome.beat.max(Duration::from_millis(10));
         if self.incarnation != Some(welcome.incarnation) {
             self.start_over(moment);

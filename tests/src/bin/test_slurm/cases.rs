@@ -37,6 +37,8 @@ pub(crate) enum Case {
     HeadJob,
     /// The coordinator in a job of its own, and an array of workers that people submit, of which one is told to leave.
     External,
+    /// The same, where the head's time is over: workers must come again with it.
+    ExternalHead,
     /// Everybody in one heterogeneous job, all of whose workers are told to leave.
     Heterogeneous,
 }
@@ -59,7 +61,7 @@ pub(crate) enum Form {
 }
 
 impl Case {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Plain,
         Self::Requeue,
         Self::Signal,
@@ -73,6 +75,7 @@ impl Case {
         Self::TryAgain,
         Self::HeadJob,
         Self::External,
+        Self::ExternalHead,
         Self::Heterogeneous,
     ];
 
@@ -91,6 +94,7 @@ impl Case {
             Self::TryAgain => "exit-75",
             Self::HeadJob => "head-job",
             Self::External => "external-workers",
+            Self::ExternalHead => "external-head",
             Self::Heterogeneous => "heterogeneous",
         }
     }
@@ -119,6 +123,7 @@ impl Case {
             | Self::TryAgain
             | Self::HeadJob
             | Self::External
+            | Self::ExternalHead
             | Self::Heterogeneous => &[Work::StandIn],
         }
     }
@@ -147,7 +152,7 @@ impl Case {
     fn style(self) -> Option<&'static str> {
         match self {
             Self::HeadJob => Some("array"),
-            Self::External => Some("external"),
+            Self::External | Self::ExternalHead => Some("external"),
             Self::Heterogeneous => Some("heterogeneous"),
             _ => None,
         }
@@ -200,9 +205,11 @@ impl Case {
             // The one that went first is none of the run's; one that was cancelled has a successor.
             Self::Preempted | Self::Cancelled => 3,
             // What slurmctld had not saved yet it forgets, and submissions of requeued heads are many.
-            Self::Controller | Self::HeadJob | Self::External | Self::Heterogeneous => {
-                return Ok(());
-            }
+            Self::Controller
+            | Self::HeadJob
+            | Self::External
+            | Self::ExternalHead
+            | Self::Heterogeneous => return Ok(()),
         };
         let jobs = site.jobs()?;
         anyhow::ensure!(jobs.len() == expected, "not {expected} jobs: {jobs:?}");
@@ -260,6 +267,16 @@ impl Case {
                 site.await_restart(&job, 1)?;
                 site.await_job("1")?;
                 Ok(format!("by hand; {} left and came again", job.id))
+            }
+            Self::ExternalHead => {
+                let warning = ["--batch", "--signal=USR1", "1"];
+                site.cluster.slurm("scancel", &warning)?;
+                site.await_restart(&job, 1)?;
+                site.await_job("1")?;
+                Ok(format!(
+                    "the head's time was over; {} came again with it",
+                    job.id
+                ))
             }
             Self::Heterogeneous => {
                 site.cluster.slurm("scancel", &["--signal=TERM", "1"])?;
