@@ -137,14 +137,14 @@ impl Options {
     }
 }
 
-/// The first part of a script: from here on it passes on what it is told. `$told` is then `limit` shortly before the time
-/// limit, `term` when somebody ends the job, or nothing; `signal` is what the child is sent.
+/// The first part of a script: from here on it passes on what it is told. `$told` is then `term` when somebody ends the job,
+/// or else `limit` shortly before the time limit, or nothing; `signal` is what the child is sent.
 fn listen(signal: &str) -> String {
     format!(
         "\
 told=
 child=
-trap 'told=limit; [ -z \"$child\" ] || kill -{signal} \"$child\"' USR1
+trap '[ \"$told\" = term ] || told=limit; [ -z \"$child\" ] || kill -{signal} \"$child\"' USR1
 trap 'told=term; [ -z \"$child\" ] || kill -{signal} \"$child\"' TERM
 "
     )
@@ -313,8 +313,10 @@ pub fn head(slurm: &Slurm, head: &Head) -> String {
 {setup}
 {coordinator} run {recipe}{sets} &
 {keep}
-if [ \"$code\" = 75 ] && [ \"$told\" != term ] && [ \"$restarts\" -lt {REQUEUES} ]; then
-    scontrol requeue \"$SLURM_JOB_ID\" && sleep 60
+if [ \"$code\" = 75 ] && [ \"$told\" != term ] && [ \"$restarts\" -lt {REQUEUES} ] && scontrol requeue \"$SLURM_JOB_ID\"; then
+    # Slurm ends this turn, and the run is not over: workers go back into the queue by themselves.
+    sleep 60
+    exit \"$code\"
 fi
 {farewell}exit \"$code\"
 ",

@@ -259,13 +259,19 @@ fn a_worker_starts_within_the_container_in_every_style() {
 /// The head of a heterogeneous job is told nothing when a preemption begins, and nobody else would start workers again.
 #[test]
 fn a_job_of_two_components_whose_workers_all_left_is_queued_again() {
-    let coordinator = "trap 'exit 75' TERM\n";
     let lives = |before: &str| {
         let scene = Scene::new(PASS_ON, 0);
         let path = scene.folder.path().display().to_string();
-        beside(&scene, "worker", &format!("{LEAVE}kill -TERM $$"));
+        // Whoever ends the job tells all of it within a moment: not before the coordinator is there to be told.
+        let (up, told) = (scene.path("up"), scene.path("told"));
+        let leave = format!("{LEAVE}until [ -e '{up}' ]; do /bin/sleep 0.02; done\nkill -TERM $$");
+        beside(&scene, "worker", &leave);
+        if !before.is_empty() {
+            let moment = format!("until [ -e '{told}' ]; do /bin/sleep 0.02; done");
+            scene.program("sleep", &moment);
+        }
         let waits = "while :; do /bin/sleep 0.02; done";
-        let text = format!("{coordinator}{before}{waits}");
+        let text = format!("trap \": >'{told}'; exit 75\" TERM\n: >'{up}'\n{before}{waits}");
         beside(&scene, "coordinator", &text);
         scene.run(&heterogeneous(
             &Slurm::default(),
@@ -277,6 +283,27 @@ fn a_job_of_two_components_whose_workers_all_left_is_queued_again() {
     assert_eq!(lives(""), (Some(75), true));
     // `scancel` tells the script, too.
     assert_eq!(lives("kill -TERM $PPID\n"), (Some(75), false));
+}
+
+/// Workers that others submitted queue themselves again with the head, and are ended with the run.
+#[test]
+fn a_head_whose_time_is_over_leaves_its_workers_in_the_queue() {
+    let lives = |coordinator: &str| {
+        let scene = Scene::new(PASS_ON, 0);
+        let cancelled = scene.path("cancelled");
+        scene.program("scancel", &format!("echo \"$@\" >'{cancelled}'"));
+        beside(&scene, "coordinator", coordinator);
+        let head_ = Head {
+            workers: Some("w".into()),
+            ..head_of(&scene.folder.path().display().to_string())
+        };
+        let (code, requeued) = scene.run(&head(&Slurm::default(), &head_));
+        (code, requeued, fs::exists(cancelled).expect("readable"))
+    };
+    let warned = "trap 'exit 75' TERM\nkill -USR1 $PPID\nwhile :; do /bin/sleep 0.02; done";
+    assert_eq!(lives(warned), (Some(75), true, false));
+    assert_eq!(lives("exit 0"), (Some(0), false, true));
+    assert_eq!(lives("exit 1"), (Some(1), false, true));
 }
 
 #[test]
