@@ -3,6 +3,7 @@
 use std::process::Output;
 use std::time::Duration;
 
+use distillery_common::security::Join;
 use distillery_tests::harness::{EngineKind, Run, Target, signal, sim_recipe};
 use serde_json::Value;
 
@@ -359,6 +360,22 @@ fn a_coordinator_that_takes_another_token_is_neither_fenced_nor_taken_for_gone()
     let ended = run.wait(PATIENCE).expect("it stops");
     assert_eq!(ended.code(), Some(75), "{}", run.log_tail());
     assert!(!run.log().contains("another coordinator"), "never fenced");
+}
+
+#[test]
+fn a_run_that_ended_in_order_is_not_looked_for_where_somebody_else_listens_now() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut run = slow(&folder).with("SIM_TASK_MS", 0).with("SIM_STEP_MS", 0);
+    run.start().expect("starts");
+    let join = run.output().join("join");
+    let join = run.read_when_there(&join, PATIENCE).expect("a join string");
+    let join = Join::parse(&join, false).expect("usable");
+    run.finish(PATIENCE).expect("it finishes");
+    let _other = std::net::TcpListener::bind(join.address()).expect("the port is free again");
+    for path in ["token", "join"] {
+        std::fs::remove_file(run.output().join(path)).expect("it was there");
+    }
+    assert_eq!(state(&run), "succeeded");
 }
 
 fn asking(run: &Run, what: &str) -> std::process::Command {

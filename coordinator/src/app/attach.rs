@@ -33,7 +33,7 @@ pub(super) async fn coordinator(
     tls: bool,
 ) -> anyhow::Result<Option<Client>> {
     let endpoint = &durable.endpoint;
-    match search(access, endpoint, tls).await? {
+    match search(access, durable, tls).await? {
         Search::Found(client) => {
             console::note(format_args!(
                 "a coordinator at {endpoint} has this run; attached"

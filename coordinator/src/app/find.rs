@@ -50,13 +50,19 @@ pub(super) fn stranger(endpoint: &str, why: &str) -> String {
 /// Looks where the journal says that a coordinator has had the run. `access` is what is known here of its token.
 pub(super) async fn search(
     access: Option<&Access>,
-    endpoint: &str,
+    durable: &Durable,
     tls: bool,
 ) -> anyhow::Result<Search> {
-    Ok(match access {
+    let endpoint = &durable.endpoint;
+    let found = match access {
         _ if endpoint.is_empty() => Search::Nobody("none has had it".to_owned()),
         Some(access) => Client::find(&access.join(endpoint, tls)?).await,
         None => Search::without_token(endpoint).await,
+    };
+    Ok(match found {
+        // The coordinator has ended in order, and somebody else may have its port now.
+        Search::Stranger(why) if durable.outcome.is_some() => Search::Nobody(why),
+        found => found,
     })
 }
 
@@ -77,7 +83,7 @@ pub async fn find(uri: &str) -> anyhow::Result<Found> {
         .pointer("/cluster/tls")
         .is_none_or(|tls| tls != "off" && tls != false);
     let access = Access::find(&store, &record)?;
-    let coordinator = search(access.as_ref(), &durable.endpoint, tls).await?;
+    let coordinator = search(access.as_ref(), &durable, tls).await?;
     Ok(Found {
         store,
         record,

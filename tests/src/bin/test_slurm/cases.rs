@@ -278,15 +278,7 @@ impl Case {
                     job.id
                 ))
             }
-            Self::Heterogeneous => {
-                site.cluster.slurm("scancel", &["--signal=TERM", "1"])?;
-                site.await_some(
-                    "second turn",
-                    |site| Ok(is_second_turn(site)?.then_some(())),
-                )?;
-                site.await_job("1+0")?;
-                Ok("one job of two components left and came again".into())
-            }
+            Self::Heterogeneous => heterogeneous(site),
         }
     }
 }
@@ -342,6 +334,17 @@ fn successor(site: &mut Site, gone: &Job) -> anyhow::Result<Job> {
             .into_iter()
             .find(|job| job.id.contains('_') && array(&job.id) != array(&gone.id)))
     })
+}
+
+/// All workers of the job are told to leave, and nobody else.
+fn heterogeneous(site: &mut Site) -> anyhow::Result<String> {
+    site.cluster.slurm("scancel", &["--signal=TERM", "1"])?;
+    site.await_some(
+        "second turn",
+        |site| Ok(is_second_turn(site)?.then_some(())),
+    )?;
+    site.await_job("1+0")?;
+    Ok("one job of two components left and came again".into())
 }
 
 /// A job that goes first wants the node of `job`, whose worker is told to leave and has the partition's grace for it.
