@@ -14,6 +14,8 @@ use kube::api::{
 };
 use serde_json::json;
 
+use distillery_common::storage::chain;
+
 use super::objects::{RUN, Workers};
 use super::seen::{self, Seen};
 
@@ -271,27 +273,13 @@ impl Cluster {
     }
 }
 
-/// An error and everything that led to it, as far as an error says more than the one before.
-pub(super) fn causes(error: &dyn std::error::Error) -> String {
-    let mut said = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let words = cause.to_string();
-        if !said.contains(&words) {
-            said = format!("{said}: {words}");
-        }
-        next = cause.source();
-    }
-    said
-}
-
 /// Deletes the Job of this name, without anything else of a run being known; gives back the namespace where there was
 /// none, or why it could not be deleted.
 pub(super) async fn delete_job(
     name: &str,
     namespace: Option<&str>,
 ) -> Result<Option<String>, String> {
-    let unknown = |error| format!("no cluster is known here: {}", causes(&error));
+    let unknown = |error| format!("no cluster is known here: {}", chain(&error));
     let config = kube::Config::infer().await.map_err(unknown)?;
     let namespace = namespace.unwrap_or(&config.default_namespace).to_owned();
     let client = kube::Client::try_from(config).map_err(|error| of_kube(&error))?;

@@ -8,7 +8,9 @@ use kube::api::{Api, ApiResource, DynamicObject, PostParams};
 use kube::config::{InClusterError, KubeConfigOptions, KubeconfigError};
 use serde_json::json;
 
-use super::cluster::{causes, of_kube};
+use distillery_common::storage::chain;
+
+use super::cluster::of_kube;
 
 /// A kind of object, and what the launcher does with it.
 #[derive(Debug)]
@@ -136,8 +138,8 @@ async fn nothing_usable() -> Found {
         (Err(file), Err(InClusterError::ReadEnvironmentVariable(_))) if no_file(&file) => {
             Found::Nothing
         }
-        (Err(file), Err(pod)) if no_file(&file) => Found::Unusable(causes(&pod)),
-        (Err(file), _) => Found::Unusable(causes(&file)),
+        (Err(file), Err(pod)) if no_file(&file) => Found::Unusable(chain(&pod)),
+        (Err(file), _) => Found::Unusable(chain(&file)),
         // Somebody wrote it just now.
         (Ok(_), _) => Found::Unusable("it changed while it was read".into()),
     }
